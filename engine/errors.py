@@ -1,0 +1,40 @@
+"""What can go wrong in the engine.
+
+EngineError
+├── PlanDoesNotFit      the plan needs more than a tier's budget; says what to change
+├── TierFull            an allocation would exceed a tier's budget
+├── DiskFull            the file system of a tier or model directory has no room left
+├── CheckpointError     a model directory or checkpoint that is absent, half-written, damaged or unknown
+├── DeviceUnavailable   the asked-for device is not there
+└── LaneFailed          a copy or read failed; its cause is chained
+
+The texts are for people: what is wrong, where, and what to do.
+"""
+
+
+class EngineError(Exception):
+    """Any failure of the engine that is not the fault of one request."""
+
+
+class PlanDoesNotFit(EngineError):
+    """The plan needs more than a tier's budget; raised before anything starts."""
+
+
+class TierFull(EngineError):
+    """An allocation would exceed a tier's budget."""
+
+
+class DiskFull(EngineError):
+    """The file system has no room left for a spill file or a model directory."""
+
+
+class CheckpointError(EngineError):
+    """A checkpoint or model directory that is absent, half-written, damaged or of an unknown kind."""
+
+
+class DeviceUnavailable(EngineError):
+    """The device asked for does not exist on this machine."""
+
+
+class LaneFailed(EngineError):
+    """A copy, read or write failed on its lane; the cause is chained."""

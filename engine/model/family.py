@@ -1,0 +1,83 @@
+"""What the engine knows of any model: an embedding, like layers, a head. One file a family implements it.
+
+Shapes in this package: T tokens packed over sequences, D hidden size, N query heads, K key/value heads, H head size, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EMBED = "embed"
+HEAD = "head"
+
+NamedWeights = Mapping[str, "Tensor"]
+"""The tensors of one unit (embedding, one layer, head) by the names of its ``UnitSpec``."""
+
+Attend = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
+"""``(q_TNH, k_TKH, v_TKH) -> out_TNH``: stores the new keys and values, attends per segment."""
+
+
+def layer_name(index: int) -> str:
+    """The name of the unit that holds layer ``index``."""
+    return f"layer.{index}"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One stored tensor of a unit and where a checkpoint keeps it."""
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    """Checkpoint tensor names, without a leading ``model.``; several are concatenated along dimension 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSpec:
+    """The unit of placement and streaming: the embedding, one layer, or the head."""
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What planning, scheduling and the KV cache need to know of a model."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    ffn_size: int
+    vocab_size: int
+    max_positions: int
+    """Tokens a sequence may hold, prompt and output together."""
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    activation_scale: int
+    """Values a token needs at once inside a layer, in units of one: what the workspace is sized by."""
+
+
+class Family(Protocol):
+    """One loaded configuration of a model family: pure functions of named weights."""
+
+    shape: ModelShape
+
+    def units(self) -> tuple[UnitSpec, ...]:
+        """Embedding, layers in order, head."""
+
+    def head_needs_embedding(self) -> bool:
+        """Whether the head multiplies by the token table of the embedding unit (tied weights)."""
+
+    def embed(self, weights: NamedWeights, token_ids_T: "Tensor", positions_T: "Tensor") -> "Tensor":
+        """Hidden states ``[T, D]``."""
+
+    def layer(self, weights: NamedWeights, hidden_TD: "Tensor", attend: Attend) -> "Tensor":
+        """One layer; ``hidden_TD`` may be overwritten."""
+
+    def head(self, weights: NamedWeights, embedding: NamedWeights | None, hidden_TD: "Tensor") -> "Tensor":
+        """Float32 logits ``[T, V]``."""

@@ -1,0 +1,46 @@
+"""Byte sizes and the two integer roundings; the only place where 1024 is written."""
+
+import re
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+TIB = 1024 * GIB
+
+_FACTORS = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+
+
+def parse_bytes(text: str) -> int:
+    """``4GiB``, ``500MB`` or plain bytes as a number of bytes.
+
+    Raises:
+        ValueError: not a size, or a negative one; the text is a sentence for people.
+    """
+    match = _SIZE.fullmatch(text)
+    factor = _FACTORS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{text!r} is not a size; write for example 4GiB, 500MB or a plain number of bytes")
+    return int(float(match[1]) * factor)
+
+
+def format_bytes(num_bytes: int) -> str:
+    """``3435973837`` as ``3.2 GiB``."""
+    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(num_bytes) >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes} B"
+
+
+def div_ceil(numerator: int, denominator: int) -> int:
+    """The quotient rounded up."""
+    return -(-numerator // denominator)
+
+
+def align_up(value: int, alignment: int) -> int:
+    """The least multiple of ``alignment`` that is not below ``value``."""
+    return div_ceil(value, alignment) * alignment
