@@ -58,8 +58,8 @@ class ModelShape:
     """Tokens a sequence may hold, prompt and output together."""
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    activation_scale: int
-    """Values a token needs at once inside a layer, in units of one: what the workspace is sized by."""
+    workspace_values: int
+    """Values a token holds at the widest moment inside a layer; the workspace is sized by it."""
 
 
 class Family(Protocol):

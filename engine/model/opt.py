@@ -1,0 +1,213 @@
+"""OPT (Zhang et al. 2022, arXiv:2205.01068) as pure functions of named weights.
+
+Every variant of Hugging Face's ``OPTConfig``: layer norm before or after the blocks, a projected embedding, no biases,
+norms without parameters, other activations, tied or untied output embedding. Shapes: see ``engine.model.family``;
+F is the width of the feed-forward block, E that of the word embedding.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.errors import CheckpointError
+from engine.model.family import EMBED, HEAD, Attend, ModelShape, NamedWeights, TensorSpec, UnitSpec, layer_name
+
+POSITION_OFFSET = 2
+"""OPT's learned positions start at row 2: fairseq kept the first rows for padding."""
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _clipped_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x).clamp_(-10, 10)
+
+
+def _relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,  # in place: the widest tensor of a layer need not exist twice
+    "gelu": F.gelu,
+    "gelu_python": F.gelu,
+    "gelu_10": _clipped_gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_python_tanh": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
+    "hardswish": F.hardswish,
+    "leaky_relu": F.leaky_relu,
+    "linear": lambda x: x,
+    "mish": F.mish,
+    "relu2": _relu_squared,
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def _linear_specs(name: str, sources: tuple[str, ...], out_size: int, in_size: int, bias: bool) -> list[TensorSpec]:
+    specs = [TensorSpec(f"{name}.weight", (out_size, in_size), tuple(f"{source}.weight" for source in sources))]
+    if bias:
+        specs.append(TensorSpec(f"{name}.bias", (out_size,), tuple(f"{source}.bias" for source in sources)))
+    return specs
+
+
+@dataclass(frozen=True, slots=True)
+class OPT:
+    """One configuration of OPT; implements ``engine.model.family.Family``."""
+
+    shape: ModelShape
+    embed_size: int
+    norm_before: bool
+    final_norm: bool
+    bias: bool
+    norm_affine: bool
+    activation: Callable[[Tensor], Tensor]
+    tied: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "OPT":
+        """Read a Hugging Face ``config.json``; absent fields have ``OPTConfig``'s defaults.
+
+        Raises:
+            CheckpointError: a value that is out of range or not supported.
+        """
+
+        def positive(name: str, default: int) -> int:
+            value = config.get(name, default)
+            if not isinstance(value, int) or value < 1:
+                raise CheckpointError(f"config.json: {name} must be a positive integer, not {value!r}")
+            return value
+
+        hidden_size = positive("hidden_size", 768)
+        num_heads = positive("num_attention_heads", 12)
+        ffn_size = positive("ffn_dim", 3072)
+        if hidden_size % num_heads:
+            raise CheckpointError(
+                f"config.json: hidden_size {hidden_size} is not divisible by num_attention_heads {num_heads}"
+            )
+        activation = config.get("activation_function", "relu")
+        if activation not in _ACTIVATIONS:
+            known = ", ".join(sorted(_ACTIVATIONS))
+            raise CheckpointError(f"config.json: activation_function {activation!r} is not known; known are {known}")
+        eos = config.get("eos_token_id", 2)
+        norm_before = bool(config.get("do_layer_norm_before", True))
+        shape = ModelShape(
+            num_layers=positive("num_hidden_layers", 12),
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_heads,
+            head_size=hidden_size // num_heads,
+            ffn_size=ffn_size,
+            vocab_size=positive("vocab_size", 50272),
+            max_positions=positive("max_position_embeddings", 2048),
+            bos_token_id=config.get("bos_token_id", 2),
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            # Residual, its norm, then q, k, v and their outputs, or the feed-forward block before and after activation.
+            workspace_values=2 * hidden_size + max(6 * hidden_size, 2 * ffn_size + hidden_size),
+        )
+        return cls(
+            shape=shape,
+            embed_size=config.get("word_embed_proj_dim") or hidden_size,
+            norm_before=norm_before,
+            final_norm=norm_before and not config.get("_remove_final_layer_norm", False),
+            bias=bool(config.get("enable_bias", True)),
+            norm_affine=bool(config.get("layer_norm_elementwise_affine", True)),
+            activation=_ACTIVATIONS[activation],
+            tied=bool(config.get("tie_word_embeddings", True)),
+        )
+
+    def units(self) -> tuple[UnitSpec, ...]:
+        """Embedding, layers in order, head."""
+        size, positions = self.shape.hidden_size, self.shape.max_positions + POSITION_OFFSET
+        decoder = "decoder"
+        embed = [
+            TensorSpec("tokens.weight", (self.shape.vocab_size, self.embed_size), (f"{decoder}.embed_tokens.weight",)),
+            TensorSpec("positions.weight", (positions, size), (f"{decoder}.embed_positions.weight",)),
+        ]
+        head = self._norm_specs("norm", f"{decoder}.final_layer_norm") if self.final_norm else []
+        if self.embed_size != size:
+            embed += _linear_specs("project_in", (f"{decoder}.project_in",), size, self.embed_size, bias=False)
+            head += _linear_specs("project_out", (f"{decoder}.project_out",), self.embed_size, size, bias=False)
+        if not self.tied:
+            head += _linear_specs("logits", ("lm_head",), self.shape.vocab_size, self.embed_size, bias=False)
+        layers = [
+            UnitSpec(layer_name(index), tuple(self._layer_specs(f"{decoder}.layers.{index}")))
+            for index in range(self.shape.num_layers)
+        ]
+        return (UnitSpec(EMBED, tuple(embed)), *layers, UnitSpec(HEAD, tuple(head)))
+
+    def _norm_specs(self, name: str, source: str) -> list[TensorSpec]:
+        if not self.norm_affine:
+            return []
+        size = (self.shape.hidden_size,)
+        return [TensorSpec(f"{name}.{part}", size, (f"{source}.{part}",)) for part in ("weight", "bias")]
+
+    def _layer_specs(self, source: str) -> list[TensorSpec]:
+        size, ffn_size = self.shape.hidden_size, self.shape.ffn_size
+        attention = f"{source}.self_attn"
+        projections = tuple(f"{attention}.{name}_proj" for name in "qkv")
+        return [
+            *self._norm_specs("attention_norm", f"{source}.self_attn_layer_norm"),
+            *_linear_specs("qkv", projections, 3 * size, size, self.bias),
+            *_linear_specs("out", (f"{attention}.out_proj",), size, size, self.bias),
+            *self._norm_specs("ffn_norm", f"{source}.final_layer_norm"),
+            *_linear_specs("fc1", (f"{source}.fc1",), ffn_size, size, self.bias),
+            *_linear_specs("fc2", (f"{source}.fc2",), size, ffn_size, self.bias),
+        ]
+
+    def head_needs_embedding(self) -> bool:
+        """Tied checkpoints multiply by the token table of the embedding unit."""
+        return self.tied
+
+    def embed(self, weights: NamedWeights, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
+        """Token plus learned position, ``[T, D]``."""
+        hidden_TE = F.embedding(token_ids_T, weights["tokens.weight"])
+        if "project_in.weight" in weights:
+            hidden_TE = F.linear(hidden_TE, weights["project_in.weight"])
+        return hidden_TE + F.embedding(positions_T + POSITION_OFFSET, weights["positions.weight"])
+
+    def layer(self, weights: NamedWeights, hidden_TD: Tensor, attend: Attend) -> Tensor:
+        """Attention and feed-forward block, each with its residual; ``hidden_TD`` is overwritten."""
+        x_TD = self._norm(weights, "attention_norm", hidden_TD) if self.norm_before else hidden_TD
+        hidden_TD = hidden_TD.add_(self._attention(weights, x_TD, attend))
+        if not self.norm_before:
+            hidden_TD = self._norm(weights, "attention_norm", hidden_TD)
+        x_TD = self._norm(weights, "ffn_norm", hidden_TD) if self.norm_before else hidden_TD
+        x_TF = self.activation(F.linear(x_TD, weights["fc1.weight"], weights.get("fc1.bias")))
+        hidden_TD = hidden_TD.add_(F.linear(x_TF, weights["fc2.weight"], weights.get("fc2.bias")))
+        return hidden_TD if self.norm_before else self._norm(weights, "ffn_norm", hidden_TD)
+
+    def _attention(self, weights: NamedWeights, x_TD: Tensor, attend: Attend) -> Tensor:
+        qkv = F.linear(x_TD, weights["qkv.weight"], weights.get("qkv.bias"))
+        qkv_T3NH = qkv.view(x_TD.shape[0], 3, self.shape.num_heads, self.shape.head_size)
+        out_TNH = attend(qkv_T3NH[:, 0], qkv_T3NH[:, 1], qkv_T3NH[:, 2])
+        return F.linear(out_TNH.reshape(x_TD.shape), weights["out.weight"], weights.get("out.bias"))
+
+    def _norm(self, weights: NamedWeights, name: str, x_TD: Tensor) -> Tensor:
+        size = (self.shape.hidden_size,)
+        return F.layer_norm(x_TD, size, weights.get(f"{name}.weight"), weights.get(f"{name}.bias"))
+
+    def head(self, weights: NamedWeights, embedding: NamedWeights | None, hidden_TD: Tensor) -> Tensor:
+        """Final norm, projection and token table; float32 logits ``[T, V]``."""
+        if self.final_norm:
+            hidden_TD = self._norm(weights, "norm", hidden_TD)
+        if "project_out.weight" in weights:
+            hidden_TD = F.linear(hidden_TD, weights["project_out.weight"])
+        table = weights["logits.weight"] if embedding is None else embedding["tokens.weight"]
+        return F.linear(hidden_TD, table).float()
