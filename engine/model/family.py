@@ -5,7 +5,7 @@ Shapes in this package: T tokens packed over sequences, D hidden size, N query h
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor

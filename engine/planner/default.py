@@ -1,0 +1,228 @@
+"""From what a person fixed to a whole plan that fits: sane defaults until a cost model searches for the best.
+
+One function sizes everything, so that what is promised and what is allocated cannot drift apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import PlanDoesNotFit
+from engine.model.family import EMBED, HEAD, ModelShape, layer_name
+from engine.planner.machine import MachineFacts, free_disk_space
+from engine.planner.plan import DTYPE_BYTES, Plan, PlanOptions, Shares, TierName
+from engine.units import MIB, format_bytes
+
+MICRO_BATCH_TOKENS = 512
+STREAMED_MICRO_BATCHES = 8
+EXTENT_TOKENS = 1024
+STAGING_SLOTS = 2
+LOGITS_BYTES = 64 * MIB
+DEVICE_SHARE, HOST_SHARE = 0.8, 0.7
+"""Of the memory found free, how much a plan takes unasked: the rest is for the page cache and for other people."""
+KV_SHARE = 0.25
+"""Of the device budget, how much resident weights leave to the KV cache."""
+DISK_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """Bytes of each unit as stored, and the dtype they are stored in."""
+
+    dtype: str
+    unit_bytes: Mapping[str, int]
+
+    def computed_bytes(self, unit: str, dtype: str) -> int:
+        """Bytes of a unit once it is cast to the compute dtype."""
+        return self.unit_bytes[unit] * DTYPE_BYTES[dtype] // DTYPE_BYTES[self.dtype]
+
+
+def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:
+    """Bytes of keys and values one token leaves behind, over all layers."""
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * DTYPE_BYTES[dtype]
+
+
+def spread_layers(num_layers: int, shares: Shares) -> tuple[TierName, ...]:
+    """A home for each layer: the shares in whole layers, interleaved evenly over depth.
+
+    Evenly, so that streamed layers alternate with resident ones and the links never see a burst. Each step gives the
+    layer to the tier that is furthest behind its share.
+    """
+    counts = dict.fromkeys(TierName, 0)
+    homes = []
+    for index in range(num_layers):
+        behind = {tier: shares.of(tier) * (index + 1) / 100 - counts[tier] for tier in TierName if shares.of(tier)}
+        home = max(behind, key=lambda tier: behind[tier])
+        counts[home] += 1
+        homes.append(home)
+    return tuple(homes)
+
+
+def resolve_plan(
+    options: PlanOptions,
+    *,
+    shape: ModelShape,
+    stored: StoredWeights,
+    device: str,
+    facts: MachineFacts,
+    disk_dir: Path,
+) -> Plan:
+    """Fill in whatever ``options`` leaves open.
+
+    Raises:
+        PlanDoesNotFit: the sentence says which tier is short, by how much, and what to change.
+    """
+    dtype = options.dtype or stored.dtype
+    disk_dir = options.disk_dir or disk_dir
+    budgets = _budgets(options, facts, disk_dir)
+    micro_batch = options.micro_batch or MICRO_BATCH_TOKENS
+    layers = _place_layers(options, shape, stored, dtype, budgets, micro_batch)
+    streamed = any(home is not TierName.DEVICE for home in layers)
+    micro_batches = options.micro_batches or (STREAMED_MICRO_BATCHES if streamed else 1)
+    activations = TierName(options.activations or TierName.DEVICE)
+    extent_tokens = min(options.extent_tokens or EXTENT_TOKENS, shape.max_positions + 1)
+    logits_rows = max(1, min(LOGITS_BYTES // (4 * shape.vocab_size), micro_batch))
+    slots = min(STAGING_SLOTS, sum(home is not TierName.DEVICE for home in layers))
+    workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows, extent_tokens)
+
+    fixed = dict.fromkeys(TierName, 0)
+    fixed[TierName.DEVICE] += workspace + slots * _slot_bytes(shape, stored, dtype)
+    fixed[activations] += micro_batch * micro_batches * shape.hidden_size * DTYPE_BYTES[dtype]
+    if not facts.shares_host_memory and TierName.DISK in layers:
+        fixed[TierName.HOST] += slots * max(stored.unit_bytes[layer_name(i)] for i in range(shape.num_layers))
+    fixed[TierName.DEVICE] += sum(stored.computed_bytes(unit, dtype) for unit in (EMBED, HEAD))
+    for index, home in enumerate(layers):
+        unit = layer_name(index)
+        if home is TierName.DEVICE:
+            fixed[home] += stored.computed_bytes(unit, dtype)
+        elif home is TierName.HOST:
+            fixed[home] += stored.unit_bytes[unit]
+    for tier in TierName:
+        if fixed[tier] > budgets[tier]:
+            raise PlanDoesNotFit(_too_small(tier, fixed[tier], budgets[tier]))
+    room = {tier: budgets[tier] - fixed[tier] for tier in TierName}
+    return Plan(
+        device=device,
+        dtype=dtype,
+        budgets=budgets,
+        disk_dir=disk_dir,
+        layers=layers,
+        kv_bytes=_kv_pools(options, room, kv_bytes_per_token(shape, dtype)),
+        activations=activations,
+        micro_batch=micro_batch,
+        micro_batches=micro_batches,
+        prefill_chunk=options.prefill_chunk or micro_batch * micro_batches,
+        extent_tokens=extent_tokens,
+        logits_rows=logits_rows,
+        staging_slots=slots,
+        workspace_bytes=workspace,
+    )
+
+
+def _budgets(options: PlanOptions, facts: MachineFacts, disk_dir: Path) -> dict[TierName, int]:
+    device = options.device_memory if options.device_memory is not None else int(facts.device_free * DEVICE_SHARE)
+    # Where device and host are one memory, a host tier would only be a second name for the same bytes.
+    unasked_host = 0 if facts.shares_host_memory else int(facts.host_free * HOST_SHARE)
+    wants_host = any(shares and shares.host for shares in (options.weights, options.kv)) or options.activations == "host"
+    if facts.shares_host_memory and wants_host and options.host_memory is None:
+        unasked_host = device
+    host = options.host_memory if options.host_memory is not None else unasked_host
+    wants_disk = bool(options.kv and options.kv.disk) or options.activations == "disk"
+    unasked_disk = int(free_disk_space(disk_dir) * DISK_SHARE) if wants_disk else 0
+    disk = options.disk_space if options.disk_space is not None else unasked_disk
+    return {TierName.DEVICE: device, TierName.HOST: host, TierName.DISK: disk}
+
+
+def _slot_bytes(shape: ModelShape, stored: StoredWeights, dtype: str) -> int:
+    """A staged layer as stored and, where it is cast on the way, as computed."""
+    largest = max(stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers))
+    return largest if dtype == stored.dtype else largest + largest * DTYPE_BYTES[dtype] // DTYPE_BYTES[stored.dtype]
+
+
+def _workspace_bytes(shape: ModelShape, dtype: str, micro_batch: int, logits_rows: int, extent_tokens: int) -> int:
+    item = DTYPE_BYTES[dtype]
+    layer = micro_batch * shape.workspace_values * item
+    # Logits as computed, as float32, and their log-softmax.
+    head = logits_rows * shape.vocab_size * (item + 8) + micro_batch * shape.hidden_size * item
+    kv_scratch = 2 * shape.num_kv_heads * extent_tokens * shape.head_size * item
+    return max(layer + kv_scratch, head) + micro_batch * shape.hidden_size * item
+
+
+def _place_layers(
+    options: PlanOptions,
+    shape: ModelShape,
+    stored: StoredWeights,
+    dtype: str,
+    budgets: Mapping[TierName, int],
+    micro_batch: int,
+) -> tuple[TierName, ...]:
+    if options.weights is not None:
+        return spread_layers(shape.num_layers, options.weights)
+    sizes = [stored.computed_bytes(layer_name(index), dtype) for index in range(shape.num_layers)]
+    fixed = sum(stored.computed_bytes(unit, dtype) for unit in (EMBED, HEAD))
+    fixed += _workspace_bytes(shape, dtype, micro_batch, micro_batch, EXTENT_TOKENS)
+    room = int(budgets[TierName.DEVICE] * (1 - KV_SHARE)) - fixed
+    on_device = _how_many(sizes, room)
+    if on_device < shape.num_layers:
+        on_device = _how_many(sizes, room - STAGING_SLOTS * _slot_bytes(shape, stored, dtype))
+    on_host = _how_many(sizes[on_device:], int(budgets[TierName.HOST] * (1 - KV_SHARE)))
+    return _spread_counts(shape.num_layers, on_device, on_host)
+
+
+def _how_many(sizes: Sequence[int], room: int) -> int:
+    taken = 0
+    for count, size in enumerate(sizes):
+        taken += size
+        if taken > room:
+            return count
+    return len(sizes)
+
+
+def _spread_counts(num_layers: int, on_device: int, on_host: int) -> tuple[TierName, ...]:
+    """Exact counts, interleaved evenly over depth."""
+    wanted = {
+        TierName.DEVICE: on_device,
+        TierName.HOST: on_host,
+        TierName.DISK: num_layers - on_device - on_host,
+    }
+    counts = dict.fromkeys(TierName, 0)
+    homes = []
+    for index in range(num_layers):
+        behind = {
+            tier: total * (index + 1) / num_layers - counts[tier] for tier, total in wanted.items() if counts[tier] < total
+        }
+        home = max(behind, key=lambda tier: behind[tier])
+        counts[home] += 1
+        homes.append(home)
+    return tuple(homes)
+
+
+def _kv_pools(options: PlanOptions, room: Mapping[TierName, int], bytes_per_token: int) -> dict[TierName, int]:
+    if options.kv is None:
+        return {TierName.DEVICE: room[TierName.DEVICE], TierName.HOST: room[TierName.HOST], TierName.DISK: 0}
+    shares = {tier: options.kv.of(tier) for tier in TierName}
+    total = min(room[tier] * 100 // share for tier, share in shares.items() if share)
+    pools = {tier: total * share // 100 for tier, share in shares.items()}
+    for tier, share in shares.items():
+        if share and pools[tier] < bytes_per_token:
+            raise PlanDoesNotFit(
+                f"--kv puts {share}% of the KV cache in {tier} memory, where {format_bytes(room[tier])} are left and one "
+                f"token takes {format_bytes(bytes_per_token)}; {_raise_hint(tier)} or lower its share"
+            )
+    return pools
+
+
+def _raise_hint(tier: TierName) -> str:
+    flag = "--disk-space" if tier is TierName.DISK else f"--{tier}-memory"
+    return f"raise {flag}"
+
+
+def _too_small(tier: TierName, needed: int, budget: int) -> str:
+    where = "disk space for spill files" if tier is TierName.DISK else f"{tier} memory"
+    hint = f"{_raise_hint(tier)} to at least {format_bytes(needed)}"
+    if tier is TierName.DEVICE:
+        hint += ", give weights a larger host or disk share (--weights), or take a smaller --micro-batch"
+    return (
+        f"the plan needs {format_bytes(needed)} of {where} and the budget is {format_bytes(budget)}: "
+        f"{format_bytes(needed - budget)} short; {hint}"
+    )

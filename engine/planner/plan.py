@@ -1,0 +1,138 @@
+"""What a person asks of placement (``PlanOptions``) and what the engine holds to (``Plan``): frozen values, no torch."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+DTYPES = ("bfloat16", "float16", "float32")
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+class TierName(StrEnum):
+    """The three places memory comes from."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Percent of a tensor class that lives in each tier; they sum to 100."""
+
+    device: int
+    host: int
+    disk: int
+
+    def __post_init__(self) -> None:
+        if min(self.device, self.host, self.disk) < 0 or self.device + self.host + self.disk != 100:
+            raise ValueError(
+                f"shares must be three percentages of 0 or more that sum to 100, not {self.device}/{self.host}/{self.disk}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Shares":
+        """``20/80/0``: device, host, disk.
+
+        Raises:
+            ValueError: with a sentence for people.
+        """
+        parts = text.split("/")
+        if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+            raise ValueError(f"{text!r} is not three percentages; write device/host/disk, for example 20/80/0")
+        return cls(*(int(part) for part in parts))
+
+    def of(self, tier: TierName) -> int:
+        """The percentage of one tier."""
+        return {TierName.DEVICE: self.device, TierName.HOST: self.host, TierName.DISK: self.disk}[tier]
+
+    def __str__(self) -> str:
+        return f"{self.device}/{self.host}/{self.disk}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What a person fixed by hand; whatever is ``None`` is chosen by the engine."""
+
+    device: str | None = None
+    """``cpu``, ``cuda:0`` or ``simulated``."""
+    dtype: str | None = None
+    """Compute and KV cache; ``None``: as the weights are stored."""
+    device_memory: int | None = None
+    """Bytes of the device tier, workspace included."""
+    host_memory: int | None = None
+    disk_space: int | None = None
+    """Bytes of spill files."""
+    disk_dir: Path | None = None
+    weights: Shares | None = None
+    kv: Shares | None = None
+    activations: str | None = None
+    """Where hidden states wait between layers: ``device``, ``host`` or ``disk``."""
+    micro_batch: int | None = None
+    """Tokens computed together."""
+    micro_batches: int | None = None
+    """Micro-batches a pass, at most."""
+    prefill_chunk: int | None = None
+    """Prompt tokens of one sequence a pass, at most; ``None``: whatever fits."""
+    extent_tokens: int | None = None
+    """Tokens of one piece of KV cache, at most."""
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.activations is not None and self.activations not in tuple(TierName):
+            raise ValueError(f"activations must be device, host or disk, not {self.activations!r}")
+        for name in ("micro_batch", "micro_batches", "prefill_chunk", "extent_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        for name in ("device_memory", "host_memory", "disk_space"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, not {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Placement, batch shape and byte budgets, resolved and checked: it fits, or it was never made."""
+
+    device: str
+    dtype: str
+    budgets: Mapping[TierName, int]
+    """Bytes each tier may hold."""
+    disk_dir: Path
+    layers: tuple[TierName, ...]
+    """The home of each layer's weights. Embedding and head stay on the device: every pass needs them, and a
+    buffer to stream them through would be as large as they are."""
+    kv_bytes: Mapping[TierName, int]
+    """Bytes of KV cache each tier may hold; a sequence lives in one tier."""
+    activations: TierName
+    micro_batch: int
+    micro_batches: int
+    prefill_chunk: int
+    extent_tokens: int
+    logits_rows: int
+    """Rows of logits computed together, at most."""
+    staging_slots: int
+    """Device buffers that streamed layers pass through; 0 where every layer is resident."""
+    workspace_bytes: int
+    """Device bytes reserved for what lives no longer than one operation."""
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Tokens one pass carries, at most."""
+        return self.micro_batch * self.micro_batches
+
+    def num_layers_in(self, tier: TierName) -> int:
+        """How many layers live in a tier."""
+        return self.layers.count(tier)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON values."""
+        plan = asdict(self)
+        plan["budgets"] = {str(tier): num_bytes for tier, num_bytes in self.budgets.items()}
+        plan["kv_bytes"] = {str(tier): num_bytes for tier, num_bytes in self.kv_bytes.items()}
+        plan["layers"] = {str(tier): self.num_layers_in(tier) for tier in TierName}
+        plan["disk_dir"] = str(self.disk_dir)
+        return plan
