@@ -1,0 +1,1 @@
+"""The worker: a Celery doorbell, one drain thread, one resident model."""

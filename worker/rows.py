@@ -1,0 +1,101 @@
+"""From a stored payload to an engine request, and from an engine output to a stored row."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.request import (
+    Choice,
+    Choose,
+    Generate,
+    Generation,
+    Output,
+    Rejection,
+    Request,
+    SamplingParams,
+    Score,
+    Scoring,
+)
+
+TASKS = ("generate", "score", "choose")
+
+
+@dataclass(frozen=True, slots=True)
+class RowKey:
+    """The name under which the engine knows a claimed row."""
+
+    job_id: int
+    index: int
+    attempt: int
+    """The epoch of the claim: a row claimed twice is two requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobKeys:
+    """All keys of some jobs, as a container for ``Engine.drop``."""
+
+    job_ids: Collection[int]
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, RowKey) and key.job_id in self.job_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A result as it is stored: ``output`` or ``error`` (code, message), never both."""
+
+    output: dict[str, Any] | None
+    error: tuple[str, str] | None
+
+
+def to_request(
+    key: RowKey, task: str, payload: Mapping[str, Any] | None, params: Mapping[str, Any], seed: int
+) -> Request:
+    """The request that a claimed row stands for; ``payload`` holds rendered texts, ``params`` the job's sampling.
+
+    Raises:
+        ValueError: the row or the job's parameters cannot be a request; the text is for people.
+    """
+    if payload is None:
+        raise ValueError("the row has no payload")
+    try:
+        if task == "generate":
+            sampling = SamplingParams(**{**params, "stop": tuple(params.get("stop", ())), "seed": seed})
+            return Request(key, Generate(payload["prompt"], sampling, sample_index=key.index))
+        if task == "score":
+            return Request(key, Score(payload["context"], payload["continuation"]))
+        if task == "choose":
+            return Request(key, Choose(payload["prompt"], tuple(payload["choices"])))
+    except KeyError as error:
+        raise ValueError(f"the row has no {error.args[0]!r}, which the task {task!r} needs") from error
+    except TypeError as error:
+        raise ValueError(f"the job's parameters do not fit the task {task!r}: {error}") from error
+    raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
+
+
+def to_row(output: Output) -> Row:
+    """What is stored of an engine output, in the shapes that ``fetch`` hands out."""
+    result = output.result
+    if isinstance(result, Generation):
+        return Row({"text": result.text, "finish_reason": str(result.finish_reason)}, None)
+    if isinstance(result, Scoring):
+        tokens = [{"id": token.id, "text": token.text, "logprob": token.logprob} for token in result.tokens]
+        return _finite(
+            {"logprob": result.logprob, "is_greedy": result.is_greedy, "tokens": tokens},
+            [result.logprob, *(token.logprob for token in result.tokens)],
+        )
+    if isinstance(result, Choice):
+        return _finite({"label": result.label, "logprobs": dict(result.logprobs)}, list(result.logprobs.values()))
+    assert isinstance(result, Rejection)
+    return Row(None, (result.code, result.message))
+
+
+def _finite(output: dict[str, Any], logprobs: list[float]) -> Row:
+    # JSON has no infinities, and a NaN would be believed: better a row that says so.
+    if all(math.isfinite(logprob) for logprob in logprobs):
+        return Row(output, None)
+    return Row(
+        None,
+        ("not_finite", "the model gave a log-probability that is not a finite number; try --dtype float32 or bfloat16"),
+    )
