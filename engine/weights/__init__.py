@@ -1,0 +1,1 @@
+"""Weights at rest: importing a checkpoint, the model directory, and reading it back."""

@@ -1,0 +1,170 @@
+"""Reading a model directory's weight files with large direct reads, past the page cache."""
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from engine.errors import CheckpointError, LaneFailed
+from engine.units import MIB
+from engine.weights.manifest import DTYPE_BYTES, PAGE_BYTES, Manifest, UnitEntry, read_manifest
+
+READ_BYTES = 16 * MIB
+"""One read request: large enough for a disk's full speed, small enough to be split over several soon."""
+
+
+class WeightFiles:
+    """The files of one model directory; owns their descriptors. Threads may read different units at once."""
+
+    def __init__(self, model_dir: Path, manifest: Manifest) -> None:
+        self._dir = model_dir
+        self._units = {unit.name: unit for unit in manifest.units}
+        self._dtype: torch.dtype = getattr(torch, manifest.dtype)
+        self._item_bytes = DTYPE_BYTES[manifest.dtype]
+        self._lock = Lock()  # guards the two below
+        self._open: dict[str, _File] = {}
+        self._verified: set[str] = set()
+        self._closed = False
+
+    @classmethod
+    def open(cls, model_dir: Path) -> Self:
+        """The files of a model directory.
+
+        Raises:
+            CheckpointError: absent, half-written or damaged.
+        """
+        return cls(model_dir, read_manifest(model_dir))
+
+    def num_bytes(self, name: str) -> int:
+        """How much room ``read_unit`` needs for this unit."""
+        return self._units[name].num_bytes
+
+    def read_unit(self, name: str, out: Tensor) -> int:
+        """Reads a unit's whole file into host memory; the first time, verifies its checksum.
+
+        Args:
+            name: which unit.
+            out: contiguous ``uint8 [>= num_bytes]`` on the host that begins on a page of 4096.
+
+        Returns:
+            The bytes read.
+
+        Raises:
+            CheckpointError: the file is missing, short, or not what was imported.
+            LaneFailed: the disk failed.
+        """
+        unit = self._units[name]
+        if out.dtype != torch.uint8 or not out.is_contiguous() or out.numel() < unit.num_bytes:
+            raise ValueError(f"unit {name} needs {unit.num_bytes} contiguous bytes, not {tuple(out.shape)} {out.dtype}")
+        if out.data_ptr() % PAGE_BYTES:
+            raise ValueError(f"the buffer for unit {name} does not begin on a page")
+        file = self._file(unit)
+        with self._lock:
+            digest = None if name in self._verified else hashlib.sha256()
+        view = out.numpy().data[: unit.num_bytes]
+        for begin in range(0, unit.num_bytes, READ_BYTES):
+            piece = view[begin : begin + READ_BYTES]
+            file.read(begin, piece)
+            if digest is not None:
+                digest.update(piece)
+        if digest is not None:
+            if unit.checksum != f"sha256:{digest.hexdigest()}":
+                raise CheckpointError(f"{file.path} is damaged: its checksum is wrong; import the model again")
+            with self._lock:
+                self._verified.add(name)
+        return unit.num_bytes
+
+    def tensors(self, name: str, raw: Tensor) -> dict[str, Tensor]:
+        """A unit's tensors as views of its file's bytes, ``uint8 [>= num_bytes]`` on any device; nothing is copied."""
+        views = {}
+        for tensor_name, entry in self._units[name].tensors.items():
+            num_bytes = self._item_bytes
+            for size in entry.shape:
+                num_bytes *= size
+            views[tensor_name] = raw[entry.offset : entry.offset + num_bytes].view(self._dtype).view(entry.shape)
+        return views
+
+    def close(self) -> None:
+        """Closes every file; no read may be under way."""
+        with self._lock:
+            self._closed = True
+            while self._open:
+                self._open.popitem()[1].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _file(self, unit: UnitEntry) -> "_File":
+        with self._lock:
+            if self._closed:
+                raise ValueError("these weight files are closed")
+            file = self._open.get(unit.name)
+            if file is None:
+                file = self._open[unit.name] = _File(self._dir / unit.file)
+            return file
+
+
+class _File:
+    """One file, read directly where the file system allows it, else through the page cache, which is then told to
+    forget what was read: weights are read once a pass, and would only push out what others keep there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._direct = hasattr(os, "O_DIRECT")
+        self._fd = -1
+        if self._direct:
+            try:
+                self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise self._failed(error) from error
+                self._direct = False
+        if not self._direct:
+            self._open_buffered()
+
+    def read(self, offset: int, piece: memoryview) -> None:
+        """Fills ``piece`` from ``offset``, both whole pages."""
+        num_read = 0
+        while num_read < len(piece):
+            try:
+                count = os.preadv(self._fd, [piece[num_read:]], offset + num_read)
+            except OSError as error:
+                if error.errno == errno.EINVAL and self._direct:
+                    # Some layered file systems accept the flag at open and refuse it at the first read.
+                    self._direct = False
+                    os.close(self._fd)
+                    self._open_buffered()
+                    continue
+                raise self._failed(error) from error
+            num_read += count
+            if count == 0 or (self._direct and num_read % PAGE_BYTES):
+                raise CheckpointError(
+                    f"{self.path} ends after {offset + num_read} bytes, short of its manifest; import the model again"
+                )
+        if not self._direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, offset, len(piece), os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _open_buffered(self) -> None:
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> CheckpointError | LaneFailed:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            return CheckpointError(f"{self.path} cannot be opened ({error.strerror}); import the model again")
+        return LaneFailed(f"reading {self.path} failed: {error.strerror}")

@@ -1,0 +1,54 @@
+"""Fetching a checkpoint from the Hugging Face hub, where there is a network."""
+
+import errno
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+from engine.errors import CheckpointError, DiskFull
+
+_SMALL_FILES = [
+    "config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt",
+]  # fmt: skip
+_SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+_BIN = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
+
+
+def download(name: str, destination: Path) -> Path:
+    """Downloads what ``import_checkpoint`` needs of a hub repository; resumes what an earlier call left.
+
+    Args:
+        name: the hub's name of the checkpoint, as in ``facebook/opt-1.3b``.
+        destination: the folder that will be the Hugging Face folder.
+
+    Raises:
+        CheckpointError: no network, no such repository, no permission, or nothing usable in it.
+        DiskFull: no room for it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        patterns = wanted_files(HfApi().list_repo_files(name))
+        if patterns:
+            return Path(snapshot_download(name, local_dir=destination, allow_patterns=patterns))
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"{destination} has no room for {name}; free some or choose another place") from error
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise CheckpointError(
+            f"{name} is no local folder, and fetching it from the Hugging Face hub failed: {reason.rstrip('.')}. "
+            "Check the name and the network, or give a folder that holds the checkpoint"
+        ) from error
+    raise CheckpointError(f"{name} on the Hugging Face hub holds neither .safetensors nor .bin weights")
+
+
+def wanted_files(names: Iterable[str]) -> list[str]:
+    """Which of a repository's files to download: safetensors where there are any, else .bin; none without weights."""
+    names = list(names)
+    for weights in (_SAFETENSORS, _BIN):
+        found = [name for name in names if any(fnmatch(name, pattern) for pattern in weights)]
+        if found:
+            return [name for name in names if name in _SMALL_FILES or name in found]
+    return []

@@ -1,0 +1,279 @@
+"""From a Hugging Face folder to a model directory.
+
+Reads ``.safetensors`` or ``.bin``, in one file or sharded, tensor by tensor and piece by piece: a few pieces of memory
+suffice for a model of any size (except for shards in PyTorch's old, unmappable format, see ``sources.TorchFile``).
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import CheckpointError
+from engine.model.family import TensorSpec, UnitSpec
+from engine.model.registry import family_for
+from engine.weights.importers.sources import CheckpointFile, TensorInfo, open_checkpoint_file
+from engine.weights.importers.tokenizer_files import tokenizer_files
+from engine.weights.manifest import DTYPE_BYTES, MANIFEST_NAME, Manifest
+from engine.weights.writer import Buffer, ModelWriter, UnitLayout
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes written so far and in all."""
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""In order of preference; an index names the shards."""
+
+
+def import_checkpoint(
+    source: Path, destination: Path, dtype: str | None = None, on_progress: Progress | None = None
+) -> Manifest:
+    """Makes a model directory of a Hugging Face folder, whole or not at all.
+
+    Args:
+        source: a folder with config.json, weights and a tokenizer.
+        destination: where the model directory will be; must not exist.
+        dtype: how weights are stored; by default as the configuration says, else as the checkpoint has them.
+        on_progress: told of bytes written, and of how many there will be.
+
+    Raises:
+        CheckpointError: the source is not a checkpoint we can run, or the destination exists.
+        DiskFull: no room for the model directory.
+    """
+    config = read_config(source)
+    units = family_for(config).units()
+    tokenizer = tokenizer_files(source)
+    with Checkpoint(source) as checkpoint:
+        checkpoint.check(units)
+        stored = dtype or checkpoint.default_dtype(config, units)
+        if stored not in DTYPE_BYTES:
+            raise CheckpointError(f"dtype {stored!r} is not one of {', '.join(DTYPE_BYTES)}")
+        layouts = {unit.name: UnitLayout.of(unit, stored) for unit in units}
+        num_bytes = sum(layout.num_bytes for layout in layouts.values())
+        report = _Reporter(on_progress, num_bytes)
+        with ModelWriter(destination, num_bytes) as writer:
+            for unit in units:
+                contents = ((tensor.name, report.count(checkpoint.read(tensor, stored))) for tensor in unit.tensors)
+                writer.write_unit(unit.name, layouts[unit.name], contents)
+                checkpoint.release()
+            for name, content in tokenizer.items():
+                writer.write_file(name, content)
+            manifest = Manifest(
+                model_type=config["model_type"],
+                config=config,
+                dtype=stored,
+                units=writer.units,
+                num_bytes=num_bytes,
+                source=source.resolve().name,
+                created_by=_created_by(),
+            )
+            writer.commit(manifest)
+            report.finish()
+    return manifest
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """The configuration of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: there is no such folder, or no usable config.json in it.
+    """
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist")
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is a file; give the folder that holds it together with its config.json")
+    path = source / "config.json"
+    if not path.is_file():
+        if (source / MANIFEST_NAME).is_file():
+            raise CheckpointError(f"{source} is a model directory already; it needs no import")
+        raise CheckpointError(f"{source} has no config.json, so it is not a Hugging Face folder")
+    config = _read_json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{path} has no model_type")
+    return config
+
+
+class Checkpoint:
+    """The weights of a Hugging Face folder under normalised names; a context manager that closes its files."""
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        self._open: dict[Path, CheckpointFile] = {}
+        self._where: dict[str, tuple[Path, str]] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        for path in _weight_files(source):
+            file = self._file(path)
+            for name, info in file.tensors.items():
+                normalised = name.removeprefix("model.")
+                if normalised in self._where:
+                    other = self._where[normalised][0]
+                    raise CheckpointError(f"{path} holds tensor {name}, which {other} holds too")
+                self._where[normalised] = path, name
+                self._infos[normalised] = info
+            self.release()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Closes the files that are open; they open again when needed."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def check(self, units: Iterable[UnitSpec]) -> None:
+        """Checks that every tensor of the model is there with its shape, and no layer or bias would be forgotten.
+
+        Raises:
+            CheckpointError: naming the tensor, the file, and both shapes.
+        """
+        used: set[str] = set()
+        for unit in units:
+            for tensor in unit.tensors:
+                self._check_tensor(tensor)
+                used.update(tensor.sources)
+        patterns = {_pattern(name) for name in used}
+        modules = {name.rpartition(".")[0] for name in used}
+        for name in self._where.keys() - used:
+            module, _, kind = name.rpartition(".")
+            # Other leftovers (fairseq's version, a tied head, another task's head) change nothing and are ignored.
+            if _pattern(name) in patterns or (kind in ("weight", "bias") and module in modules):
+                raise CheckpointError(
+                    f"{self._where[name][0]} holds tensor {name}, for which config.json has no place; "
+                    "are they of the same model?"
+                )
+
+    def default_dtype(self, config: Mapping[str, Any], units: Iterable[UnitSpec]) -> str:
+        """The dtype that the configuration names, else that of the first tensor, if we store such.
+
+        Raises:
+            CheckpointError: neither is one we store.
+        """
+        named = str(config.get("torch_dtype") or config.get("dtype") or "").removeprefix("torch.")
+        if named in DTYPE_BYTES:
+            return named
+        first = next(source for unit in units for tensor in unit.tensors for source in tensor.sources)
+        found = self._infos[first].dtype_name
+        names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+        found = names.get(found, found)
+        if found not in DTYPE_BYTES:
+            raise CheckpointError(f"{self._source} stores weights as {found}; choose --dtype {', '.join(DTYPE_BYTES)}")
+        return found
+
+    def read(self, tensor: TensorSpec, dtype: str) -> Iterator[Buffer]:
+        """The bytes of one tensor in ``dtype``, in pieces.
+
+        Raises:
+            CheckpointError: a value does not fit ``dtype``.
+        """
+        # Row-major tensors concatenated along dimension 0 are their bytes one after another.
+        for source in tensor.sources:
+            path, name = self._where[source]
+            for piece in self._file(path).pieces(name):
+                cast = piece.to(getattr(torch, dtype))
+                if _narrowed(piece, cast) and bool((cast.isinf() & ~piece.isinf()).any()):
+                    largest = piece[~piece.isinf()].abs().max().item()
+                    raise CheckpointError(
+                        f"tensor {name} of {path} holds {largest:g}, too large for {dtype}; "
+                        "choose --dtype bfloat16 or float32"
+                    )
+                yield cast.view(torch.uint8).numpy().data
+
+    def _check_tensor(self, tensor: TensorSpec) -> None:
+        for source in tensor.sources:
+            if source not in self._where:
+                raise CheckpointError(f"tensor {source} is missing in the weights of {self._source}")
+            path, name = self._where[source]
+            info = self._infos[source]
+            if info.dtype is None:
+                raise CheckpointError(
+                    f"tensor {name} of {path} is stored as {info.dtype_name}; only plain floating point is read"
+                )
+            if len(tensor.sources) == 1:
+                fits = info.shape == tensor.shape
+            else:
+                fits = len(info.shape) == len(tensor.shape) and info.shape[1:] == tensor.shape[1:]
+            if not fits:
+                raise CheckpointError(
+                    f"tensor {name} of {path} has shape {info.shape}, but config.json asks for {tensor.shape}"
+                    + (" together with its neighbours" if len(tensor.sources) > 1 else "")
+                )
+        rows = [self._infos[source].shape[0] for source in tensor.sources]
+        if sum(rows) != tensor.shape[0]:
+            path = self._where[tensor.sources[0]][0]
+            shapes = ", ".join(f"{source} {self._infos[source].shape}" for source in tensor.sources)
+            raise CheckpointError(f"{path}: {shapes} together do not give the shape {tensor.shape} of config.json")
+
+    def _file(self, path: Path) -> CheckpointFile:
+        if path not in self._open:
+            self._open[path] = open_checkpoint_file(path)
+        return self._open[path]
+
+
+class _Reporter:
+    """Counts bytes as they pass."""
+
+    def __init__(self, on_progress: Progress | None, num_bytes: int) -> None:
+        self._on_progress = on_progress
+        self._num_bytes = num_bytes
+        self._done = 0
+
+    def count(self, pieces: Iterable[Buffer]) -> Iterator[Buffer]:
+        for piece in pieces:
+            yield piece
+            self._done += memoryview(piece).nbytes
+            if self._on_progress is not None:
+                self._on_progress(self._done, self._num_bytes)
+
+    def finish(self) -> None:
+        if self._on_progress is not None:
+            self._on_progress(self._num_bytes, self._num_bytes)
+
+
+def _weight_files(source: Path) -> list[Path]:
+    for name in _WEIGHTS:
+        path = source / name
+        if not path.is_file():
+            continue
+        if not name.endswith(".json"):
+            return [path]
+        weight_map = _read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{path} has no weight_map")
+        shards = sorted({str(shard) for shard in weight_map.values()})
+        for shard in shards:
+            if Path(shard).name != shard or not (source / shard).is_file():
+                raise CheckpointError(f"{source} lacks {shard}, which {name} names; was it downloaded whole?")
+        return [source / shard for shard in shards]
+    raise CheckpointError(f"{source} has no weights: one of {', '.join(_WEIGHTS)} is needed")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return content
+
+
+def _narrowed(piece: Tensor, cast: Tensor) -> bool:
+    return torch.finfo(cast.dtype).max < torch.finfo(piece.dtype).max
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _created_by() -> str:
+    try:
+        return f"overnight {version('overnight')}"
+    except PackageNotFoundError:
+        return "overnight"

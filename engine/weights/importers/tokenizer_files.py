@@ -1,0 +1,96 @@
+"""The tokenizer of a Hugging Face folder, as the files of a model directory.
+
+``tokenizer.json`` is all that is needed; folders of the first OPT releases have GPT-2's ``vocab.json`` and
+``merges.txt`` instead, from which it is built here.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from engine.errors import CheckpointError
+from engine.weights.manifest import TOKENIZER_NAME
+
+_COPIED = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+_ROLES = ("unk_token", "bos_token", "eos_token", "pad_token", "cls_token", "sep_token", "mask_token")
+
+
+def tokenizer_files(source: Path) -> dict[str, bytes]:
+    """File names and contents; ``tokenizer.json`` is always among them.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or it is damaged.
+    """
+    files = {name: (source / name).read_bytes() for name in _COPIED if (source / name).is_file()}
+    path = source / TOKENIZER_NAME
+    if path.is_file():
+        try:
+            Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} is not a tokenizer this version can read ({error})") from error
+        files[TOKENIZER_NAME] = path.read_bytes()
+    elif (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
+        files[TOKENIZER_NAME] = from_vocab_and_merges(source).to_str(pretty=True).encode()
+    else:
+        raise CheckpointError(f"{source} has no tokenizer: tokenizer.json, or vocab.json with merges.txt, is needed")
+    return files
+
+
+def from_vocab_and_merges(source: Path) -> Tokenizer:
+    """GPT-2's byte-level BPE as OPT uses it, with the special tokens that the folder's settings name.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    config = _settings(source / "tokenizer_config.json")
+    try:
+        model = BPE.from_file(str(source / "vocab.json"), str(source / "merges.txt"))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"vocab.json or merges.txt of {source} is damaged ({error})") from error
+    tokenizer = Tokenizer(model)
+    add_prefix_space = bool(config.get("add_prefix_space", False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    added = _settings(source / "added_tokens.json")
+    tokenizer.add_tokens([AddedToken(text) for text, _ in sorted(added.items(), key=lambda item: item[1])])
+    tokenizer.add_special_tokens(list(_special_tokens(source, config)))
+    bos = _content(config.get("bos_token"))
+    bos_id = None if bos is None else tokenizer.token_to_id(bos)
+    if config.get("add_bos_token") and bos_id is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(str(bos), bos_id)]
+        )
+    else:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+def _special_tokens(source: Path, config: dict[str, Any]) -> Iterator[AddedToken]:
+    named = {**_settings(source / "special_tokens_map.json"), **config}
+    tokens = [named.get(role) for role in _ROLES] + list(named.get("additional_special_tokens") or ())
+    for token in tokens:
+        content = _content(token)
+        if content is not None:
+            flags = token if isinstance(token, dict) else {}
+            yield AddedToken(content, special=True, **{flag: bool(flags[flag]) for flag in _FLAGS if flag in flags})
+
+
+def _content(token: Any) -> str | None:
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,219 @@
+"""What a model directory contains: ``manifest.json`` in and out, without loading torch.
+
+The manifest is written last, so a directory without one is not a model, whatever else lies in it.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.errors import CheckpointError
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+FORMAT_VERSION = 1
+PAGE_BYTES = 4096
+"""Weight files are whole pages long, so that direct reads need no special last piece."""
+TENSOR_ALIGNMENT = 256
+"""Where a tensor may begin within its file: what GPU kernels and host vector units like best."""
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+PARTIAL_NAME = re.compile(r"\..+\.partial-\d+")
+"""Directories that an import is still writing, or left behind when it was killed."""
+
+T = TypeVar("T")
+
+_UNIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies in its unit's file, row-major."""
+
+    offset: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnitEntry:
+    """One unit (embedding, layer or head) and its file."""
+
+    name: str
+    file: str
+    num_bytes: int
+    """The file's size: tensors, gaps and padding, a multiple of ``PAGE_BYTES``."""
+    checksum: str
+    """``sha256:`` and the hex digest of the whole file."""
+    tensors: Mapping[str, TensorEntry]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything needed to read a model directory; equal manifests mean equal weights."""
+
+    format_version: int = FORMAT_VERSION
+    model_type: str
+    config: Mapping[str, Any]
+    """The checkpoint's ``config.json``, whole."""
+    dtype: str
+    """How the weights are stored: a key of ``DTYPE_BYTES``."""
+    units: tuple[UnitEntry, ...]
+    num_bytes: int
+    """Equal to ``sum(unit.num_bytes for unit in units)``."""
+    source: str
+    """The name of the checkpoint it was imported from, for people."""
+    created_by: str
+
+    def unit(self, name: str) -> UnitEntry:
+        """The entry of one unit.
+
+        Raises:
+            KeyError: no unit has this name.
+        """
+        for entry in self.units:
+            if entry.name == name:
+                return entry
+        raise KeyError(name)
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """The manifest in a text.
+
+        Raises:
+            ValueError: not a manifest this version can honour; the text is a sentence fragment for people.
+        """
+        try:
+            fields = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"it is not JSON ({error})") from error
+        if not isinstance(fields, dict):
+            raise ValueError("it is not a JSON object")
+        version = fields.get("format_version")
+        if not isinstance(version, int) or version < 1:
+            raise ValueError("it has no format_version")
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"its format version is {version}, and this overnight reads up to {FORMAT_VERSION}; upgrade overnight"
+            )
+        try:
+            manifest = cls(
+                format_version=version,
+                model_type=_typed(fields["model_type"], str),
+                config=_typed(fields["config"], dict),
+                dtype=_typed(fields["dtype"], str),
+                units=tuple(_unit(entry) for entry in _typed(fields["units"], list)),
+                num_bytes=_typed(fields["num_bytes"], int),
+                source=_typed(fields["source"], str),
+                created_by=_typed(fields["created_by"], str),
+            )
+        except KeyError as error:
+            raise ValueError(f"its field {error} is missing") from error
+        except TypeError as error:
+            raise ValueError(f"a field has the wrong type ({error})") from error
+        manifest.check_integrity()
+        return manifest
+
+    def check_integrity(self) -> None:
+        """Checks that sizes, offsets and names fit each other.
+
+        Raises:
+            ValueError: they do not; the text is a sentence fragment for people.
+        """
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"its dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+        if self.num_bytes != sum(unit.num_bytes for unit in self.units):
+            raise ValueError("its num_bytes is not the sum of its units'")
+        if len({unit.name for unit in self.units}) != len(self.units) or not self.units:
+            raise ValueError("it lists no units, or one twice")
+        for unit in self.units:
+            # A file name that is a plain name cannot lead out of the directory.
+            if not (_UNIT_NAME.fullmatch(unit.name) and _UNIT_NAME.fullmatch(unit.file)):
+                raise ValueError(f"unit {unit.name!r} or its file {unit.file!r} is not a plain name")
+            if unit.num_bytes % PAGE_BYTES or not unit.checksum.startswith("sha256:"):
+                raise ValueError(f"unit {unit.name!r} has an impossible size or checksum")
+            for name, tensor in unit.tensors.items():
+                end = tensor.offset + prod(tensor.shape) * DTYPE_BYTES[self.dtype]
+                if tensor.offset < 0 or tensor.offset % TENSOR_ALIGNMENT or end > unit.num_bytes:
+                    raise ValueError(f"tensor {name!r} of unit {unit.name!r} does not lie within its file")
+
+
+def is_model_dir(path: Path) -> bool:
+    """Whether ``path`` is a finished model directory, as far as its name and manifest's presence tell."""
+    return not PARTIAL_NAME.fullmatch(path.name) and (path / MANIFEST_NAME).is_file()
+
+
+def read_manifest(model_dir: Path) -> Manifest:
+    """The manifest of a model directory whose files are all there, at the sizes it says.
+
+    Raises:
+        CheckpointError: absent, half-written, damaged, or of a newer format.
+    """
+    if not model_dir.is_dir():
+        raise CheckpointError(f"{model_dir} is not a directory; expected a model directory made by `overnight import`")
+    if PARTIAL_NAME.fullmatch(model_dir.name):
+        raise CheckpointError(f"{model_dir} is an import that has not finished; run `overnight import` again")
+    path = model_dir / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if (model_dir / "config.json").is_file():
+            raise CheckpointError(
+                f"{model_dir} is a Hugging Face folder, not a model directory; run `overnight import {model_dir}`"
+            ) from None
+        raise CheckpointError(
+            f"{model_dir} has no {MANIFEST_NAME}: it is no model directory, or its import did not finish; import again"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); import the model again") from error
+    try:
+        manifest = Manifest.from_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    for unit in manifest.units:
+        _check_file(model_dir / unit.file, unit.num_bytes)
+    if not (model_dir / TOKENIZER_NAME).is_file():
+        raise CheckpointError(f"{model_dir / TOKENIZER_NAME} is missing; import the model again")
+    return manifest
+
+
+def _check_file(path: Path, num_bytes: int) -> None:
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; import the model again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); import the model again") from error
+    if found != num_bytes:
+        raise CheckpointError(f"{path} has {found} bytes instead of {num_bytes}; import the model again")
+
+
+def _unit(fields: Any) -> UnitEntry:
+    fields = _typed(fields, dict)
+    return UnitEntry(
+        name=_typed(fields["name"], str),
+        file=_typed(fields["file"], str),
+        num_bytes=_typed(fields["num_bytes"], int),
+        checksum=_typed(fields["checksum"], str),
+        tensors={name: _tensor(entry) for name, entry in _typed(fields["tensors"], dict).items()},
+    )
+
+
+def _tensor(fields: Any) -> TensorEntry:
+    fields = _typed(fields, dict)
+    shape = tuple(_typed(size, int) for size in _typed(fields["shape"], list))
+    if any(size < 0 for size in shape):
+        raise TypeError("a negative size in a shape")
+    return TensorEntry(offset=_typed(fields["offset"], int), shape=shape)
+
+
+def _typed(value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r:.40} is not of type {kind.__name__}")
+    return value

@@ -1,0 +1,214 @@
+"""Weights over the tiers: resident where the plan says so, else staged through a ring of device buffers ahead of compute.
+
+The ring runs on across the end of a pass: while the last layers are computed, the first of the next pass are read.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from engine.devices.base import Device
+from engine.errors import EngineError
+from engine.memory.lane import Event, LaneEvent, LaneName, Reached, ThreadLane, Traffic
+from engine.memory.tier import Block, MemoryTier
+from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
+from engine.planner.plan import Plan, TierName
+from engine.weights.files import WeightFiles
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One staging buffer on the device and, where the device has its own memory, the host buffer that feeds it."""
+
+    device: Block
+    host: Block | None
+    holds: str | None = None
+    freed: Event = Reached()
+    filled: LaneEvent | None = None
+    copied: Event = Reached()
+
+
+class WeightStream:
+    """Owns every weight byte in memory. ``layer`` must be entered in order of depth, pass after pass."""
+
+    def __init__(
+        self, plan: Plan, files: WeightFiles, device: Device, tiers: Mapping[TierName, MemoryTier], traffic: Traffic
+    ) -> None:
+        self._files = files
+        self._device = device
+        self._traffic = traffic
+        self._dtype: torch.dtype = getattr(torch, plan.dtype)
+        self._tiers = tiers
+        self._blocks: list[Block] = []
+        self._resident: dict[str, NamedWeights] = {}
+        self._host: dict[str, Block] = {}
+        self._slots: list[_Slot] = []
+        self._lane = ThreadLane(LaneName.DISK_READ)
+        self._begun = self._entered = 0
+        try:
+            self._place(plan)
+        except BaseException:
+            self.close()
+            raise
+
+    def embedding(self) -> NamedWeights:
+        """The embedding's tensors, always on the device."""
+        return self._resident[EMBED]
+
+    def head(self) -> NamedWeights:
+        """The head's tensors, always on the device."""
+        return self._resident[HEAD]
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[NamedWeights]:
+        """One layer's tensors on the device, in the compute dtype, for as long as the context lasts."""
+        name = layer_name(index)
+        if name in self._resident:
+            yield self._resident[name]
+            return
+        if self._device.shares_host_memory and name in self._host:
+            yield self._cast(self._files.tensors(name, self._host[name].data))
+            return
+        if self._streamed[self._entered % len(self._streamed)] != name:
+            raise EngineError(f"{name} is entered out of turn")
+        slot = self._slots[self._entered % len(self._slots)]
+        if slot.filled is None:
+            raise EngineError(f"{name} was never begun")
+        slot.filled.wait()
+        self._device.compute_after(slot.copied)
+        weights = self._cast(self._files.tensors(name, slot.device.data))
+        yield weights
+        slot.freed = self._device.compute_mark()
+        self._entered += 1
+        self._begin_next()
+
+    def close(self) -> None:
+        """Stop reading and free every byte."""
+        self._lane.close()
+        for block in self._blocks:
+            block.release()
+        self._blocks.clear()
+        self._resident.clear()
+        self._host.clear()
+        self._slots.clear()
+        self._files.close()
+
+    def _place(self, plan: Plan) -> None:
+        self._cast_block: Block | None = None
+        self._streamed: list[str] = []
+        homes = {layer_name(index): home for index, home in enumerate(plan.layers)}
+        for name in (EMBED, *homes, HEAD):
+            home = homes.get(name, TierName.DEVICE)
+            if home is TierName.DEVICE:
+                self._resident[name] = self._load(name, TierName.DEVICE)
+            elif home is TierName.HOST:
+                block = self._allocate(TierName.HOST, self._files.num_bytes(name))
+                self._read(name, block.data)
+                self._host[name] = block
+            if home is TierName.DISK or (home is TierName.HOST and not self._device.shares_host_memory):
+                self._streamed.append(name)
+        away = [name for name, home in homes.items() if home is not TierName.DEVICE]
+        if away and self._casts:
+            self._cast_block = self._allocate(TierName.DEVICE, max(self._computed_bytes(name) for name in away))
+        if self._streamed:
+            size = max(self._files.num_bytes(name) for name in self._streamed)
+            bounce = not self._device.shares_host_memory and TierName.DISK in plan.layers
+            for _ in range(plan.staging_slots):
+                host = self._allocate(TierName.HOST, size) if bounce else None
+                self._slots.append(_Slot(self._allocate(TierName.DEVICE, size), host))
+            for _ in self._slots:
+                self._begin_next()
+
+    @property
+    def _casts(self) -> bool:
+        return self._dtype != self._files.dtype
+
+    def _computed_bytes(self, name: str) -> int:
+        return self._files.num_bytes(name) * self._dtype.itemsize // self._files.dtype.itemsize
+
+    def _allocate(self, tier: TierName, num_bytes: int) -> Block:
+        block = self._tiers[tier].allocate(num_bytes, "weights")
+        self._blocks.append(block)
+        return block
+
+    def _load(self, name: str, tier: TierName) -> NamedWeights:
+        """A unit that stays: read once, cast once."""
+        block = self._allocate(tier, self._computed_bytes(name))
+        if not self._casts and self._device.shares_host_memory:
+            self._read(name, block.data)
+            return self._files.tensors(name, block.data)
+        raw = self._device.allocate_host(self._files.num_bytes(name))
+        self._read(name, raw)
+        if not self._casts:
+            self._copy_in(block.data, raw).wait()
+            return self._files.tensors(name, block.data)
+        # Cast on the host: the device budget has no room for a second copy of the largest unit.
+        views = self._views(name, block.data)
+        for tensor_name, stored in self._files.tensors(name, raw).items():
+            if self._device.shares_host_memory:
+                views[tensor_name].copy_(stored)
+            else:
+                self._copy_in(views[tensor_name], stored.to(self._dtype)).wait()
+        return views
+
+    def _views(self, name: str, data: Tensor) -> dict[str, Tensor]:
+        """A unit's tensors in the compute dtype over ``data``: the stored layout, scaled."""
+        stored, computed = self._files.dtype.itemsize, self._dtype.itemsize
+        views = {}
+        for tensor_name, entry in self._files.entries(name).items():
+            offset = entry.offset * computed // stored
+            shape = torch.Size(entry.shape)
+            views[tensor_name] = data[offset : offset + shape.numel() * computed].view(self._dtype).view(shape)
+        return views
+
+    def _cast(self, stored: NamedWeights) -> NamedWeights:
+        if self._cast_block is None:
+            return stored
+        item = self._dtype.itemsize
+        cast, offset = {}, 0
+        for name, tensor in stored.items():
+            size = tensor.numel() * item
+            cast[name] = self._cast_block.data[offset : offset + size].view(self._dtype).view(tensor.shape)
+            cast[name].copy_(tensor)
+            offset += -(-size // 256) * 256
+        return cast
+
+    def _begin_next(self) -> None:
+        """Queue the next streamed layer for the slot that was freed last."""
+        name = self._streamed[self._begun % len(self._streamed)]
+        slot = self._slots[self._begun % len(self._slots)]
+        self._begun += 1
+        if slot.holds == name:
+            return
+        slot.holds = name
+        slot.filled = self._lane.submit(lambda: self._stage(name, slot))
+
+    def _stage(self, name: str, slot: _Slot) -> None:
+        """On the lane: bring one layer into its slot."""
+        size = self._files.num_bytes(name)
+        if name in self._host:
+            slot.freed.wait()
+            slot.copied = self._copy_in(slot.device.data[:size], self._host[name].data)
+        elif slot.host is None:
+            slot.freed.wait()
+            self._read(name, slot.device.data)
+        else:
+            # The copy before must have left the host buffer, and compute the device buffer, before either is overwritten.
+            slot.copied.wait()
+            self._read(name, slot.host.data)
+            slot.freed.wait()
+            slot.copied = self._copy_in(slot.device.data[:size], slot.host.data[:size])
+
+    def _read(self, name: str, out: Tensor) -> None:
+        start = perf_counter()
+        num_bytes = self._files.read_unit(name, out)
+        self._traffic.add(LaneName.DISK_READ, num_bytes, perf_counter() - start, weights=True)
+
+    def _copy_in(self, destination: Tensor, source: Tensor) -> Event:
+        num_bytes = source.numel() * source.element_size()
+        self._traffic.add(LaneName.HOST_TO_DEVICE, num_bytes, 0.0, weights=True)
+        return self._device.copy(LaneName.HOST_TO_DEVICE, destination, source)
