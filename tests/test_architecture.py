@@ -1,0 +1,108 @@
+"""House rules that are machines: what each room may load, and what it may stand on.
+
+The directions between the rooms themselves are import-linter's (``make lint``).
+"""
+
+import ast
+import importlib.metadata
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+ROOMS = ("cli", "engine", "storage", "worker")
+HEAVY = ("torch", "transformers", "pydantic")
+
+_LOAD = """
+import importlib, json, sys
+heavy, names = json.loads(sys.argv[1])
+for name in names:
+    importlib.import_module(name)
+    loaded = [module for module in heavy if module in sys.modules]
+    if loaded:
+        sys.exit(f"importing {name} loads {', '.join(loaded)}")
+"""
+
+
+def load_in_a_fresh_process(names: list[str], heavy: tuple[str, ...] = HEAVY) -> str:
+    """Import ``names`` one after the other; what was wrong, or an empty string."""
+    ran = subprocess.run(
+        [sys.executable, "-c", _LOAD, json.dumps([heavy, names])], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    return ran.stderr.strip() if ran.returncode else ""
+
+
+def modules_of(name: str) -> list[str]:
+    """A module and, where it is a package, all below it; scripts that run when imported are left out."""
+    folder = ROOT / name.replace(".", "/")
+    if not folder.is_dir():
+        return [name]
+    found = [module.name for module in pkgutil.walk_packages([str(folder)], prefix=f"{name}.")]
+    # Alembic imports these itself, inside a context that only it has.
+    return [name, *(n for n in found if not n.endswith(".__main__") and ".migrations" not in n)]
+
+
+def light_modules() -> list[str]:
+    """The modules that the import-linter contracts keep free of torch."""
+    contracts = PYPROJECT["tool"]["importlinter"]["contracts"]
+    sources = [
+        c["source_modules"] for c in contracts if c["type"] == "forbidden" and c["forbidden_modules"] == ["torch"]
+    ]
+    return [module for names in sources for name in names for module in modules_of(name)]
+
+
+def sources(room: str) -> Iterator[Path]:
+    return (path for path in sorted((ROOT / room).rglob("*.py")) if "__pycache__" not in path.parts)
+
+
+def imported_roots(path: Path) -> set[str]:
+    """The top-level names that a file imports, wherever in the file."""
+    roots = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            roots.add(node.module.split(".")[0])
+    return roots
+
+
+def test_the_check_itself_sees_a_heavy_import() -> None:
+    assert load_in_a_fresh_process(["json", "decimal"], heavy=("decimal",)) == "importing decimal loads decimal"
+
+
+def test_no_command_loads_torch_before_it_computes() -> None:
+    assert load_in_a_fresh_process(modules_of("cli")) == ""
+
+
+def test_what_decides_is_loaded_without_torch() -> None:
+    names = light_modules()
+    assert len(names) > 10, names  # the contract is read, not missed
+    assert load_in_a_fresh_process(names) == ""
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    declared = {_name(requirement) for requirement in PYPROJECT["project"]["dependencies"]}
+    providers = importlib.metadata.packages_distributions()
+    missing = {}
+    for path in (path for room in ROOMS for path in sources(room)):
+        for root in imported_roots(path) - set(sys.stdlib_module_names) - set(ROOMS):
+            if not declared & {_name(distribution) for distribution in providers.get(root, [])}:
+                missing[f"{path.relative_to(ROOT)}: {root}"] = providers.get(root)
+    assert missing == {}
+
+
+def test_every_folder_of_tests_is_a_package() -> None:
+    # Without __init__.py, tests/engine would be imported as `engine`.
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+def _name(requirement: str) -> str:
+    """The normalised name at the start of a requirement."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]+", requirement)[0]).lower()  # type: ignore[index]
