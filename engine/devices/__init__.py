@@ -1,0 +1,1 @@
+"""The devices: one interface, and its implementations for CPU, CUDA and tests."""

@@ -1,0 +1,1 @@
+"""Tiers with byte budgets, and the lanes that move bytes between them."""

@@ -1,6 +1,7 @@
 """What the engine knows of any model: an embedding, like layers, a head. One file a family implements it.
 
-Shapes in this package: T tokens packed over sequences, D hidden size, N query heads, K key/value heads, H head size, V vocabulary.
+Shapes in this package: T tokens packed over sequences, D hidden size, N query heads, K key/value heads, H head size,
+V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
@@ -65,7 +66,9 @@ class ModelShape:
 class Family(Protocol):
     """One loaded configuration of a model family: pure functions of named weights."""
 
-    shape: ModelShape
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes that planning, scheduling and the KV cache need."""
 
     def units(self) -> tuple[UnitSpec, ...]:
         """Embedding, layers in order, head."""

@@ -1,0 +1,1 @@
+"""Plans: what lives where, in batches of what size. No torch."""

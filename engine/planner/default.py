@@ -42,20 +42,36 @@ def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * DTYPE_BYTES[dtype]
 
 
-def spread_layers(num_layers: int, shares: Shares) -> tuple[TierName, ...]:
-    """A home for each layer: the shares in whole layers, interleaved evenly over depth.
+def kv_scratch_bytes(shape: ModelShape, dtype: str, extent_tokens: int) -> int:
+    """Bytes of one layer's keys and values of the longest extent: what a cache that lives elsewhere passes through."""
+    return 2 * shape.num_kv_heads * extent_tokens * shape.head_size * DTYPE_BYTES[dtype]
+
+
+def interleave(counts: Mapping[TierName, int]) -> tuple[TierName, ...]:
+    """A home for each layer: exact counts, spread evenly over depth.
 
     Evenly, so that streamed layers alternate with resident ones and the links never see a burst. Each step gives the
     layer to the tier that is furthest behind its share.
     """
-    counts = dict.fromkeys(TierName, 0)
+    num_layers = sum(counts.values())
+    given = dict.fromkeys(TierName, 0)
     homes = []
     for index in range(num_layers):
-        behind = {tier: shares.of(tier) * (index + 1) / 100 - counts[tier] for tier in TierName if shares.of(tier)}
-        home = max(behind, key=lambda tier: behind[tier])
-        counts[home] += 1
+        behind = {tier: count * (index + 1) / num_layers - given[tier] for tier, count in counts.items()}
+        home = max((tier for tier in counts if given[tier] < counts[tier]), key=lambda tier: behind[tier])
+        given[home] += 1
         homes.append(home)
     return tuple(homes)
+
+
+def whole_layers(num_layers: int, shares: Shares) -> dict[TierName, int]:
+    """Shares in percent as whole layers that sum to all of them (largest remainders are rounded up)."""
+    exact = {tier: shares.of(tier) * num_layers / 100 for tier in TierName}
+    counts = {tier: int(value) for tier, value in exact.items()}
+    by_remainder = sorted(TierName, key=lambda tier: counts[tier] - exact[tier])
+    for tier in by_remainder[: num_layers - sum(counts.values())]:
+        counts[tier] += 1
+    return counts
 
 
 def resolve_plan(
@@ -81,15 +97,24 @@ def resolve_plan(
     micro_batches = options.micro_batches or (STREAMED_MICRO_BATCHES if streamed else 1)
     activations = TierName(options.activations or TierName.DEVICE)
     extent_tokens = min(options.extent_tokens or EXTENT_TOKENS, shape.max_positions + 1)
-    logits_rows = max(1, min(LOGITS_BYTES // (4 * shape.vocab_size), micro_batch))
-    slots = min(STAGING_SLOTS, sum(home is not TierName.DEVICE for home in layers))
+    logits_rows = _logits_rows(shape, micro_batch)
+    staged = {TierName.DISK} if facts.shares_host_memory else {TierName.HOST, TierName.DISK}
+    slots = min(STAGING_SLOTS, sum(home in staged for home in layers))
+    largest_layer = max(stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers))
     workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows, extent_tokens)
 
     fixed = dict.fromkeys(TierName, 0)
-    fixed[TierName.DEVICE] += workspace + slots * _slot_bytes(shape, stored, dtype)
+    fixed[TierName.DEVICE] += workspace + slots * largest_layer
+    if streamed and dtype != stored.dtype:
+        fixed[TierName.DEVICE] += largest_layer * DTYPE_BYTES[dtype] // DTYPE_BYTES[stored.dtype]
     fixed[activations] += micro_batch * micro_batches * shape.hidden_size * DTYPE_BYTES[dtype]
-    if not facts.shares_host_memory and TierName.DISK in layers:
-        fixed[TierName.HOST] += slots * max(stored.unit_bytes[layer_name(i)] for i in range(shape.num_layers))
+    if not facts.shares_host_memory:
+        if TierName.DISK in layers:
+            fixed[TierName.HOST] += slots * largest_layer
+        if options.kv is not None and options.kv.disk:
+            fixed[TierName.HOST] += kv_scratch_bytes(shape, dtype, extent_tokens)
+        if activations is TierName.DISK:
+            fixed[TierName.HOST] += micro_batch * shape.hidden_size * DTYPE_BYTES[dtype]
     fixed[TierName.DEVICE] += sum(stored.computed_bytes(unit, dtype) for unit in (EMBED, HEAD))
     for index, home in enumerate(layers):
         unit = layer_name(index)
@@ -123,8 +148,8 @@ def _budgets(options: PlanOptions, facts: MachineFacts, disk_dir: Path) -> dict[
     device = options.device_memory if options.device_memory is not None else int(facts.device_free * DEVICE_SHARE)
     # Where device and host are one memory, a host tier would only be a second name for the same bytes.
     unasked_host = 0 if facts.shares_host_memory else int(facts.host_free * HOST_SHARE)
-    wants_host = any(shares and shares.host for shares in (options.weights, options.kv)) or options.activations == "host"
-    if facts.shares_host_memory and wants_host and options.host_memory is None:
+    wants_host = options.activations == "host" or any(s is not None and s.host for s in (options.weights, options.kv))
+    if facts.shares_host_memory and wants_host:
         unasked_host = device
     host = options.host_memory if options.host_memory is not None else unasked_host
     wants_disk = bool(options.kv and options.kv.disk) or options.activations == "disk"
@@ -133,10 +158,8 @@ def _budgets(options: PlanOptions, facts: MachineFacts, disk_dir: Path) -> dict[
     return {TierName.DEVICE: device, TierName.HOST: host, TierName.DISK: disk}
 
 
-def _slot_bytes(shape: ModelShape, stored: StoredWeights, dtype: str) -> int:
-    """A staged layer as stored and, where it is cast on the way, as computed."""
-    largest = max(stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers))
-    return largest if dtype == stored.dtype else largest + largest * DTYPE_BYTES[dtype] // DTYPE_BYTES[stored.dtype]
+def _logits_rows(shape: ModelShape, micro_batch: int) -> int:
+    return max(1, min(LOGITS_BYTES // (4 * shape.vocab_size), micro_batch))
 
 
 def _workspace_bytes(shape: ModelShape, dtype: str, micro_batch: int, logits_rows: int, extent_tokens: int) -> int:
@@ -144,8 +167,7 @@ def _workspace_bytes(shape: ModelShape, dtype: str, micro_batch: int, logits_row
     layer = micro_batch * shape.workspace_values * item
     # Logits as computed, as float32, and their log-softmax.
     head = logits_rows * shape.vocab_size * (item + 8) + micro_batch * shape.hidden_size * item
-    kv_scratch = 2 * shape.num_kv_heads * extent_tokens * shape.head_size * item
-    return max(layer + kv_scratch, head) + micro_batch * shape.hidden_size * item
+    return max(layer + kv_scratch_bytes(shape, dtype, extent_tokens), head) + micro_batch * shape.hidden_size * item
 
 
 def _place_layers(
@@ -157,16 +179,19 @@ def _place_layers(
     micro_batch: int,
 ) -> tuple[TierName, ...]:
     if options.weights is not None:
-        return spread_layers(shape.num_layers, options.weights)
+        return interleave(whole_layers(shape.num_layers, options.weights))
     sizes = [stored.computed_bytes(layer_name(index), dtype) for index in range(shape.num_layers)]
     fixed = sum(stored.computed_bytes(unit, dtype) for unit in (EMBED, HEAD))
-    fixed += _workspace_bytes(shape, dtype, micro_batch, micro_batch, EXTENT_TOKENS)
+    fixed += _workspace_bytes(shape, dtype, micro_batch, _logits_rows(shape, micro_batch), EXTENT_TOKENS)
     room = int(budgets[TierName.DEVICE] * (1 - KV_SHARE)) - fixed
     on_device = _how_many(sizes, room)
     if on_device < shape.num_layers:
-        on_device = _how_many(sizes, room - STAGING_SLOTS * _slot_bytes(shape, stored, dtype))
+        # Stored and, where it is cast on the way, as computed: never less than what the ring will take.
+        largest = max(*sizes, *(stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers)))
+        on_device = _how_many(sizes, room - (STAGING_SLOTS + 1) * largest)
     on_host = _how_many(sizes[on_device:], int(budgets[TierName.HOST] * (1 - KV_SHARE)))
-    return _spread_counts(shape.num_layers, on_device, on_host)
+    on_disk = shape.num_layers - on_device - on_host
+    return interleave({TierName.DEVICE: on_device, TierName.HOST: on_host, TierName.DISK: on_disk})
 
 
 def _how_many(sizes: Sequence[int], room: int) -> int:
@@ -178,25 +203,6 @@ def _how_many(sizes: Sequence[int], room: int) -> int:
     return len(sizes)
 
 
-def _spread_counts(num_layers: int, on_device: int, on_host: int) -> tuple[TierName, ...]:
-    """Exact counts, interleaved evenly over depth."""
-    wanted = {
-        TierName.DEVICE: on_device,
-        TierName.HOST: on_host,
-        TierName.DISK: num_layers - on_device - on_host,
-    }
-    counts = dict.fromkeys(TierName, 0)
-    homes = []
-    for index in range(num_layers):
-        behind = {
-            tier: total * (index + 1) / num_layers - counts[tier] for tier, total in wanted.items() if counts[tier] < total
-        }
-        home = max(behind, key=lambda tier: behind[tier])
-        counts[home] += 1
-        homes.append(home)
-    return tuple(homes)
-
-
 def _kv_pools(options: PlanOptions, room: Mapping[TierName, int], bytes_per_token: int) -> dict[TierName, int]:
     if options.kv is None:
         return {TierName.DEVICE: room[TierName.DEVICE], TierName.HOST: room[TierName.HOST], TierName.DISK: 0}
@@ -206,8 +212,8 @@ def _kv_pools(options: PlanOptions, room: Mapping[TierName, int], bytes_per_toke
     for tier, share in shares.items():
         if share and pools[tier] < bytes_per_token:
             raise PlanDoesNotFit(
-                f"--kv puts {share}% of the KV cache in {tier} memory, where {format_bytes(room[tier])} are left and one "
-                f"token takes {format_bytes(bytes_per_token)}; {_raise_hint(tier)} or lower its share"
+                f"--kv puts {share}% of the KV cache in {tier} memory, where {format_bytes(room[tier])} are left and "
+                f"one token takes {format_bytes(bytes_per_token)}; {_raise_hint(tier)} or lower its share"
             )
     return pools
 

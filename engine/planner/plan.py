@@ -1,4 +1,7 @@
-"""What a person asks of placement (``PlanOptions``) and what the engine holds to (``Plan``): frozen values, no torch."""
+"""What a person asks of placement (``PlanOptions``) and what the engine holds to (``Plan``).
+
+Frozen values; no torch.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,9 +30,7 @@ class Shares:
 
     def __post_init__(self) -> None:
         if min(self.device, self.host, self.disk) < 0 or self.device + self.host + self.disk != 100:
-            raise ValueError(
-                f"shares must be three percentages of 0 or more that sum to 100, not {self.device}/{self.host}/{self.disk}"
-            )
+            raise ValueError(f"shares must be three percentages of 0 or more that sum to 100, not {self}")
 
     @classmethod
     def parse(cls, text: str) -> "Shares":

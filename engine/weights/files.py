@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from engine.errors import CheckpointError, LaneFailed
 from engine.units import MIB
-from engine.weights.manifest import DTYPE_BYTES, PAGE_BYTES, Manifest, UnitEntry, read_manifest
+from engine.weights.manifest import DTYPE_BYTES, PAGE_BYTES, Manifest, TensorEntry, UnitEntry, read_manifest
 
 READ_BYTES = 16 * MIB
 """One read request: large enough for a disk's full speed, small enough to be split over several soon."""
@@ -25,7 +26,8 @@ class WeightFiles:
     def __init__(self, model_dir: Path, manifest: Manifest) -> None:
         self._dir = model_dir
         self._units = {unit.name: unit for unit in manifest.units}
-        self._dtype: torch.dtype = getattr(torch, manifest.dtype)
+        self.dtype: torch.dtype = getattr(torch, manifest.dtype)
+        """How the weights are stored."""
         self._item_bytes = DTYPE_BYTES[manifest.dtype]
         self._lock = Lock()  # guards the two below
         self._open: dict[str, _File] = {}
@@ -44,6 +46,10 @@ class WeightFiles:
     def num_bytes(self, name: str) -> int:
         """How much room ``read_unit`` needs for this unit."""
         return self._units[name].num_bytes
+
+    def entries(self, name: str) -> Mapping[str, TensorEntry]:
+        """Where each tensor of a unit lies in its file."""
+        return self._units[name].tensors
 
     def read_unit(self, name: str, out: Tensor) -> int:
         """Reads a unit's whole file into host memory; the first time, verifies its checksum.
@@ -87,7 +93,7 @@ class WeightFiles:
             num_bytes = self._item_bytes
             for size in entry.shape:
                 num_bytes *= size
-            views[tensor_name] = raw[entry.offset : entry.offset + num_bytes].view(self._dtype).view(entry.shape)
+            views[tensor_name] = raw[entry.offset : entry.offset + num_bytes].view(self.dtype).view(entry.shape)
         return views
 
     def close(self) -> None:

@@ -15,6 +15,9 @@ _SMALL_FILES = [
 _SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 _BIN = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
 
+TIMEOUT_S = 10.0
+"""How long the hub may take to answer at first."""
+
 
 def download(name: str, destination: Path) -> Path:
     """Downloads what ``import_checkpoint`` needs of a hub repository; resumes what an earlier call left.
@@ -28,11 +31,18 @@ def download(name: str, destination: Path) -> Path:
         DiskFull: no room for it.
     """
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        patterns = wanted_files(HfApi().list_repo_files(name))
-        if patterns:
-            return Path(snapshot_download(name, local_dir=destination, allow_patterns=patterns))
+        # One small request first: it fails at once where there is no network, and tells which files there are.
+        info = HfApi().model_info(name, timeout=TIMEOUT_S)
+        wanted = wanted_files(file.rfilename for file in info.siblings or ())
+        if wanted:
+            return Path(snapshot_download(name, revision=info.sha, local_dir=destination, allow_patterns=wanted))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{name} is no local folder, nor a name of the Hugging Face hub, which look like facebook/opt-1.3b"
+        ) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"{destination} has no room for {name}; free some or choose another place") from error

@@ -1,4 +1,4 @@
-"""Weights over the tiers: resident where the plan says so, else staged through a ring of device buffers ahead of compute.
+"""Weights over the tiers: resident where the plan says so, else staged through device buffers ahead of compute.
 
 The ring runs on across the end of a pass: while the last layers are computed, the first of the next pass are read.
 """
@@ -19,6 +19,8 @@ from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
 from engine.planner.plan import Plan, TierName
 from engine.weights.files import WeightFiles
 
+_REACHED = Reached()
+
 
 @dataclass(slots=True)
 class _Slot:
@@ -27,9 +29,9 @@ class _Slot:
     device: Block
     host: Block | None
     holds: str | None = None
-    freed: Event = Reached()
+    freed: Event = _REACHED
     filled: LaneEvent | None = None
-    copied: Event = Reached()
+    copied: Event = _REACHED
 
 
 class WeightStream:
@@ -71,7 +73,7 @@ class WeightStream:
             yield self._resident[name]
             return
         if self._device.shares_host_memory and name in self._host:
-            yield self._cast(self._files.tensors(name, self._host[name].data))
+            yield self._cast(name, self._files.tensors(name, self._host[name].data))
             return
         if self._streamed[self._entered % len(self._streamed)] != name:
             raise EngineError(f"{name} is entered out of turn")
@@ -80,7 +82,7 @@ class WeightStream:
             raise EngineError(f"{name} was never begun")
         slot.filled.wait()
         self._device.compute_after(slot.copied)
-        weights = self._cast(self._files.tensors(name, slot.device.data))
+        weights = self._cast(name, self._files.tensors(name, slot.device.data))
         yield weights
         slot.freed = self._device.compute_mark()
         self._entered += 1
@@ -104,7 +106,7 @@ class WeightStream:
         for name in (EMBED, *homes, HEAD):
             home = homes.get(name, TierName.DEVICE)
             if home is TierName.DEVICE:
-                self._resident[name] = self._load(name, TierName.DEVICE)
+                self._resident[name] = self._load(name)
             elif home is TierName.HOST:
                 block = self._allocate(TierName.HOST, self._files.num_bytes(name))
                 self._read(name, block.data)
@@ -135,9 +137,9 @@ class WeightStream:
         self._blocks.append(block)
         return block
 
-    def _load(self, name: str, tier: TierName) -> NamedWeights:
-        """A unit that stays: read once, cast once."""
-        block = self._allocate(tier, self._computed_bytes(name))
+    def _load(self, name: str) -> NamedWeights:
+        """A unit that stays on the device: read once, cast once."""
+        block = self._allocate(TierName.DEVICE, self._computed_bytes(name))
         if not self._casts and self._device.shares_host_memory:
             self._read(name, block.data)
             return self._files.tensors(name, block.data)
@@ -165,17 +167,13 @@ class WeightStream:
             views[tensor_name] = data[offset : offset + shape.numel() * computed].view(self._dtype).view(shape)
         return views
 
-    def _cast(self, stored: NamedWeights) -> NamedWeights:
+    def _cast(self, name: str, stored: NamedWeights) -> NamedWeights:
         if self._cast_block is None:
             return stored
-        item = self._dtype.itemsize
-        cast, offset = {}, 0
-        for name, tensor in stored.items():
-            size = tensor.numel() * item
-            cast[name] = self._cast_block.data[offset : offset + size].view(self._dtype).view(tensor.shape)
-            cast[name].copy_(tensor)
-            offset += -(-size // 256) * 256
-        return cast
+        views = self._views(name, self._cast_block.data)
+        for tensor_name, tensor in stored.items():
+            views[tensor_name].copy_(tensor)
+        return views
 
     def _begin_next(self) -> None:
         """Queue the next streamed layer for the slot that was freed last."""
@@ -197,7 +195,7 @@ class WeightStream:
             slot.freed.wait()
             self._read(name, slot.device.data)
         else:
-            # The copy before must have left the host buffer, and compute the device buffer, before either is overwritten.
+            # Before a buffer is overwritten, the last copy must have left the host's and compute the device's.
             slot.copied.wait()
             self._read(name, slot.host.data)
             slot.freed.wait()

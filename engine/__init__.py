@@ -1,0 +1,72 @@
+"""The inference engine: requests in, outputs out; it knows no queue and no database.
+
+Names load lazily, so that planning and reading a manifest never import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.engine import Engine as Engine
+    from engine.errors import CheckpointError as CheckpointError
+    from engine.errors import DeviceUnavailable as DeviceUnavailable
+    from engine.errors import DiskFull as DiskFull
+    from engine.errors import EngineError as EngineError
+    from engine.errors import LaneFailed as LaneFailed
+    from engine.errors import PlanDoesNotFit as PlanDoesNotFit
+    from engine.errors import TierFull as TierFull
+    from engine.passes import PassReport as PassReport
+    from engine.passes import PassStats as PassStats
+    from engine.planner.plan import Plan as Plan
+    from engine.planner.plan import PlanOptions as PlanOptions
+    from engine.planner.plan import Shares as Shares
+    from engine.request import Choice as Choice
+    from engine.request import Choose as Choose
+    from engine.request import FinishReason as FinishReason
+    from engine.request import Generate as Generate
+    from engine.request import Generation as Generation
+    from engine.request import Output as Output
+    from engine.request import Rejection as Rejection
+    from engine.request import Request as Request
+    from engine.request import SamplingParams as SamplingParams
+    from engine.request import Score as Score
+    from engine.request import Scoring as Scoring
+    from engine.request import TokenScore as TokenScore
+
+_HOMES = {
+    "engine.engine": ("Engine",),
+    "engine.errors": (
+        "CheckpointError",
+        "DeviceUnavailable",
+        "DiskFull",
+        "EngineError",
+        "LaneFailed",
+        "PlanDoesNotFit",
+        "TierFull",
+    ),
+    "engine.passes": ("PassReport", "PassStats"),
+    "engine.planner.plan": ("Plan", "PlanOptions", "Shares"),
+    "engine.request": (
+        "Choice",
+        "Choose",
+        "FinishReason",
+        "Generate",
+        "Generation",
+        "Output",
+        "Rejection",
+        "Request",
+        "SamplingParams",
+        "Score",
+        "Scoring",
+        "TokenScore",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - one list of names, above
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

@@ -1,0 +1,73 @@
+"""A device of separate memory, for tests: it computes on the CPU, but sees only what was copied to it.
+
+Copies run on lanes of their own, late and if asked throttled, and until one is done its destination holds NaN: whoever
+forgets to copy, or to wait, gets a wrong result instead of a lucky one.
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+from engine.memory.aligned import aligned_empty
+from engine.memory.lane import Event, LaneName, Reached, ThreadLane
+
+POISON = 0xFF
+"""Every floating-point type reads all ones as NaN."""
+
+
+class SimulatedDevice:
+    """Implements ``engine.devices.base.Device``; links run at ``bytes_per_second``, each copy is ``delay_s`` late."""
+
+    name = "simulated"
+    shares_host_memory = False
+
+    def __init__(self, *, bytes_per_second: float = float("inf"), delay_s: float = 0.0) -> None:
+        self.torch_device = torch.device("cpu")
+        self._bytes_per_second = bytes_per_second
+        self._delay_s = delay_s
+        self._lanes = {name: ThreadLane(name) for name in (LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)}
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """Poisoned, as it is before anything was copied to it."""
+        return aligned_empty(num_bytes).fill_(POISON)
+
+    def allocate_host(self, num_bytes: int) -> Tensor:
+        """Poisoned too: what was never read from disk must not look like data."""
+        return aligned_empty(num_bytes).fill_(POISON)
+
+    def copy(self, lane: LaneName, destination: Tensor, source: Tensor) -> Event:
+        """Poison now, copy later."""
+        if destination.is_floating_point():
+            destination.fill_(float("nan"))
+        else:
+            destination.fill_(POISON)
+        seconds = self._delay_s + source.numel() * source.element_size() / self._bytes_per_second
+
+        def work() -> None:
+            if seconds:
+                time.sleep(seconds)
+            destination.copy_(source)
+
+        return self._lanes[lane].submit(work)
+
+    def compute_after(self, event: Event) -> None:
+        """Block: compute is the calling thread."""
+        event.wait()
+
+    def compute_mark(self) -> Event:
+        """Compute is done when it returns."""
+        return Reached()
+
+    def upload(self, values: Tensor) -> Tensor:
+        """A copy, so that the host's can change."""
+        return values.clone()
+
+    def download(self, values: Tensor) -> Tensor:
+        """A copy."""
+        return values.clone()
+
+    def close(self) -> None:
+        """End the lanes."""
+        for lane in self._lanes.values():
+            lane.close()

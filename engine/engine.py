@@ -1,0 +1,234 @@
+"""The engine's public face: load a model once, run requests through it, close it."""
+
+from collections.abc import Container, Hashable, Iterable, Iterator
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Self
+
+from engine.activations import Activations
+from engine.devices.base import Device
+from engine.devices.open import facts_of, open_device
+from engine.errors import EngineError
+from engine.executor import Executor
+from engine.kvcache.store import KVStore
+from engine.memory.lane import Traffic
+from engine.memory.spill import DiskTier
+from engine.memory.tier import MemoryTier, Tier
+from engine.model.registry import family_for
+from engine.passes import Pass, PassReport, PassStats
+from engine.planner.default import StoredWeights, resolve_plan
+from engine.planner.plan import Plan, PlanOptions, TierName
+from engine.request import Output, Request
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+from engine.tasks import InProgress, begin, rejected
+from engine.tokenizer import Tokenizer
+from engine.units import format_bytes
+from engine.weights.files import WeightFiles
+from engine.weights.manifest import read_manifest
+from engine.weights.stream import WeightStream
+
+
+class Engine:
+    """One model over the tiers of one machine. Not thread-safe: one thread runs it."""
+
+    def __init__(self, model_dir: Path, options: PlanOptions, device: Device) -> None:
+        """Use ``Engine.load``."""
+        self._device = device
+        self._closers = [device.close]
+        try:
+            self._open(model_dir, options)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def load(cls, model_dir: Path, options: PlanOptions | None = None, *, device: Device | None = None) -> "Engine":
+        """Place a model directory's weights over the tiers, and keep them until ``close``.
+
+        Args:
+            model_dir: made by ``overnight import``.
+            options: what the caller fixes of the plan; the rest is chosen.
+            device: an open device to use (and close) instead of the one ``options`` names.
+
+        Raises:
+            CheckpointError: the model directory is absent, half-written or damaged.
+            DeviceUnavailable: there is no such device.
+            PlanDoesNotFit: the plan needs more than a tier's budget; nothing was allocated.
+        """
+        options = options or PlanOptions()
+        return cls(model_dir, options, device or open_device(options.device))
+
+    def _open(self, model_dir: Path, options: PlanOptions) -> None:
+        manifest = read_manifest(model_dir)
+        family = family_for(manifest.config)
+        self._shape = family.shape
+        stored = StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units})
+        eos = self._shape.eos_token_ids
+        self._tokenizer = Tokenizer.load(model_dir, self._shape.bos_token_id, eos[0] if eos else None)
+        self.plan: Plan = resolve_plan(
+            options,
+            shape=self._shape,
+            stored=stored,
+            device=self._device.name,
+            facts=facts_of(self._device),
+            disk_dir=model_dir,
+        )
+        self._traffic = Traffic()
+        memory = {
+            TierName.DEVICE: MemoryTier(TierName.DEVICE, self.plan.budgets[TierName.DEVICE], self._device.allocate),
+            TierName.HOST: MemoryTier(TierName.HOST, self.plan.budgets[TierName.HOST], self._device.allocate_host),
+        }
+        disk = DiskTier(self.plan.budgets[TierName.DISK], self.plan.disk_dir)
+        self._closers.append(disk.close)
+        self.tiers: dict[TierName, Tier] = {**memory, TierName.DISK: disk}
+        memory[TierName.DEVICE].take(self.plan.workspace_bytes, "workspace")
+        weights = WeightStream(self.plan, WeightFiles(model_dir, manifest), self._device, memory, self._traffic)
+        self._closers.append(weights.close)
+        activations = Activations(self.plan, self._shape.hidden_size, self._device, memory, disk, self._traffic)
+        self._closers.append(activations.close)
+        self._kv = KVStore(self.plan, self._shape, self._device, memory, disk, self._traffic)
+        self._closers.append(self._kv.close)
+        self._executor = Executor(self.plan, family, self._device, weights, self._kv, activations)
+        self._running: dict[Sequence, InProgress] = {}
+        self._scheduler: Scheduler | None = None
+        self._broken = False
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Output]:
+        """Outputs as sequences finish, in any order; requests are pulled as room appears.
+
+        Raises:
+            EngineError: a tier, a lane or the device failed; the engine must be closed.
+        """
+        for report in self.passes(iter(requests)):
+            yield from report.outputs
+
+    def passes(self, requests: Iterator[Request | None]) -> Iterator[PassReport]:
+        """``run``, one report a pass, so that the caller is asked after every pass.
+
+        ``requests`` may yield ``None`` for "nothing at the moment": it is asked again after the next pass, and the run
+        ends when it does so while nothing is running. Closing this generator drops whatever is unfinished.
+
+        Raises:
+            EngineError: a tier, a lane or the device failed; the engine must be closed.
+        """
+        if self._scheduler is not None or self._broken:
+            raise EngineError("the engine is already running, or a run has failed: close it and load it again")
+        scheduler = Scheduler(
+            self._kv,
+            micro_batch=self.plan.micro_batch,
+            micro_batches=self.plan.micro_batches,
+            prefill_chunk=self.plan.prefill_chunk,
+        )
+        self._scheduler = scheduler
+        rejections: list[Output] = []
+
+        def pull() -> list[Sequence] | None:
+            request = next(requests, None)
+            if request is None:
+                return None
+            started = begin(request, self._tokenizer, self._shape)
+            if isinstance(started, Output):
+                rejections.append(started)
+                return []
+            self._running.update((sequence, started) for sequence in started.sequences)
+            return list(started.sequences)
+
+        try:
+            while True:
+                start = perf_counter()
+                this_pass = scheduler.next_pass(pull)
+                if not this_pass.micro_batches and (stuck := scheduler.stuck()) is not None:
+                    rejections.append(self._reject_stuck(stuck))
+                elif not this_pass.micro_batches and not rejections:
+                    return
+                outputs = self._compute(this_pass) if this_pass.micro_batches else []
+                outputs += rejections
+                rejections.clear()
+                yield PassReport(tuple(outputs), self._stats(this_pass, scheduler, perf_counter() - start))
+        finally:
+            for sequence in list(self._running):
+                self._retire(sequence)
+            self._scheduler = None
+
+    def drop(self, keys: Container[Hashable]) -> int:
+        """Between passes: forget the requests with these keys; how many there were."""
+        dropped = [progress for progress in set(self._running.values()) if progress.request.key in keys]
+        for progress in dropped:
+            self._retire_all(progress)
+        return len(dropped)
+
+    def close(self) -> None:
+        """Free every byte and end the lanes. A second call does nothing."""
+        while self._closers:
+            self._closers.pop()()
+
+    def check_integrity(self) -> None:
+        """Raise ``EngineError`` if a tier's books do not add up."""
+        for tier in self.tiers.values():
+            tier.check_integrity()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _compute(self, this_pass: Pass) -> list[Output]:
+        self._broken = True  # unless the pass comes to its end
+        results = self._executor.run(this_pass)
+        self._broken = False
+        for segment in this_pass.segments:
+            segment.sequence.num_computed += segment.length
+        outputs = []
+        for result in results:
+            sequence = result.segment.sequence
+            progress = self._running[sequence]
+            progress.advance(sequence, result.next_token, result.scores)
+            if sequence.finished:
+                self._scheduler_of().retire(sequence)
+                if all(each.finished for each in progress.sequences):
+                    self._retire_all(progress)
+                    outputs.append(progress.output())
+        return outputs
+
+    def _reject_stuck(self, sequence: Sequence) -> Output:
+        progress = self._running[sequence]
+        self._retire_all(progress)
+        return rejected(
+            progress.request,
+            "no_room",
+            f"a sequence of up to {sequence.max_tokens} tokens does not fit into the KV cache, which holds "
+            f"{self._kv.largest_sequence} ({format_bytes(sum(self.plan.kv_bytes.values()))}); "
+            "give the worker more memory (--device-memory, --host-memory) or ask for fewer new tokens",
+        )
+
+    def _retire_all(self, progress: InProgress) -> None:
+        for sequence in progress.sequences:
+            self._retire(sequence)
+
+    def _retire(self, sequence: Sequence) -> None:
+        self._scheduler_of().retire(sequence)
+        self._running.pop(sequence, None)
+
+    def _scheduler_of(self) -> Scheduler:
+        assert self._scheduler is not None
+        return self._scheduler
+
+    def _stats(self, this_pass: Pass, scheduler: Scheduler, seconds: float) -> PassStats:
+        segments = this_pass.segments
+        decode = sum(segment.is_decode for segment in segments)
+        traffic = self._traffic.take()
+        return PassStats(
+            seconds=seconds,
+            prefill_tokens=sum(segment.length for segment in segments) - decode,
+            decode_tokens=decode,
+            num_sequences=len({segment.sequence for segment in segments}),
+            num_waiting=scheduler.num_waiting,
+            lane_bytes=traffic.num_bytes,
+            lane_seconds=traffic.seconds,
+            weight_bytes=traffic.weight_bytes,
+        )

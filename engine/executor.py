@@ -1,0 +1,139 @@
+"""Runs one pass over the layers: the one loop. Weights are streamed once, whatever the pass carries."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.activations import Activations
+from engine.devices.base import Device
+from engine.kvcache.store import KVStore
+from engine.model.family import Family
+from engine.model.sampling import next_tokens, score_tokens, uniform
+from engine.passes import MicroBatch, Pass, Segment
+from engine.planner.plan import Plan
+from engine.weights.stream import WeightStream
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentResult:
+    """What a pass found out about one sequence."""
+
+    segment: Segment
+    next_token: int | None
+    """The token that follows a generation's last one."""
+    scores: tuple[tuple[float, bool], ...]
+    """(log-probability, whether greedy) of the targets that this segment's rows predict."""
+
+
+class Executor:
+    """Carries out passes; owns nothing but the order of things."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        family: Family,
+        device: Device,
+        weights: WeightStream,
+        kv: KVStore,
+        activations: Activations,
+    ) -> None:
+        self._plan = plan
+        self._family = family
+        self._device = device
+        self._weights = weights
+        self._kv = kv
+        self._activations = activations
+
+    @torch.inference_mode()
+    def run(self, this_pass: Pass) -> list[SegmentResult]:
+        """Compute a pass; results in the order of its segments, for those with rows that were wanted."""
+        batches = this_pass.micro_batches
+        for index, batch in enumerate(batches):
+            self._activations.store(index, self._embed(batch))
+        for layer in range(self._family.shape.num_layers):
+            with self._weights.layer(layer) as weights:
+                for index, batch in enumerate(batches):
+                    hidden_TD = self._activations.load(index, batch.num_tokens)
+                    hidden_TD = self._family.layer(
+                        weights,
+                        hidden_TD,
+                        lambda q, k, v, layer=layer, batch=batch: self._kv.attend(layer, batch, q, k, v),  # type: ignore[misc]
+                    )
+                    self._activations.store(index, hidden_TD)
+        results: list[SegmentResult] = []
+        for index, batch in enumerate(batches):
+            if any(segment.rows for segment in batch.segments):
+                results += self._finish(batch, self._activations.load(index, batch.num_tokens))
+        return results
+
+    def _embed(self, batch: MicroBatch) -> Tensor:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        for segment in batch.segments:
+            end = segment.start + segment.length
+            token_ids += segment.sequence.tokens[segment.start : end]
+            positions += range(segment.start, end)
+        return self._family.embed(
+            self._weights.embedding(),
+            self._device.upload(torch.tensor(token_ids, dtype=torch.int64)),
+            self._device.upload(torch.tensor(positions, dtype=torch.int64)),
+        )
+
+    def _finish(self, batch: MicroBatch, hidden_TD: Tensor) -> list[SegmentResult]:
+        """Head and selection, in chunks of rows so that logits stay within the workspace."""
+        wanted: list[int] = []
+        owners: list[tuple[Segment, int]] = []
+        begin = 0
+        for segment in batch.segments:
+            for row in segment.rows:
+                wanted.append(begin + row)
+                owners.append((segment, segment.start + row))
+            begin += segment.length
+        rows_RD = hidden_TD[self._device.upload(torch.tensor(wanted, dtype=torch.int64))]
+        embedding = self._weights.embedding() if self._family.head_needs_embedding() else None
+        tokens: dict[Segment, int] = {}
+        scores: dict[Segment, list[tuple[float, bool]]] = {}
+        for first in range(0, len(wanted), self._plan.logits_rows):
+            chunk = owners[first : first + self._plan.logits_rows]
+            logits_RV = self._family.head(self._weights.head(), embedding, rows_RD[first : first + len(chunk)])
+            self._select(logits_RV, chunk, tokens, scores)
+        return [
+            SegmentResult(segment, tokens.get(segment), tuple(scores.get(segment, ())))
+            for segment in batch.segments
+            if segment in tokens or segment in scores
+        ]
+
+    def _select(
+        self,
+        logits_RV: Tensor,
+        owners: list[tuple[Segment, int]],
+        tokens: dict[Segment, int],
+        scores: dict[Segment, list[tuple[float, bool]]],
+    ) -> None:
+        """Sample the rows of generations, score those of given tokens."""
+        scored = [row for row, (segment, _) in enumerate(owners) if segment.sequence.is_scored]
+        sampled = [row for row, (segment, _) in enumerate(owners) if not segment.sequence.is_scored]
+        if scored:
+            targets = torch.tensor([owners[row][0].sequence.tokens[owners[row][1] + 1] for row in scored])
+            logprobs, greedy = score_tokens(self._rows(logits_RV, scored), self._device.upload(targets))
+            found = zip(self._device.download(logprobs).tolist(), self._device.download(greedy).tolist(), strict=True)
+            for row, score in zip(scored, found, strict=True):
+                scores.setdefault(owners[row][0], []).append(score)
+        if sampled:
+            params, numbers = [], []
+            for row in sampled:
+                sequence = owners[row][0].sequence
+                assert sequence.sampling is not None
+                step = len(sequence.tokens) - sequence.num_prompt_tokens
+                greedy_row = sequence.sampling.temperature == 0
+                numbers.append(0.0 if greedy_row else uniform(sequence.sampling.seed, sequence.sample_index, step))
+                params.append(sequence.sampling)
+            chosen = self._device.download(next_tokens(self._rows(logits_RV, sampled), params, numbers)).tolist()
+            for row, token in zip(sampled, chosen, strict=True):
+                tokens[owners[row][0]] = token
+
+    def _rows(self, logits_RV: Tensor, rows: list[int]) -> Tensor:
+        if len(rows) == logits_RV.shape[0]:
+            return logits_RV
+        return logits_RV[self._device.upload(torch.tensor(rows, dtype=torch.int64))]

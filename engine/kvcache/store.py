@@ -1,0 +1,215 @@
+"""The KV cache: each sequence's keys and values as extents ``[layer][k|v][head][token][dim]`` in one tier.
+
+A sequence reserves its maximum at admission and frees it at its end. Where the extent is in memory that compute can
+address, attention reads it as it lies; else it passes, one extent of one layer at a time, through a scratch buffer.
+
+Shapes: T tokens of a micro-batch, t of one segment, N query heads, K key/value heads, H head size.
+"""
+
+from collections.abc import Mapping
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from engine.devices.base import Device
+from engine.errors import TierFull
+from engine.kvcache.extents import DiskExtent, ExtentLayout, MemoryExtent
+from engine.memory.lane import LaneName, Traffic
+from engine.memory.spill import DiskTier
+from engine.memory.tier import Block, MemoryTier
+from engine.model.attention import attend, merge
+from engine.model.family import ModelShape
+from engine.passes import MicroBatch, Segment
+from engine.planner.default import kv_bytes_per_token, kv_scratch_bytes
+from engine.planner.plan import Plan, TierName
+from engine.sequence import Sequence
+
+KV = "KV cache"
+
+
+class SequenceKV:
+    """One sequence's extents, in order of position."""
+
+    def __init__(self, tier: TierName, num_bytes: int, extents: list[MemoryExtent | DiskExtent]) -> None:
+        self.tier = tier
+        self.num_bytes = num_bytes
+        self.extents = extents
+
+
+class KVStore:
+    """Owns every sequence's keys and values; implements ``engine.scheduler.KVReservations``."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        shape: ModelShape,
+        device: Device,
+        tiers: Mapping[TierName, MemoryTier],
+        disk: DiskTier,
+        traffic: Traffic,
+    ) -> None:
+        self._shape = shape
+        self._device = device
+        self._tiers = tiers
+        self._disk = disk
+        self._traffic = traffic
+        self._dtype: torch.dtype = getattr(torch, plan.dtype)
+        self._pools = plan.kv_bytes
+        self._used = dict.fromkeys(TierName, 0)
+        self._extent_tokens = plan.extent_tokens
+        self._token_bytes = kv_bytes_per_token(shape, plan.dtype)
+        self._scratch_bytes = kv_scratch_bytes(shape, plan.dtype, plan.extent_tokens)
+        self._addressable = {TierName.DEVICE} | ({TierName.HOST} if device.shares_host_memory else set())
+        self._sequences: dict[Sequence, SequenceKV] = {}
+        self._host_scratch: Block | None = None
+        if plan.kv_bytes[TierName.DISK] and not device.shares_host_memory:
+            self._host_scratch = tiers[TierName.HOST].allocate(self._scratch_bytes, "KV scratch")
+
+    @property
+    def largest_sequence(self) -> int:
+        """Tokens of the longest sequence that an empty cache can hold."""
+        return max(self._pools.values()) // self._token_bytes
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Reserve room until the sequence's end, in the tier that is furthest below its share.
+
+        Raises:
+            DiskFull: the spill file cannot grow although its budget would allow it, and no sequence holds any room.
+        """
+        num_bytes = sequence.num_kv_tokens * self._token_bytes
+        candidates = [tier for tier, pool in self._pools.items() if pool and self._used[tier] + num_bytes <= pool]
+        for tier in sorted(candidates, key=lambda tier: self._used[tier] / self._pools[tier]):
+            held = SequenceKV(tier, num_bytes, [])
+            self._sequences[sequence] = held
+            self._used[tier] += num_bytes
+            try:
+                for layout in self._layouts(sequence.num_kv_tokens):
+                    held.extents.append(self._allocate(tier, layout))
+            except TierFull:
+                self.release(sequence)
+            except BaseException:
+                self.release(sequence)
+                raise
+            else:
+                return True
+        return False
+
+    def release(self, sequence: Sequence) -> None:
+        """Free a sequence's extents, if it has any."""
+        held = self._sequences.pop(sequence, None)
+        if held is not None:
+            self._used[held.tier] -= held.num_bytes
+            for extent in held.extents:
+                extent.release()
+
+    def attend(self, layer: int, batch: MicroBatch, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """Store a micro-batch's keys and values and attend, segment by segment: ``[T, N, H]``."""
+        out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+        begin = 0
+        for segment in batch.segments:
+            rows = slice(begin, begin + segment.length)
+            q_NtH, k_KtH, v_KtH = (x[rows].transpose(0, 1) for x in (q_TNH, k_TKH, v_TKH))
+            out_TNH[rows] = self._attend_segment(layer, segment, q_NtH, k_KtH, v_KtH).transpose(0, 1)
+            begin += segment.length
+        return out_TNH
+
+    def close(self) -> None:
+        """Free everything."""
+        for sequence in list(self._sequences):
+            self.release(sequence)
+        if self._host_scratch is not None:
+            self._host_scratch.release()
+
+    def _layouts(self, num_tokens: int) -> list[ExtentLayout]:
+        shape = self._shape
+        return [
+            ExtentLayout(
+                start=start,
+                capacity=min(self._extent_tokens, num_tokens - start),
+                num_layers=shape.num_layers,
+                num_heads=shape.num_kv_heads,
+                head_size=shape.head_size,
+                item_bytes=self._dtype.itemsize,
+            )
+            for start in range(0, num_tokens, self._extent_tokens)
+        ]
+
+    def _allocate(self, tier: TierName, layout: ExtentLayout) -> MemoryExtent | DiskExtent:
+        if tier is TierName.DISK:
+            return DiskExtent(layout, self._disk.allocate(layout.num_bytes, KV))
+        return MemoryExtent(layout, self._tiers[tier].allocate(layout.num_bytes, KV), self._dtype)
+
+    def _attend_segment(self, layer: int, segment: Segment, q_NtH: Tensor, k_KtH: Tensor, v_KtH: Tensor) -> Tensor:
+        if not segment.keeps_kv:
+            return attend(q_NtH, k_KtH, v_KtH, causal=True)[0]
+        held = self._sequences[segment.sequence]
+        if segment.length == 1 and held.tier in self._addressable:
+            # Stored first, a decode token's own key is read with the rest: one piece less to merge.
+            self._store(layer, held, segment.start, k_KtH, v_KtH)
+            return merge(self._attend_past(layer, held, segment.start + 1, q_NtH))
+        pieces = self._attend_past(layer, held, segment.start, q_NtH)
+        pieces.append(attend(q_NtH, k_KtH, v_KtH, causal=True))
+        self._store(layer, held, segment.start, k_KtH, v_KtH)
+        return merge(pieces)
+
+    def _attend_past(self, layer: int, held: SequenceKV, num_tokens: int, q_NtH: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Attention to the sequence's first ``num_tokens``, one piece an extent."""
+        pieces = []
+        for extent in held.extents:
+            count = min(num_tokens - extent.layout.start, extent.layout.capacity)
+            if count <= 0:
+                break
+            kv_2KcH = self._load(layer, held.tier, extent)
+            pieces.append(attend(q_NtH, kv_2KcH[0, :, :count], kv_2KcH[1, :, :count], causal=False))
+        return pieces
+
+    def _load(self, layer: int, tier: TierName, extent: MemoryExtent | DiskExtent) -> Tensor:
+        """One layer of an extent where compute can read it: ``[k|v, K, capacity, H]``."""
+        if isinstance(extent, MemoryExtent) and tier in self._addressable:
+            return extent.layer(layer)
+        # Scratch lives for one operation: the plan's workspace has room for it.
+        layout = extent.layout
+        scratch = self._device.allocate(layout.layer_bytes)
+        if isinstance(extent, DiskExtent):
+            host = scratch if self._host_scratch is None else self._host_scratch.data[: layout.layer_bytes]
+            start = perf_counter()
+            extent.read_layer(layer, host)
+            self._traffic.add(LaneName.DISK_READ, layout.layer_bytes, perf_counter() - start)
+        else:
+            host = extent.layer_bytes(layer)
+        if host is not scratch:
+            start = perf_counter()
+            self._device.compute_after(self._device.copy(LaneName.HOST_TO_DEVICE, scratch, host))
+            self._traffic.add(LaneName.HOST_TO_DEVICE, layout.layer_bytes, perf_counter() - start)
+        return scratch.view(self._dtype).view(layout.layer_shape)
+
+    def _store(self, layer: int, held: SequenceKV, start: int, k_KtH: Tensor, v_KtH: Tensor) -> None:
+        """Append a segment's keys and values."""
+        end = start + k_KtH.shape[1]
+        for extent in held.extents:
+            first = max(start, extent.layout.start)
+            last = min(end, extent.layout.start + extent.layout.capacity)
+            if first >= last:
+                continue
+            piece = slice(first - start, last - start)
+            place = slice(first - extent.layout.start, last - extent.layout.start)
+            if isinstance(extent, MemoryExtent) and held.tier in self._addressable:
+                kv = extent.layer(layer)
+                kv[0, :, place] = k_KtH[:, piece]
+                kv[1, :, place] = v_KtH[:, piece]
+                continue
+            kv_2KtH = torch.stack((k_KtH[:, piece], v_KtH[:, piece]))
+            num_bytes = kv_2KtH.numel() * kv_2KtH.element_size()
+            if not self._device.shares_host_memory:
+                started = perf_counter()
+                on_host = self._device.allocate_host(num_bytes).view(self._dtype).view(kv_2KtH.shape)
+                self._device.copy(LaneName.DEVICE_TO_HOST, on_host, kv_2KtH).wait()
+                self._traffic.add(LaneName.DEVICE_TO_HOST, num_bytes, perf_counter() - started)
+                kv_2KtH = on_host
+            if isinstance(extent, DiskExtent):
+                started = perf_counter()
+                extent.write_tokens(layer, place.start, kv_2KtH)
+                self._traffic.add(LaneName.DISK_WRITE, num_bytes, perf_counter() - started)
+            else:
+                extent.layer(layer)[:, :, place] = kv_2KtH

@@ -1,0 +1,133 @@
+"""The disk tier: one spill file, unlinked at open, so that nothing is left behind however the process ends."""
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+from torch import Tensor
+
+from engine.errors import DiskFull, LaneFailed, TierFull
+from engine.memory.ranges import FreeRanges
+from engine.memory.tier import Tier
+from engine.planner.plan import TierName
+from engine.units import align_up, format_bytes
+
+PAGE = 4096
+
+
+class DiskTier(Tier):
+    """Extents of a spill file. Room is claimed from the file system at allocation, not when the data comes."""
+
+    def __init__(self, budget: int, directory: Path) -> None:
+        super().__init__(TierName.DISK, budget)
+        self._directory = directory
+        self._fd: int | None = None
+        self._ranges = FreeRanges(budget)
+        self._claimed = 0
+
+    def allocate(self, num_bytes: int, what: str) -> "Extent":
+        """An extent of at least ``num_bytes``, in the lowest place free.
+
+        Raises:
+            TierFull: the budget would be exceeded.
+            DiskFull: the file system has no room.
+        """
+        size = align_up(num_bytes, PAGE)
+        self.take(size, what)
+        offset = self._ranges.allocate(size)
+        try:
+            if offset is None:
+                raise TierFull(f"disk: no contiguous {format_bytes(size)} are left for {what}")
+            self._claim(offset + size)
+        except BaseException:
+            self.give(size, what)
+            if offset is not None:
+                self._ranges.release(offset, size)
+            raise
+        return Extent(self, offset, size, what)
+
+    def close(self) -> None:
+        """Give the file's room back to the file system."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _claim(self, end: int) -> None:
+        """Make the file system promise every byte below ``end``."""
+        if end > self._claimed:
+            try:
+                os.posix_fallocate(self._file(), self._claimed, end - self._claimed)
+            except OSError as error:
+                raise self._failed(error) from error
+            self._claimed = end
+
+    def _file(self) -> int:
+        if self._fd is None:
+            try:
+                self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._fd, path = tempfile.mkstemp(prefix="overnight-", suffix=".spill", dir=self._directory)
+                Path(path).unlink()
+            except OSError as error:
+                raise self._failed(error) from error
+        return self._fd
+
+    def _failed(self, error: OSError) -> DiskFull | LaneFailed:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return DiskFull(
+                f"no space left for spill files in {self._directory}, which hold {format_bytes(self._claimed)}; "
+                "free some, name another directory with --disk-dir, or lower --disk-space"
+            )
+        return LaneFailed(f"spill file in {self._directory}: {error.strerror or error}")
+
+    def write(self, offset: int, data: Tensor) -> None:
+        """Write a contiguous ``uint8`` CPU tensor."""
+        view = data.numpy().data
+        try:
+            while view:
+                written = os.pwrite(self._file(), view, offset)
+                view, offset = view[written:], offset + written
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def read(self, offset: int, into: Tensor) -> None:
+        """Fill a contiguous ``uint8`` CPU tensor."""
+        view = into.numpy().data
+        try:
+            while view:
+                count = os.preadv(self._file(), [view], offset)
+                if count == 0:
+                    raise LaneFailed(f"spill file in {self._directory}: it ends before offset {offset}")
+                view, offset = view[count:], offset + count
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def recycle(self, offset: int, size: int, what: str) -> None:
+        """Called by ``Extent.release``."""
+        self.give(size, what)
+        self._ranges.release(offset, size)
+
+
+class Extent:
+    """A piece of the spill file, owned by whoever asked; ``release`` once."""
+
+    def __init__(self, tier: DiskTier, offset: int, size: int, what: str) -> None:
+        self._tier = tier
+        self.offset = offset
+        self.size = size
+        self._what = what
+        self._released = False
+
+    def write(self, offset: int, data: Tensor) -> None:
+        """Write bytes at ``offset`` within the extent."""
+        self._tier.write(self.offset + offset, data)
+
+    def read(self, offset: int, into: Tensor) -> None:
+        """Read bytes from ``offset`` within the extent."""
+        self._tier.read(self.offset + offset, into)
+
+    def release(self) -> None:
+        """Give the room back; a second call does nothing."""
+        if not self._released:
+            self._released = True
+            self._tier.recycle(self.offset, self.size, self._what)

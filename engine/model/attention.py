@@ -1,0 +1,56 @@
+"""One attention primitive, and the exact merge of its results over pieces of one sequence's keys and values.
+
+``attend`` also returns the log-sum-exp of the scores; with it, softmax over the union of several pieces is a weighted
+sum of the softmaxes over each (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao 2023, arXiv:2307.08691).
+
+Shapes: N query heads, K key/value heads, t query tokens, s key tokens, H head size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def attend(q_NtH: Tensor, k_KsH: Tensor, v_KsH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Softmax attention of one segment: ``out [N, t, H]`` in the inputs' dtype and ``lse [N, t]`` in float32.
+
+    With ``causal``, the keys are the segment's own (t = s) and token i sees tokens 0..i.
+    """
+    num_heads, num_kv_heads = q_NtH.shape[0], k_KsH.shape[0]
+    if num_heads != num_kv_heads:
+        k_KsH = k_KsH.repeat_interleave(num_heads // num_kv_heads, dim=0)
+        v_KsH = v_KsH.repeat_interleave(num_heads // num_kv_heads, dim=0)
+    scale = q_NtH.shape[-1] ** -0.5
+    if q_NtH.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_NtH[None], k_KsH[None], v_KsH[None], 0.0, causal, scale=scale
+        )
+        return out[0], lse[0]
+    if q_NtH.dtype != torch.float32 and q_NtH.shape[-1] % 8 == 0:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
+            q_NtH[None], k_KsH[None], v_KsH[None], 0.0, causal, False, scale=scale
+        )[:2]
+        return out[0], lse[0]
+    return attend_plainly(q_NtH, k_KsH, v_KsH, causal=causal)
+
+
+def attend_plainly(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """The definition, in float32: the oracle of the kernels, and the way where no kernel fits."""
+    scores_Nts = (q_NtH.float() @ k_NsH.float().transpose(1, 2)) * q_NtH.shape[-1] ** -0.5
+    if causal:
+        hidden = torch.ones(scores_Nts.shape[1:], dtype=torch.bool, device=scores_Nts.device).triu(1)
+        scores_Nts = scores_Nts.masked_fill(hidden, float("-inf"))
+    lse_Nt = scores_Nts.logsumexp(-1)
+    out_NtH = (scores_Nts - lse_Nt[..., None]).exp() @ v_NsH.float()
+    return out_NtH.to(q_NtH.dtype), lse_Nt
+
+
+def merge(pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The attention over the union of the pieces' keys, from each piece's ``(out [N, t, H], lse [N, t])``."""
+    if len(pieces) == 1:
+        return pieces[0][0]
+    lses = torch.stack([lse for _, lse in pieces])
+    weights = (lses - lses.logsumexp(0)).exp()[..., None]
+    outs = torch.stack([out for out, _ in pieces])
+    return (weights * outs.float()).sum(0).to(outs.dtype)

@@ -1,0 +1,77 @@
+"""What one pass computes: frozen decisions of the scheduler, carried out by the executor."""
+
+from dataclasses import dataclass
+
+from engine.request import Output
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Contiguous tokens of one sequence: a prefill chunk or one decode token."""
+
+    sequence: Sequence
+    start: int
+    """Position of its first token; equal to the tokens computed before it."""
+    length: int
+    keeps_kv: bool
+    """False where the segment is the whole sequence and nothing will ever look back at it."""
+
+    @property
+    def rows(self) -> range:
+        """Rows whose logits are needed, relative to ``start``."""
+        return self.sequence.wanted_rows(self.start, self.length)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one generated token."""
+        return self.length == 1 and self.start >= self.sequence.num_prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Segments computed together, their tokens packed one after another."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Equal to the sum of the segments' lengths."""
+        return sum(segment.length for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One trip through all layers."""
+
+    micro_batches: tuple[MicroBatch, ...]
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """All segments, in order."""
+        return tuple(segment for batch in self.micro_batches for segment in batch.segments)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassStats:
+    """What one pass did."""
+
+    seconds: float
+    prefill_tokens: int
+    decode_tokens: int
+    num_sequences: int
+    """Sequences with tokens in this pass."""
+    num_waiting: int
+    """Sequences that wait for room."""
+    lane_bytes: dict[str, int]
+    lane_seconds: dict[str, float]
+    weight_bytes: int
+    """How many of the bytes moved were weights: 0 where all are resident."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """The outputs that a pass completed, and its figures."""
+
+    outputs: tuple[Output, ...]
+    stats: PassStats

@@ -1,0 +1,143 @@
+"""Decides the next pass from counts alone: decode tokens of running sequences first, then prefill chunks of new ones.
+
+A sequence is admitted only when its KV cache is certain to fit until its end, so nothing is ever preempted. Scored
+sequences that fit into one micro-batch need no KV cache at all.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from engine.passes import MicroBatch, Pass, Segment
+from engine.sequence import Sequence
+
+
+class KVReservations(Protocol):
+    """What the scheduler asks of the KV cache."""
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Reserve room until the sequence's end; ``False``: not now."""
+
+    def release(self, sequence: Sequence) -> None:
+        """Free what ``admit`` reserved, if anything."""
+
+
+class _Packer:
+    """Fills micro-batches one after another."""
+
+    def __init__(self, micro_batch: int, micro_batches: int) -> None:
+        self._micro_batch = micro_batch
+        self._left = micro_batch * micro_batches
+        self._batches: list[list[Segment]] = []
+        self._room = 0
+
+    @property
+    def left(self) -> int:
+        """Tokens this pass still takes."""
+        return self._left
+
+    def add(self, sequence: Sequence, start: int, length: int) -> None:
+        """Pack ``length`` tokens, split at the borders of micro-batches."""
+        while length:
+            self._open_if_full()
+            taken = min(length, self._room)
+            self._append(Segment(sequence, start, taken, keeps_kv=True))
+            start, length = start + taken, length - taken
+
+    def add_whole(self, sequence: Sequence, length: int) -> bool:
+        """Pack a whole sequence into one micro-batch, leaving the current one's rest empty if it must."""
+        if length > self._room:
+            if self._left - self._room < length:
+                return False
+            self._left -= self._room
+            self._room = 0
+        self._open_if_full()
+        self._append(Segment(sequence, 0, length, keeps_kv=False))
+        return True
+
+    def finish(self) -> Pass:
+        """The pass as packed."""
+        return Pass(tuple(MicroBatch(tuple(batch)) for batch in self._batches if batch))
+
+    def _open_if_full(self) -> None:
+        if self._room == 0:
+            self._batches.append([])
+            self._room = min(self._micro_batch, self._left)
+
+    def _append(self, segment: Segment) -> None:
+        self._batches[-1].append(segment)
+        self._room -= segment.length
+        self._left -= segment.length
+
+
+class Scheduler:
+    """Holds the waiting and the running; ``next_pass`` decides, ``retire`` forgets."""
+
+    def __init__(self, kv: KVReservations, *, micro_batch: int, micro_batches: int, prefill_chunk: int) -> None:
+        self._kv = kv
+        self._micro_batch = micro_batch
+        self._micro_batches = micro_batches
+        self._prefill_chunk = prefill_chunk
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[Sequence, None] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences not yet admitted."""
+        return len(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self._waiting and not self._running
+
+    def next_pass(self, pull: Callable[[], list[Sequence] | None]) -> Pass:
+        """The next pass; ``pull`` yields the sequences of one more request, or ``None`` when there is none now.
+
+        An empty pass means that nothing can be computed: either nothing is there, or the first waiting sequence does
+        not fit although nothing runs (``stuck`` returns it).
+        """
+        packer = _Packer(self._micro_batch, self._micro_batches)
+        for sequence in sorted(self._running, key=lambda running: running.num_to_compute - running.num_computed > 1):
+            if packer.left:
+                self._add_chunk(packer, sequence)
+        # Each running sequence wants a token a pass: no more of them than a pass has tokens.
+        while packer.left and len(self._running) < self._micro_batch * self._micro_batches:
+            if not self._waiting:
+                pulled = pull()
+                if pulled is None:
+                    break
+                self._waiting.extend(pulled)
+                continue
+            if not self._admit(packer, self._waiting[0]):
+                break
+            self._waiting.popleft()
+        return packer.finish()
+
+    def stuck(self) -> Sequence | None:
+        """After an empty pass: the sequence that will never fit."""
+        return self._waiting[0] if self._waiting and not self._running else None
+
+    def retire(self, sequence: Sequence) -> None:
+        """Forget a sequence that ended or was dropped, and free its KV cache."""
+        if sequence in self._running:
+            del self._running[sequence]
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        self._kv.release(sequence)
+
+    def _admit(self, packer: _Packer, sequence: Sequence) -> bool:
+        length = sequence.num_to_compute
+        if sequence.is_scored and length <= min(self._micro_batch, self._prefill_chunk):
+            if not packer.add_whole(sequence, length):
+                return False
+        elif self._kv.admit(sequence):
+            self._add_chunk(packer, sequence)
+        else:
+            return False
+        self._running[sequence] = None
+        return True
+
+    def _add_chunk(self, packer: _Packer, sequence: Sequence) -> None:
+        start = sequence.num_computed
+        packer.add(sequence, start, min(sequence.num_to_compute - start, self._prefill_chunk, packer.left))
