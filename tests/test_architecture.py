@@ -14,10 +14,19 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import engine
+
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROOMS = ("cli", "engine", "storage", "worker")
 HEAVY = ("torch", "transformers", "pydantic")
+
+PUBLIC_FACE = {
+    "Engine", "PassReport", "PassStats", "Plan", "PlanOptions", "Shares",
+    "Request", "Generate", "Score", "Choose", "SamplingParams",
+    "Output", "Generation", "FinishReason", "Scoring", "TokenScore", "Choice", "Rejection",
+    "EngineError", "PlanDoesNotFit", "TierFull", "DiskFull", "CheckpointError", "DeviceUnavailable", "LaneFailed",
+}  # fmt: skip
 
 _LOAD = """
 import importlib, json, sys
@@ -84,6 +93,12 @@ def test_what_decides_is_loaded_without_torch() -> None:
     names = light_modules()
     assert len(names) > 10, names  # the contract is read, not missed
     assert load_in_a_fresh_process(names) == ""
+
+
+def test_the_public_face_of_the_engine_changes_only_on_purpose() -> None:
+    assert set(engine.__all__) == PUBLIC_FACE
+    assert [name for name in engine.__all__ if getattr(engine, name).__name__ != name] == []
+    assert load_in_a_fresh_process(["engine"]) == ""
 
 
 def test_every_library_that_is_imported_is_declared() -> None:
