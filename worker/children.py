@@ -34,7 +34,7 @@ def spawn(
         stdout=stdout,
         stderr=stderr,
         start_new_session=True,
-        preexec_fn=_die_with_parent(death_signal),
+        preexec_fn=_die_with_parent(death_signal),  # noqa: PLW1509 (it makes two system calls and nothing else)
     )
 
 

@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.weights.manifest import MANIFEST_NAME, is_model_dir
 from worker.errors import ModelNotFound
 from worker.settings import Settings
 
 __all__ = ["ModelNotFound", "ModelRef", "known_models", "model_dir_for", "resolve_model"]
 
-_MANIFEST = "manifest.json"
 _HF_CONFIG = "config.json"
 
 
@@ -38,14 +38,14 @@ def resolve_model(name_or_path: str, settings: Settings) -> ModelRef:
     named = settings.models_dir / name_or_path
     given_as_path = name_or_path.startswith((".", "~", os.sep))
     if not given_as_path and _looks_complete(named):
-        return ModelRef(name_or_path, named, is_imported=(named / _MANIFEST).is_file())
+        return ModelRef(name_or_path, named, is_imported=is_model_dir(named))
     path = Path(name_or_path).expanduser().absolute()
     if _looks_complete(path):
         path = path.resolve()
-        return ModelRef(str(path), path, is_imported=(path / _MANIFEST).is_file())
+        return ModelRef(str(path), path, is_imported=is_model_dir(path))
     if path.is_dir():
         raise ModelNotFound(
-            f"{path} is not a model: it has neither {_MANIFEST} (a model directory that was imported whole) "
+            f"{path} is not a model: it has neither {MANIFEST_NAME} (a model directory that was imported whole) "
             f"nor {_HF_CONFIG} (a Hugging Face folder); run 'overnight import' again"
         )
     if path.exists():
@@ -79,8 +79,8 @@ def known_models(settings: Settings) -> list[str]:
         entries = list(settings.models_dir.iterdir())
     except FileNotFoundError:
         return []
-    return sorted(entry.name for entry in entries if (entry / _MANIFEST).is_file())
+    return sorted(entry.name for entry in entries if is_model_dir(entry))
 
 
 def _looks_complete(path: Path) -> bool:
-    return (path / _MANIFEST).is_file() or (path / _HF_CONFIG).is_file()
+    return is_model_dir(path) or (path / _HF_CONFIG).is_file()

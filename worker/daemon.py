@@ -1,0 +1,230 @@
+"""One process, one device: a Celery worker for the doorbell, one drain thread for the work.
+
+The order of stopping, and why: a signal only sets flags; the drain finishes its pass, records it and gives back what
+it holds while Celery still answers; then Celery's loop ends, the drain thread is joined, and the database is closed
+last. A second signal ends the process at once: the lease, or the next worker on this host, returns the claims.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from celery import bootsteps, signals
+from celery.worker import state as celery_state
+
+from engine.planner.plan import PlanOptions
+from storage.database import Database
+from worker.app import make_app
+from worker.doorbell import ping
+from worker.drain import Doorbell
+from worker.locks import device_lock
+from worker.logs import configure, get_logger
+from worker.models import resolve_model
+from worker.residency import Engine, Residency
+from worker.session import serve
+from worker.settings import Settings
+
+_FAILED = 1
+_KNOWN_ROOMS = ("engine.errors", "storage.errors", "worker.errors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """What a person asked of one worker."""
+
+    queue: str | None = None
+    """Default: the settings' queue."""
+    model: str | None = None
+    """Loaded before any job asks for it."""
+    placement: PlanOptions = field(default_factory=PlanOptions)
+
+
+def run_worker(settings: Settings, options: WorkerOptions) -> int:
+    """Work until told to stop; returns the exit code: 0, or 130 after Ctrl-C, or 1 after a fault of ours.
+
+    Call it on the main thread: it takes over the signals.
+
+    Raises:
+        RedisUnreachable, DatabaseUnreachable, ModelNotFound, DeviceBusy: before anything starts.
+        EngineError, DatabaseUnreachable: the drain ended on its own; nothing is lost.
+    """
+    configure(settings.log_level)
+    os.umask(0o077)
+    if options.queue is not None:
+        settings = replace(settings, queue=options.queue)
+    ping(settings.redis_url)
+    if options.model is not None:
+        resolve_model(options.model, settings)
+    with Database.open(settings.database_url) as database:
+        device = _device_name(options.placement)
+        with device_lock(settings.home, device) as is_alone:
+            if not is_alone:
+                get_logger().warning("another worker uses %s too: both will be slower", device)
+            return _work(database, settings, options, device)
+
+
+def _work(database: Database, settings: Settings, options: WorkerOptions, device: str) -> int:
+    doorbell = Doorbell()
+    residency = Residency(_loader(settings, options.placement, device), time.time)
+
+    def drain() -> None:
+        try:
+            serve(
+                database=database,
+                settings=settings,
+                device=device,
+                residency=residency,
+                doorbell=doorbell,
+                clock=time.time,
+                preload=options.model,
+            )
+        finally:
+            residency.unload()
+
+    thread = DrainThread(drain)
+    stopped_by = _Stop(doorbell)
+    app = make_app(settings, on_ring=lambda _: doorbell.ring())
+    app.steps["worker"].add(DrainStep)
+    signals.setup_logging.connect(_leave_logging_alone)
+    worker = app.Worker(
+        hostname=f"overnight-{os.getpid()}@%h",
+        pool_cls="threads",
+        concurrency=1,
+        quiet=True,
+        without_gossip=True,
+        without_mingle=True,
+        drain_thread=thread,
+        on_signal=stopped_by,
+    )
+    worker.start()
+    # Celery may have ended without stopping its steps (it never came up): the drain must not outlive it.
+    doorbell.stop()
+    thread.join()
+    return _outcome(thread.error, worker.exitcode, stopped_by.signal)
+
+
+def _outcome(error: BaseException | None, celery_code: int | None, stopped_by: int | None) -> int:
+    if error is not None:
+        if type(error).__module__ in _KNOWN_ROOMS:
+            raise error
+        get_logger().error(
+            "the worker stopped: %s: %s; what it held goes to the next worker (--log-level debug or "
+            "OVERNIGHT_LOG_LEVEL=debug shows where)",
+            type(error).__name__,
+            error,
+            exc_info=error,
+            extra={"action": "stop"},
+        )
+        return _FAILED
+    if stopped_by == signal.SIGINT:
+        return 128 + signal.SIGINT
+    return celery_code or 0
+
+
+class DrainThread(threading.Thread):
+    """Runs the drain; whatever ends it also ends Celery's loop."""
+
+    def __init__(self, drain: Callable[[], None]) -> None:
+        super().__init__(name="drain")
+        self._drain = drain
+        self.error: BaseException | None = None
+        """What ended the drain, if it was not asked to end."""
+        self.on_end: Callable[[], None] = lambda: None
+
+    def run(self) -> None:
+        """The thread's body."""
+        try:
+            self._drain()
+        except BaseException as error:  # noqa: BLE001 (kept for the main thread, which reports it)
+            self.error = error
+        finally:
+            self.on_end()
+
+
+class DrainStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Ties the drain thread to Celery's start and stop."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(
+        self, parent: Any, drain_thread: DrainThread | None = None, on_signal: "_Stop | None" = None, **kwargs: Any
+    ) -> None:
+        super().__init__(parent, **kwargs)
+        assert drain_thread is not None
+        assert on_signal is not None
+        self._thread = drain_thread
+        self._on_signal = on_signal
+
+    def start(self, parent: Any) -> None:
+        """Start draining; from now on signals are ours."""
+
+        def end_celery() -> None:
+            celery_state.should_stop = _FAILED if self._thread.error is not None else os.EX_OK
+            if parent.hub is not None:
+                parent.hub.call_soon(lambda: None)  # wakes the loop, so that it sees the flag
+
+        self._thread.on_end = end_celery
+        self._on_signal.install()
+        self._thread.start()
+
+    def stop(self, parent: Any) -> None:
+        """Wait for the drain's last commit."""
+        self._on_signal.doorbell.stop()
+        self._thread.join()
+
+    terminate = stop
+
+
+class _Stop:
+    """The signal handlers: the first signal sets flags, the second ends the process."""
+
+    def __init__(self, doorbell: Doorbell) -> None:
+        self.doorbell = doorbell
+        self.signal: int | None = None
+        """The first signal that came."""
+        # Asked before Celery installs its own handlers: under nohup, a closed terminal is no reason to stop.
+        self._heeds_hangup = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+
+    def install(self) -> None:
+        """Replace Celery's handlers, which would stop the consumer and leave the drain alone."""
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            signal.signal(name, self._handle)
+        signal.signal(signal.SIGHUP, self._handle if self._heeds_hangup else signal.SIG_IGN)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        # Celery's loop ends when the drain does: until then the doorbell's thread pool and remote control stay alive.
+        self.doorbell.stop()
+        os.write(sys.stderr.fileno(), b"stopping after this pass; once more to stop at once\n")
+
+
+def _loader(settings: Settings, placement: PlanOptions, device: str) -> Callable[[Path], Engine]:
+    def load(model_dir: Path) -> Engine:
+        from engine.engine import Engine as RealEngine
+
+        disk_dir = placement.disk_dir or settings.spill_dir
+        disk_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return RealEngine.load(model_dir, replace(placement, device=device, disk_dir=disk_dir))
+
+    return load
+
+
+def _device_name(placement: PlanOptions) -> str:
+    if placement.device is not None:
+        return "cuda:0" if placement.device == "cuda" else placement.device
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def _leave_logging_alone(**_: object) -> None:
+    """Connected to Celery's ``setup_logging``, whose mere receiver keeps it from configuring anything."""
