@@ -136,12 +136,8 @@ requests = Table(
     CheckConstraint("(state = 'claimed') = (worker_id IS NOT NULL)", name="claimed_by_one"),
 )
 Index(None, requests.c.job_id, requests.c.state, requests.c.index)
-Index(
-    None,
-    requests.c.worker_id,
-    sqlite_where=requests.c.worker_id.is_not(None),
-    postgresql_where=requests.c.worker_id.is_not(None),
-)
+# Partial where it matters; naming PostgreSQL's twin of this option would import its dialect (50 ms) everywhere.
+Index(None, requests.c.worker_id, sqlite_where=requests.c.worker_id.is_not(None))
 
 
 class _OutputColumns(TypedColumns):

@@ -87,7 +87,7 @@ def upgrade() -> None:
     )
     op.create_index("ix_requests_job_id_state_index", "requests", ["job_id", "state", "index"])
     held = sa.text("worker_id IS NOT NULL")
-    op.create_index("ix_requests_worker_id", "requests", ["worker_id"], sqlite_where=held, postgresql_where=held)
+    op.create_index("ix_requests_worker_id", "requests", ["worker_id"], sqlite_where=held)
     op.create_table(
         "outputs",
         sa.Column("job_id", sa.Integer(), nullable=False),
