@@ -1,0 +1,5 @@
+"""``python -m cli`` is ``overnight``."""
+
+from cli.main import main
+
+main()

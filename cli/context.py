@@ -1,0 +1,74 @@
+"""What every command shares: the settings flags seen so far, and the database they lead to."""
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from storage.database import Database
+    from worker.settings import Settings
+
+
+class App:
+    """One invocation of the command line. Settings are read, and the database opened, when a command asks."""
+
+    def __init__(self) -> None:
+        self.flags: dict[str, object] = {}
+        """Settings given as flags, before or after the command's name."""
+
+    @cached_property
+    def settings(self) -> "Settings":
+        """Flags over ``OVERNIGHT_*`` over ``overnight.toml``.
+
+        Raises:
+            SettingsError: names the variable or key.
+        """
+        from worker.settings import load_settings
+
+        return load_settings(self.flags, os.environ)
+
+    def open_database(self) -> "Database":
+        """The database, made if it is not there; the caller closes it.
+
+        Raises:
+            DatabaseUnreachable, SchemaTooNew, UnsafeFilesystem: it cannot be used.
+        """
+        from storage.database import Database
+
+        return Database.open(self.settings.database_url)
+
+    def open_existing_database(self) -> "Database | None":
+        """The database, or None where there is none yet: looking must not leave a file behind."""
+        path = sqlite_path(self.settings.database_url)
+        if path is not None and not path.exists():
+            return None
+        return self.open_database()
+
+    def job_database(self, job_id: int) -> "Database":
+        """The database for a command about one job.
+
+        Raises:
+            JobNotFound: there is no database, so there is no job; nothing is created.
+        """
+        from storage.errors import JobNotFound
+
+        database = self.open_existing_database()
+        if database is None:
+            raise JobNotFound(job_id)
+        return database
+
+    def files_to_keep(self, job_params: Mapping[str, object]) -> list[Path]:
+        """Files that no output may replace: the job's dataset and the database."""
+        dataset = job_params.get("dataset")
+        database = sqlite_path(self.settings.database_url)
+        return [*([Path(dataset)] if isinstance(dataset, str) else []), *([database] if database else [])]
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file of a SQLite URL; None for any other database."""
+    prefix = "sqlite:///"
+    if not url.startswith(prefix):
+        return None
+    return Path(url.removeprefix(prefix).partition("?")[0])

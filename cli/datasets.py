@@ -1,0 +1,206 @@
+"""Reads a dataset row by row, in constant memory: JSON lines from a file or stdin, or CSV by its suffix.
+
+A fault of one line becomes a `BadLine`, so that the caller decides whether it refuses the dataset; a fault of the whole
+file (absent, another encoding, another format) is an error at once. Lines count from 1.
+"""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from cli.errors import DatasetFault, FileAbsent
+
+MAX_LINE_BYTES = 64 * 2**20
+"""A longer line is a file without line ends, not a row; reading it whole would take all memory."""
+
+_FOREIGN = (
+    (b"\xff\xfe\x00\x00", "UTF-32 text", "convert it: iconv -f UTF-32 -t UTF-8"),
+    (b"\x00\x00\xfe\xff", "UTF-32 text", "convert it: iconv -f UTF-32 -t UTF-8"),
+    (b"\xff\xfe", "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8"),
+    (b"\x1f\x8b", "gzip-compressed", "unpack it: gunzip -c FILE | overnight enqueue - …"),
+    (b"PAR1", "a Parquet file", "convert it to JSON lines first"),
+)
+"""First bytes, what the file then is, what to do."""
+
+_UTF8_BOM = b"\xef\xbb\xbf"
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the dataset."""
+
+    line: int
+    fields: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class BadLine:
+    """A line that is no row, and why."""
+
+    line: int
+    reason: str
+
+
+class Dataset:
+    """A dataset by its name on the command line: a path, or ``-`` for JSON lines on stdin."""
+
+    def __init__(self, name: str) -> None:
+        self.is_stdin = name == "-"
+        self.label = "stdin" if self.is_stdin else name
+        """How messages call it."""
+        self.path = None if self.is_stdin else Path(name)
+
+    def check(self) -> None:
+        """Refuses what can be refused without reading.
+
+        Raises:
+            FileAbsent: there is no such file.
+            DatasetFault: it is a folder.
+        """
+        if self.path is None:
+            return
+        if self.path.is_dir():
+            raise DatasetFault(f"{self.label} is a folder; name the dataset file in it")
+        if not self.path.exists():
+            raise FileAbsent(f"there is no file {self.label}; name a JSON-lines or CSV file, or - for stdin")
+
+    def rows(self) -> Iterator[Row | BadLine]:
+        """All rows in order; blank lines at the end are no rows.
+
+        Raises:
+            FileAbsent: there is no such file.
+            DatasetFault: it cannot be read, holds no row, or is not UTF-8 text in JSON lines or CSV.
+        """
+        self.check()
+        is_csv = self.path is not None and self.path.suffix.lower() == ".csv"
+        empty = True
+        with self._open() as stream:
+            lines = self._lines(stream)
+            for row in self._csv_rows(lines) if is_csv else self._json_rows(lines):
+                empty = False
+                yield row
+        if empty:
+            self._fault("holds no rows" if is_csv else "is empty", "a dataset has at least one row")
+
+    @contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        try:
+            if self.path is None:
+                yield sys.stdin.buffer
+                return
+            with self.path.open("rb") as stream:
+                yield stream
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise DatasetFault(f"{self.label} cannot be read: {error.strerror or error}") from error
+
+    def _lines(self, stream: BinaryIO) -> Iterator[bytes]:
+        """Lines without a byte-order mark; refuses files of another kind by their first bytes."""
+        first = True
+        while line := stream.readline(MAX_LINE_BYTES + 1):
+            if first:
+                for signature, kind, remedy in _FOREIGN:
+                    if line.startswith(signature):
+                        self._fault(f"is {kind}, not UTF-8 text", remedy)
+                if b"\x00" in line:
+                    remedy = "if it is UTF-16, convert it: iconv -f UTF-16 -t UTF-8"
+                    self._fault("is not UTF-8 text (line 1 holds zero bytes)", remedy)
+                line = line.removeprefix(_UTF8_BOM)
+                first = False
+            if len(line) > MAX_LINE_BYTES:
+                self._fault(f"has a line of more than {MAX_LINE_BYTES >> 20} MiB", "write one row a line")
+            yield line
+
+    def _json_rows(self, lines: Iterator[bytes]) -> Iterator[Row | BadLine]:
+        blank: list[int] = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                blank.append(number)
+                continue
+            for earlier in blank:
+                yield BadLine(earlier, "it is blank; blank lines are allowed only at the end")
+            blank.clear()
+            yield _parse_line(number, line)
+
+    def _csv_rows(self, lines: Iterator[bytes]) -> Iterator[Row | BadLine]:
+        csv.field_size_limit(MAX_LINE_BYTES)
+        # Undecodable bytes travel as surrogates, so that one bad row does not end the reading.
+        reader = csv.reader((line.decode("utf-8", "surrogateescape") for line in lines), strict=True)
+        try:
+            names = next(reader, None)
+        except csv.Error as error:
+            self._fault(f"has no readable header: {error}", "the first line names the fields")
+        if names is None:
+            return
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            self._fault(f"names the field {doubled[0]!r} twice in its header", "give each column its own name")
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield BadLine(line, f"it is not valid CSV: {error}")
+                continue
+            if cells:
+                yield _csv_row(line, names, cells)
+
+    def _fault(self, what: str, remedy: str) -> NoReturn:
+        raise DatasetFault(f"{self.label} {what}; {remedy}")
+
+
+def _csv_row(line: int, names: list[str], cells: list[str]) -> Row | BadLine:
+    if len(cells) != len(names):
+        return BadLine(line, f"it has {len(cells)} cells where the header names {len(names)} fields")
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return BadLine(line, "it is not valid UTF-8")
+    return Row(line, dict(zip(names, cells, strict=True)))
+
+
+def _parse_line(number: int, line: bytes) -> Row | BadLine:
+    try:
+        value = json.loads(line.decode(), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        return BadLine(number, f"it is not valid UTF-8 (byte {error.start + 1} of the line)")
+    except json.JSONDecodeError as error:
+        hint = "; it looks like a JSON array: write one object a line" if line.lstrip()[:1] == b"[" else ""
+        return BadLine(number, f"it is not JSON ({error.msg}, column {error.colno}){hint}")
+    except (ValueError, RecursionError) as error:
+        return BadLine(number, f"it is not JSON ({error})")
+    if not isinstance(value, dict):
+        return BadLine(number, f'it is {_kind(value)}, not a JSON object such as {{"prompt": "…"}}')
+    if _SURROGATE_ESCAPE.search(line) and not _is_unicode(value):
+        return BadLine(number, "it holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return Row(number, value)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value; write null or a number")
+
+
+def _is_unicode(value: object) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    kinds = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "an array"}
+    return kinds[type(value)]

@@ -1,0 +1,63 @@
+"""`overnight enqueue`: a dataset becomes a job."""
+
+import time
+from typing import Any
+
+import click
+
+from cli.context import App
+from cli.display import emit_json, format_count, say, warn
+from cli.job_options import JobOptions, job_options
+from cli.options import json_option, queue_option, settings_options
+
+_PING_AGAIN_S = 5.0
+"""A load that took longer asks Redis once more before it commits."""
+
+
+@click.command("enqueue")
+@click.argument("dataset", metavar="DATASET")
+@job_options()
+@queue_option("Which workers take the job")
+@json_option
+@settings_options
+@click.pass_obj
+def command(app: App, /, dataset: str, as_json: bool, **values: Any) -> None:
+    """Put DATASET (JSON lines, CSV by its suffix, or - for stdin) in the queue as one job; print the job's id.
+
+    \b
+    Examples:
+      overnight enqueue reviews.jsonl --model reviews --task choose \\
+          --prompt 'Review: {{ text }}' --choices positive,negative
+      overnight enqueue prompts.jsonl --model opt-1.3b --task generate --max-new-tokens 100
+    """
+    from cli.submission import prepare
+    from storage.jobs import get_job
+    from worker.doorbell import ping, ring
+    from worker.errors import RedisUnreachable
+
+    options = JobOptions.take(values)
+    for sentence in options.warnings():
+        warn(sentence)
+    settings = app.settings
+    submission = prepare(dataset, options, settings)
+    ping(settings.redis_url)
+    pinged = time.monotonic()
+
+    def still_there() -> None:
+        if time.monotonic() - pinged > _PING_AGAIN_S:
+            ping(settings.redis_url)
+
+    with app.open_database() as database:
+        job_id = submission.store(database, settings.queue, before_commit=still_there)
+        job = get_job(database, job_id)
+    try:
+        ring(settings, job_id)
+    except RedisUnreachable as error:
+        warn(f"job {job_id} is stored, but its worker could not be told and will find it by itself ({error})")
+    if as_json:
+        emit_json({"id": job.id, "requests": job.num_requests})
+        return
+    click.echo(job.id)
+    say(f"{format_count(job.num_requests)} requests in job {job.id}; watch it: overnight status {job.id} --watch")
+    if job.num_failed:
+        say(f"{format_count(job.num_failed)} rows are faulty already: overnight fetch {job.id} --errors")

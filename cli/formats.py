@@ -1,0 +1,81 @@
+"""The shapes of output rows: JSON lines and CSV, written as they come."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from storage.results import OutputRow
+
+FORMATS = ("jsonl", "csv")
+
+_COLUMNS = {
+    "generate": ("text", "finish_reason"),
+    "score": ("logprob", "is_greedy", "tokens"),
+    "choose": ("label", "logprobs"),
+}
+"""The fields of `output` that become CSV columns; nested ones hold JSON."""
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""Spreadsheets run a cell that starts with one of these."""
+
+
+def output_document(row: "OutputRow") -> dict[str, Any]:
+    """One output row, in the shape of the contract."""
+    error = None if row.error_code is None else {"code": row.error_code, "message": row.error_message}
+    return {
+        "id": row.row_id,
+        "index": row.index,
+        "status": str(row.status),
+        "output": row.output,
+        "error": error,
+        "usage": {"prompt_tokens": row.prompt_tokens, "completion_tokens": row.completion_tokens},
+    }
+
+
+def write_rows(rows: "Iterable[OutputRow]", stream: BinaryIO, *, file_format: str, task: str) -> int:
+    """Writes all rows in their order; returns how many."""
+    if file_format == "csv":
+        return _write_csv(rows, stream, task)
+    count = 0
+    for row in rows:
+        stream.write(json.dumps(output_document(row), ensure_ascii=False).encode() + b"\n")
+        count += 1
+    return count
+
+
+def _write_csv(rows: "Iterable[OutputRow]", stream: BinaryIO, task: str) -> int:
+    columns = _COLUMNS[task]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    usage = ("prompt_tokens", "completion_tokens")
+    writer.writerow(["id", "index", "status", *columns, "error_code", "error_message", *usage])
+    count = 0
+    for row in rows:
+        output = row.output or {}
+        cells = [row.row_id, row.index, str(row.status), *(output.get(name) for name in columns)]
+        cells += [row.error_code, row.error_message, row.prompt_tokens, row.completion_tokens]
+        writer.writerow([_cell(cell) for cell in cells])
+        count += 1
+        stream.write(_drain(buffer))
+    stream.write(_drain(buffer))
+    return count
+
+
+def _drain(buffer: io.StringIO) -> bytes:
+    text = buffer.getvalue()
+    buffer.seek(0)
+    buffer.truncate()
+    return text.encode()
+
+
+def _cell(value: object) -> object:
+    """Numbers as they are, nested values as JSON; text that a spreadsheet would run is quoted with an apostrophe."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None or isinstance(value, int | float):
+        return value
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f"'{text}" if text.startswith(_FORMULA) else text

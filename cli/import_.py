@@ -1,0 +1,96 @@
+"""`overnight import`: a checkpoint becomes a model directory."""
+
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import click
+
+from cli.context import App
+from cli.display import colour_wanted, say
+from cli.options import DTYPES, Text, settings_options
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@click.command("import")
+@click.argument("source", metavar="SRC", type=Text())
+@click.argument("destination", metavar="[DEST]", required=False, type=Text())
+@click.option("--dtype", type=click.Choice(DTYPES), help="How weights are stored. Default: as the checkpoint has them.")
+@settings_options
+@click.pass_obj
+def command(app: App, source: str, destination: str | None, dtype: str | None) -> None:
+    """Make a model directory from SRC, a Hugging Face folder or the name of one on the hub.
+
+    DEST is a path, or a name in the model folder; by default the name of SRC. It appears when it is whole.
+
+    \b
+    Examples:
+      overnight import ~/checkpoints/opt-1.3b
+      overnight import facebook/opt-125m small --dtype float32
+    """
+    from cli.errors import FileAbsent
+
+    folder = Path(source).expanduser()
+    name = folder.resolve().name if folder.is_dir() else source.rpartition("/")[2]
+    target = model_path(app, destination or name)
+    if target.exists():
+        raise click.UsageError(f"{target} exists already; remove it, or give the new model another name as DEST")
+    with ExitStack() as stack:
+        if not folder.is_dir():
+            if folder.exists():
+                raise click.UsageError(f"{folder} is a file; SRC is the folder that holds config.json and the weights")
+            if not _HUB_NAME.fullmatch(source):
+                raise FileAbsent(
+                    f"there is no folder {folder}, and {source!r} is no name on the hub (organisation/model)"
+                )
+            folder = _download(source, stack)
+        make_model(folder, target, dtype)
+    say(f"use it: overnight enqueue DATASET --model {destination or name} --task generate")
+    click.echo(target)
+
+
+def model_path(app: App, destination: str) -> Path:
+    """A path as it is; a plain name is meant in the model folder."""
+    if "/" in destination or destination.startswith((".", "~")):
+        return Path(destination).expanduser().absolute()
+    return app.settings.models_dir / destination
+
+
+def make_model(folder: Path, target: Path, dtype: str | None) -> None:
+    """Imports ``folder`` as ``target``, with progress on stderr.
+
+    Raises:
+        CheckpointError, DiskFull: nothing is left behind.
+    """
+    from engine.units import format_bytes
+    from engine.weights.importers.huggingface import import_checkpoint
+
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _bytes_progress(f"importing {folder.name}") as report:
+        manifest = import_checkpoint(folder, target, dtype, report)
+    say(f"{folder.name}: {format_bytes(manifest.num_bytes)} of {manifest.dtype} weights in {target}")
+
+
+def _download(name: str, stack: ExitStack) -> Path:
+    from engine.weights.hub import download
+
+    say(f"downloading {name}")
+    return download(name, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overnight-hub-"))))
+
+
+@contextmanager
+def _bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    if not sys.stderr.isatty():
+        yield lambda _done, _total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True, no_color=not colour_wanted())) as bars:
+        task = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)

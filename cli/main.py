@@ -1,0 +1,131 @@
+"""The command group: subcommands are imported when they are named, and every error leaves through one door.
+
+`overnight status` must answer at once, so nothing here imports more than click.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from cli import __version__, exit_codes
+from cli.context import App
+from cli.options import settings_options
+
+COMMANDS = {
+    "import": "cli.import_",
+    "models": "cli.models",
+    "worker": "cli.worker",
+    "enqueue": "cli.enqueue",
+    "status": "cli.status",
+    "wait": "cli.wait",
+    "fetch": "cli.fetch",
+    "cancel": "cli.cancel",
+    "retry": "cli.retry",
+    "run": "cli.run",
+    "demo": "cli.demo",
+    "doctor": "cli.doctor",
+    "completion": "cli.completion",
+}
+"""Each command's module; its click command is the module's `command`. In the order of `--help`."""
+
+
+class CommandGroup(click.Group):
+    """Loads a command's module when it is asked for; turns errors into one sentence and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        module = COMMANDS.get(cmd_name)
+        if module is None:
+            return None
+        command = importlib.import_module(module).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}"
+            raise click.UsageError(f"there is no command {name!r}; {hint}", ctx=ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _close_stdout_quietly()
+            raise click.exceptions.Exit(exit_codes.OK) from None
+        return result
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> NoReturn:
+        """Runs the command line and exits; a fault of ours leaves as its traceback."""
+        try:
+            code = super().main(args, prog_name or "overnight", complete_var, standalone_mode=False, **extra)
+        except (click.exceptions.Abort, KeyboardInterrupt):
+            _print_error("interrupted")
+            sys.exit(exit_codes.INTERRUPTED)
+        except click.UsageError as error:
+            hint = f"; see: {error.ctx.command_path} --help" if error.ctx else ""
+            _print_error(f"{_sentence(error)}{hint}")
+            sys.exit(exit_codes.USAGE)
+        except click.ClickException as error:
+            _print_error(_sentence(error))
+            sys.exit(exit_codes.USAGE)
+        except Exception as error:
+            known = exit_codes.exit_code_of(error)
+            if known is None:
+                raise
+            _print_error(str(error))
+            sys.exit(known)
+        sys.exit(code if isinstance(code, int) else exit_codes.OK)
+
+
+def _sentence(error: click.ClickException) -> str:
+    """click's message, in the form of ours: no capital, no full stop."""
+    text = error.format_message().strip().removesuffix(".")
+    return text[:1].lower() + text[1:]
+
+
+def _print_error(text: str) -> None:
+    click.echo(f"error: {text}", err=True)
+
+
+def _close_stdout_quietly() -> None:
+    """The reader of our output has left (``| head``); without this, Python complains once more at its end."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+
+
+@click.group(
+    cls=CommandGroup,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="First time here? Type: overnight demo",
+)
+@click.version_option(__version__, "-V", "--version", prog_name="overnight", message="%(prog)s %(version)s")
+@settings_options
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Offline LLM batch inference for one GPU machine.
+
+    Put a dataset in the queue, let a worker run it through an OPT model over GPU, CPU and disk memory, and fetch the
+    outputs in the morning.
+    """
+    ctx.ensure_object(App)

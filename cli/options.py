@@ -1,0 +1,182 @@
+"""Option types and decorators that several commands share. Every refusal is a sentence naming the option."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from cli.context import App
+
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:  # click 8.1 has no type argument
+    ParamType = click.ParamType
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Number(ParamType):
+    """A finite number within bounds; click's own ranges let NaN through."""
+
+    def __init__(self, *, minimum: float, maximum: float = math.inf, above: bool = False, whole: bool = False) -> None:
+        self.minimum = minimum
+        self.maximum = maximum
+        self.above = above
+        """The minimum itself is not allowed."""
+        self.whole = whole
+        self.name = "integer" if whole else "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | int:
+        try:
+            number: float | int = int(value) if self.whole else float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not {self._wanted()}", param, ctx)
+        too_small = number <= self.minimum if self.above else number < self.minimum
+        if not math.isfinite(number) or too_small or number > self.maximum:
+            self.fail(f"{value} is not {self._wanted()}", param, ctx)
+        return number
+
+    def _wanted(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        low = f"above {self.minimum:g}" if self.above else f"of at least {self.minimum:.12g}"
+        return f"{kind} {low}" + (f" and at most {self.maximum:.20g}" if math.isfinite(self.maximum) else "")
+
+
+class Size(ParamType):
+    """``4GiB``, ``500MB`` or plain bytes, as bytes."""
+
+    name = "size"
+
+    def __init__(self, *, minimum: int = 0) -> None:
+        self.minimum = minimum
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        from engine.units import parse_bytes
+
+        try:
+            num_bytes = parse_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if num_bytes < self.minimum:
+            self.fail(f"{value!r} is no room at all; leave the option out for the default", param, ctx)
+        return num_bytes
+
+
+class SharesText(ParamType):
+    """``20/80/0``: percent on device, host and disk; checked here, kept as text."""
+
+    name = "device/host/disk"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from engine.planner.plan import Shares
+
+        try:
+            Shares.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
+class DeviceName(ParamType):
+    """``cpu``, ``cuda``, ``cuda:N`` or ``simulated``; whether it exists is known only to the worker."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?|simulated", value):
+            self.fail(f"{value!r} is no device; write cpu or, for a GPU, cuda:0", param, ctx)
+        return str(value)
+
+
+class Text(ParamType):
+    """Text that can be written as UTF-8; a shell may pass bytes that are none."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            self.fail("the text is not valid UTF-8", param, ctx)
+        return str(value)
+
+
+def _remember(ctx: click.Context, param: click.Parameter, value: object) -> None:
+    """Keeps a settings flag for `App.settings`; the one nearest to the command's end wins."""
+    if value is not None and param.name is not None:
+        ctx.ensure_object(App).flags[param.name] = value
+
+
+def settings_options(command: Command) -> Command:
+    """``--database`` and ``--redis``, accepted before and after the command's name."""
+    redis = click.option(
+        "--redis",
+        metavar="URL",
+        type=Text(),
+        expose_value=False,
+        callback=_remember,
+        help="Redis, the doorbell: redis://… or unix://… (OVERNIGHT_REDIS).",
+    )
+    database = click.option(
+        "--database",
+        metavar="URL|FILE",
+        type=Text(),
+        expose_value=False,
+        callback=_remember,
+        help="The database: an SQLAlchemy URL or a file (OVERNIGHT_DATABASE).",
+    )
+    return database(redis(command))
+
+
+def queue_option(help_text: str) -> Callable[[Command], Command]:
+    """``--queue``, a setting like the others."""
+    return click.option(
+        "--queue",
+        metavar="NAME",
+        type=Text(),
+        expose_value=False,
+        callback=_remember,
+        help=f"{help_text} (OVERNIGHT_QUEUE). [default: default]",
+    )
+
+
+def json_option(command: Command) -> Command:
+    """``--json``: one document on stdout for machines."""
+    return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, for machines.")(command)
+
+
+def job_argument(command: Command) -> Command:
+    """JOB: the id that `overnight enqueue` printed."""
+    return click.argument("job_id", metavar="JOB", type=Number(minimum=1, maximum=2**63 - 1, whole=True))(command)
+
+
+def placement_options(command: Command) -> Command:
+    """PLACEMENT: where weights, KV cache and activations live; see `cli.placement` for the values."""
+    group = [
+        click.option("--device", type=DeviceName(), help="cpu, or a GPU: cuda:0. Default: the first GPU, else cpu."),
+        click.option("--dtype", type=click.Choice(DTYPES), help="Compute and KV cache type. Default: as stored."),
+        click.option("--device-memory", type=Size(minimum=1), help="Budget in device (GPU) memory, for example 4GiB."),
+        click.option("--host-memory", type=Size(), help="Budget in host (CPU) memory."),
+        click.option("--disk-space", type=Size(), help="Budget for spill files on disk."),
+        click.option(
+            "--disk-dir",
+            metavar="FOLDER",
+            type=click.Path(file_okay=False, path_type=Path),
+            help="Where spill files go. Default: spill/ in OVERNIGHT_HOME.",
+        ),
+        click.option("--weights", type=SharesText(), help="Percent of the weights on each tier: 20/80/0."),
+        click.option("--kv", type=SharesText(), help="Percent of the KV cache on each tier: 0/100/0."),
+        click.option("--activations", type=click.Choice(["device", "host", "disk"]), help="Tier of the activations."),
+        click.option("--micro-batch", type=Number(minimum=1, whole=True), help="Tokens of one micro-batch."),
+        click.option("--micro-batches", type=Number(minimum=1, whole=True), help="Micro-batches of a pass, at most."),
+    ]
+    for option in reversed(group):
+        command = option(command)
+    return command

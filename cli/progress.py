@@ -1,0 +1,157 @@
+"""Progress of a job while it runs: a bar on a terminal, a line every few seconds elsewhere; always on stderr."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from cli.display import colour_wanted, format_count, format_rate, format_seconds, say
+from cli.reports import FINISHED
+
+if TYPE_CHECKING:
+    from storage.database import Database
+    from storage.jobs import Job
+
+_WINDOW_S = 30.0
+_LINE_EVERY_S = 5.0
+_POLL_S = 0.25
+_SLOWEST_POLL_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A job's counters at one moment."""
+
+    now: float
+    ended: int
+    """Requests that are done or failed."""
+    tokens: int
+    """Prompt and generated."""
+
+
+class Pace:
+    """Speed over the last half minute, so that a stop or a slow start does not colour it for hours."""
+
+    def __init__(self) -> None:
+        self._samples: deque[Sample] = deque()
+
+    def add(self, sample: Sample) -> None:
+        """Takes the next sample; time must not go backwards."""
+        self._samples.append(sample)
+        while sample.now - self._samples[0].now > _WINDOW_S and len(self._samples) > 2:
+            self._samples.popleft()
+
+    @property
+    def tokens_per_s(self) -> float:
+        """0 while nothing is known."""
+        first, last = self._samples[0], self._samples[-1]
+        return (last.tokens - first.tokens) / (last.now - first.now) if last.now > first.now else 0.0
+
+    def eta_s(self, total: int) -> float | None:
+        """Seconds until ``total`` requests have ended; None while nothing ends."""
+        first, last = self._samples[0], self._samples[-1]
+        ended = last.ended - first.ended
+        return (total - last.ended) * (last.now - first.now) / ended if ended else None
+
+
+class Progress(Protocol):
+    """Shows a job's snapshots as they come."""
+
+    def update(self, job: "Job", now: float) -> None:
+        """Shows one snapshot; ``now`` in seconds, of any clock."""
+
+
+class LineProgress:
+    """A line every few seconds, for logs."""
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+        self._next = 0.0
+        self._last = ""
+
+    def update(self, job: "Job", now: float) -> None:
+        """Prints a line when it is time or the job has ended."""
+        self._pace.add(_sample(job, now))
+        if now < self._next and job.state not in FINISHED:
+            return
+        self._next = now + _LINE_EVERY_S
+        line = progress_line(job, self._pace)
+        if line != self._last:
+            say(line)
+        self._last = line
+
+
+def progress_line(job: "Job", pace: Pace) -> str:
+    """``job 7 running: 42% | 840/2,000 requests | 1,234 tokens/s | 1 min 3 s left``."""
+    ended = job.num_done + job.num_failed
+    parts = [
+        f"job {job.id} {job.state}: {100 * ended // max(1, job.num_requests)}%",
+        f"{format_count(ended)}/{format_count(job.num_requests)} requests",
+    ]
+    if job.num_failed:
+        parts.append(f"{format_count(job.num_failed)} failed")
+    if job.state not in FINISHED:
+        parts.append(format_rate(pace.tokens_per_s))
+        eta = pace.eta_s(job.num_requests)
+        parts.append("time left unknown yet" if eta is None else f"{format_seconds(eta)} left")
+    return " | ".join(parts)
+
+
+@contextmanager
+def job_progress(title: str) -> "Iterator[Progress]":
+    """The kind of progress that stderr can show."""
+    if not sys.stderr.isatty():
+        yield LineProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}", markup=False),
+    )
+    console = Console(stderr=True, no_color=not colour_wanted())
+    with Bars(*columns, console=console, refresh_per_second=4) as bars:
+        task = bars.add_task(title, total=None, detail="")
+        pace = Pace()
+
+        class BarProgress:
+            def update(self, job: "Job", now: float) -> None:
+                pace.add(_sample(job, now))
+                eta = pace.eta_s(job.num_requests)
+                left = "" if eta is None or job.state in FINISHED else f" · {format_seconds(eta)} left"
+                failed = f" · {format_count(job.num_failed)} failed" if job.num_failed else ""
+                detail = f"{format_rate(pace.tokens_per_s)}{left}{failed} · {job.state}"
+                ended = job.num_done + job.num_failed
+                bars.update(task, total=job.num_requests, completed=ended, detail=detail)
+
+        yield BarProgress()
+
+
+def follow(database: "Database", job_id: int, *, watch: Callable[[], None] | None = None) -> "Iterator[Job]":
+    """The job's snapshots until it has ended, the last one included; each is one short read.
+
+    ``watch`` is called between two looks and may raise to end the waiting.
+    """
+    from storage.jobs import get_job
+
+    pause = _POLL_S
+    while True:
+        job = get_job(database, job_id)
+        yield job
+        if job.state in FINISHED:
+            return
+        if watch is not None:
+            watch()
+        time.sleep(pause)
+        pause = min(_SLOWEST_POLL_S if watch is None else 4 * _POLL_S, pause * 1.2)
+
+
+def _sample(job: "Job", now: float) -> Sample:
+    return Sample(now, job.num_done + job.num_failed, job.prompt_tokens + job.generated_tokens)

@@ -1,0 +1,149 @@
+"""A Redis and a worker of our own for one job: they start with us, serve its queue only, and end when we do."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from cli.display import say
+from cli.errors import WorkerDied
+from cli.placement import Placement
+from cli.progress import follow, job_progress
+from cli.reports import FINISHED
+
+if TYPE_CHECKING:
+    from storage.database import Database
+    from storage.jobs import Job
+    from worker.settings import Settings
+
+_GRACE_S = 30.0
+"""How long a worker may take to finish a pass and give back what it holds."""
+_LAST_LINES = 5
+
+
+class OwnWorker:
+    """A worker process on a private Redis. Use as a context manager; start it from the main thread."""
+
+    def __init__(self, settings: "Settings", queue: str, placement: Placement) -> None:
+        self._settings = settings
+        self._queue = queue
+        self._placement = placement
+        self._stack = ExitStack()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = Path()
+
+    def __enter__(self) -> "OwnWorker":
+        from worker.children import spawn
+        from worker.private_redis import PrivateRedis
+
+        with self._stack as stack:
+            redis = stack.enter_context(PrivateRedis())
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overnight-log-")))
+            self._log = folder / "worker.log"
+            output = stack.enter_context(self._log.open("wb"))
+            self._process = spawn(
+                self._command(redis.url), environ=self._environment(), stdout=output, stderr=subprocess.STDOUT
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from worker.children import stop
+
+        assert self._process is not None
+        try:
+            stop(self._process, grace_s=_GRACE_S)
+        except KeyboardInterrupt:  # the second Ctrl-C: what it holds is claimed again when its lease ends
+            stop(self._process, grace_s=0)
+            raise
+        finally:
+            self._stack.close()
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    def check(self) -> None:
+        """Returns while the worker lives.
+
+        Raises:
+            WorkerDied: with its last error, and its own exit code where that says more than "it failed".
+        """
+        assert self._process is not None
+        code = self._process.poll()
+        if code is not None:
+            how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            raise WorkerDied(f"the worker {how}: {self.last_words()}", code)
+
+    def last_words(self) -> str:
+        """Its last error sentence, or else its last lines."""
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return errors[-1] if errors else "\n".join(lines[-_LAST_LINES:]) or "it said nothing"
+
+    def _command(self, redis_url: str) -> list[str]:
+        # -P: a folder named `cli` where the user happens to be must not be taken for ours.
+        words = [sys.executable, "-P", "-m", "cli", "worker", "--queue", self._queue, "--redis", redis_url]
+        return words + self._placement.arguments()
+
+    def _environment(self) -> dict[str, str]:
+        packages = str(Path(__file__).resolve().parent.parent)
+        path = os.environ.get("PYTHONPATH")
+        return {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([packages, path] if path else [packages]),
+            # Not on its command line: the URL may hold a password, which `ps` would show to everybody.
+            "OVERNIGHT_DATABASE": self._settings.database_url,
+        }
+
+
+def work_off(database: "Database", settings: "Settings", job: "Job", placement: Placement, *, resume: str) -> "Job":
+    """Runs a job with a worker of our own, shows its progress, and returns it as it ended.
+
+    ``resume``: the command that goes on with the job, shown when it is interrupted.
+
+    A job that has ended already starts nothing.
+
+    Raises:
+        WorkerDied, RedisUnavailable: the job stays as far as it has come.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the worker has given back what it held.
+    """
+    if job.state in FINISHED:
+        return job
+    try:
+        with _signals_interrupt(), OwnWorker(settings, job.queue, placement) as worker:
+            try:
+                with job_progress(f"job {job.id}") as progress:
+                    for snapshot in follow(database, job.id, watch=worker.check):
+                        progress.update(snapshot, time.monotonic())
+            except KeyboardInterrupt:
+                say("stopping: the worker finishes its pass and gives back the rest (Ctrl-C again: at once)")
+                raise
+    except (KeyboardInterrupt, WorkerDied):
+        say(f"job {job.id} keeps the outputs it has; go on with: {resume}")
+        raise
+    return snapshot
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """A closed terminal and a polite kill end us as Ctrl-C does: in order."""
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    raise KeyboardInterrupt

@@ -1,0 +1,73 @@
+"""From a dataset and its options to a job in the database: whole, or not at all."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cli.datasets import Dataset
+from cli.job_options import JobOptions
+from cli.tasks import TaskSpec, requests
+from cli.templates import PromptTemplate, read_template
+
+if TYPE_CHECKING:
+    from storage.database import Database
+    from storage.jobs import NewRequest
+    from worker.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job that is ready to be stored: everything that can be checked from its first row has been."""
+
+    options: JobOptions
+    model: str
+    """The name, or the absolute path."""
+    dataset: Dataset
+    rows: "Iterator[NewRequest]"
+    """Read once, as it is stored."""
+
+    def store(self, database: "Database", queue: str, *, before_commit: Callable[[], None] | None = None) -> int:
+        """Makes the job and returns its id; ``before_commit`` may still refuse after the last row was read.
+
+        Raises:
+            DatasetFault: a line is at fault; no job is left behind.
+        """
+        from storage.jobs import NewJob, create_job
+
+        params = self.options.params()
+        if self.dataset.path is not None:
+            params["dataset"] = str(self.dataset.path.resolve())
+        job = NewJob(
+            model=self.model,
+            task=self.options.task,
+            params=params,
+            seed=self.options.seed or 0,
+            priority=self.options.priority,
+            queue=queue,
+        )
+        return create_job(database, job, _then(self.rows, before_commit), now=time.time())
+
+
+def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Submission:
+    """Checks template, model and the dataset up to its first row; nothing is stored.
+
+    Raises:
+        FileAbsent, DatasetFault, TemplateFault, ModelNotFound: what is wrong, and where.
+    """
+    from worker.models import resolve_model
+
+    dataset = Dataset(dataset_name)
+    dataset.check()
+    spec = TaskSpec(options.task, PromptTemplate(read_template(options.prompt)), options.choices or ())
+    model = resolve_model(options.model, settings).reference
+    rows = requests(dataset.rows(), spec, label=dataset.label, keep_going=options.keep_going)
+    first = next(rows)
+    return Submission(options, model, dataset, itertools.chain([first], rows))
+
+
+def _then(rows: "Iterator[NewRequest]", last: Callable[[], None] | None) -> "Iterator[NewRequest]":
+    yield from rows
+    if last is not None:
+        last()

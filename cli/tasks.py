@@ -1,0 +1,125 @@
+"""Rows of a dataset into the requests of a job: what `generate`, `score` and `choose` read from a row."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cli.datasets import BadLine, Row
+from cli.errors import DatasetFault
+from cli.templates import PromptTemplate, RowFault
+
+if TYPE_CHECKING:
+    from storage.jobs import NewRequest
+
+TASKS = ("generate", "score", "choose")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """What each row becomes."""
+
+    task: str
+    """`generate`, `score` or `choose`."""
+    template: PromptTemplate
+    choices: tuple[str, ...] = ()
+    """The choices of every row; empty: each row brings its own."""
+
+    def payload(self, row: Row) -> dict[str, object]:
+        """The request of one row, as it is stored.
+
+        Raises:
+            RowFault: a field is missing or is not what the task needs.
+        """
+        prompt = self.template.render(row.fields)
+        if self.task == "generate":
+            return {"prompt": prompt}
+        if self.task == "score":
+            return {"context": prompt, "continuation": _continuation(row)}
+        return {"prompt": prompt, "choices": list(self.choices or _row_choices(row))}
+
+
+def split_choices(text: str) -> tuple[str, ...]:
+    """``positive, negative`` as its parts, without the spaces around them.
+
+    Raises:
+        ValueError: fewer than two, an empty one, or one twice; a sentence for people.
+    """
+    choices = tuple(part.strip() for part in text.split(","))
+    _check_choices(choices)
+    return choices
+
+
+def requests(rows: Iterator[Row | BadLine], spec: TaskSpec, *, label: str, keep_going: bool) -> "Iterator[NewRequest]":
+    """One request a row, in order, as they are read.
+
+    A line that is no row, and a fault of the first row, refuse the dataset unless ``keep_going``; the content faults of
+    later rows are error rows. ``label`` is the dataset's name for messages.
+
+    Raises:
+        DatasetFault: names the line and, for the first row, the field.
+    """
+    from storage.jobs import NewRequest
+
+    for index, row in enumerate(rows):
+        if isinstance(row, BadLine):
+            if not keep_going:
+                raise DatasetFault(
+                    f"{label}, line {row.line}: {row.reason}; mend the line, or make it an error row with --keep-going"
+                )
+            yield NewRequest(
+                index=index, row_id=None, payload=None, error=("bad_line", f"line {row.line}: {row.reason}")
+            )
+            continue
+        row_id = row.fields.get("id")
+        try:
+            yield NewRequest(index=index, row_id=row_id, payload=spec.payload(row))
+        except RowFault as fault:
+            if index == 0 and not keep_going:
+                raise DatasetFault(
+                    f"{label}, row 0 (line {row.line}): {fault}; every row would fail the same way, "
+                    "or use --keep-going to make such rows error rows"
+                ) from None
+            message = f"row {index} (line {row.line}): {fault}"
+            yield NewRequest(index=index, row_id=row_id, payload=None, error=(fault.code, message))
+
+
+def _continuation(row: Row) -> str:
+    return _text_field(row, "continuation", "the text whose probability `score` computes")
+
+
+def _text_field(row: Row, name: str, meaning: str) -> str:
+    if row.fields.get(name) is None:
+        raise RowFault("missing_field", f"no field {name!r}, {meaning}; there: {_names(row)}")
+    value = row.fields[name]
+    if not isinstance(value, str):
+        raise RowFault("bad_field", f"the field {name!r} is not text; put it in quotes")
+    return value
+
+
+def _row_choices(row: Row) -> tuple[str, ...]:
+    value = row.fields.get("choices")
+    if value is None:
+        raise RowFault("missing_field", f"no field 'choices', and no --choices was given; there: {_names(row)}")
+    try:
+        if isinstance(value, str):
+            return split_choices(value)
+        if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
+            raise RowFault("bad_field", "the field 'choices' is not a list of texts")
+        _check_choices(tuple(value))
+    except ValueError as error:
+        raise RowFault("bad_field", f"the field 'choices': {error}") from None
+    return tuple(value)
+
+
+def _check_choices(choices: tuple[str, ...]) -> None:
+    if any(not choice for choice in choices):
+        raise ValueError("a choice is empty; write for example positive,negative")
+    if len(choices) < 2:
+        raise ValueError("there is only one choice; write at least two, for example positive,negative")
+    doubled = [choice for choice in choices if choices.count(choice) > 1]
+    if doubled:
+        raise ValueError(f"the choice {doubled[0]!r} is there twice")
+
+
+def _names(row: Row) -> str:
+    return ", ".join(row.fields) or "none"

@@ -1,0 +1,38 @@
+"""`overnight wait`: until the job has ended; the exit code is its outcome."""
+
+import time
+
+import click
+
+from cli.context import App
+from cli.display import say
+from cli.options import job_argument, settings_options
+
+
+@click.command("wait")
+@job_argument
+@settings_options
+@click.pass_obj
+def command(app: App, job_id: int) -> None:
+    """Wait until JOB has ended. Exit code 0: every request has its output; 1: the job failed, was cancelled or has
+    failed requests.
+
+    \b
+    Example: overnight wait 7 && overnight fetch 7 -o out.jsonl
+    """
+    from cli.errors import JobUnfinished
+    from cli.progress import follow
+    from cli.reports import outcome_of
+    from cli.workers import missing_worker_hint
+    from storage.jobs import get_job
+
+    with app.job_database(job_id) as database:
+        hint = missing_worker_hint(database, get_job(database, job_id), now=time.time())
+        if hint:
+            say(hint)
+        for job in follow(database, job_id):  # noqa: B007
+            pass
+    problem = outcome_of(job)
+    if problem:
+        raise JobUnfinished(problem)
+    say(f"job {job.id} is done; its outputs: overnight fetch {job.id}")

@@ -1,0 +1,30 @@
+"""`overnight worker`: takes jobs from a queue until it is told to stop."""
+
+from typing import Any
+
+import click
+
+from cli.context import App
+from cli.options import Text, placement_options, queue_option, settings_options
+from cli.placement import Placement
+
+
+@click.command("worker")
+@click.option("--model", type=Text(), help="Load this one at the start. Default: the queue decides.")
+@queue_option("Which jobs to take")
+@placement_options
+@settings_options
+@click.pass_obj
+def command(app: App, /, model: str | None, **values: Any) -> None:
+    """Work on the jobs of a queue until Ctrl-C; then finish the pass, and give back what is not done.
+
+    \b
+    Examples:
+      overnight worker
+      overnight worker --model opt-30b --device-memory 14GiB --host-memory 60GiB --disk-space 200GiB
+    """
+    from worker.daemon import WorkerOptions, run_worker
+
+    placement = Placement.take(values).plan_options()
+    code = run_worker(app.settings, WorkerOptions(model=model, placement=placement))
+    raise click.exceptions.Exit(code)
