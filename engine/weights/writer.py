@@ -88,22 +88,26 @@ class ModelWriter:
         path = self.directory / f"{name}.bin"
         digest = hashlib.sha256()
         position = 0
-        with self._explained(), path.open("xb", buffering=0) as file:
+        with self._explained():
+            file = path.open("xb", buffering=0)
 
-            def put(piece: Buffer) -> None:
-                nonlocal position
-                view = memoryview(piece)
-                digest.update(view)
-                position += len(view)
+        def put(piece: Buffer) -> None:
+            nonlocal position
+            view = memoryview(piece)
+            digest.update(view)
+            position += len(view)
+            with self._explained():
                 while view:
                     view = view[file.write(view) :]
 
+        with file:
             for tensor_name, pieces in contents:
                 put(bytes(layout.tensors[tensor_name].offset - position))
                 for piece in pieces:
                     put(piece)
             put(bytes(layout.num_bytes - position))
-            os.fsync(file.fileno())
+            with self._explained():
+                os.fsync(file.fileno())
         entry = UnitEntry(name, path.name, layout.num_bytes, f"sha256:{digest.hexdigest()}", layout.tensors)
         self._units.append(entry)
         return entry

@@ -365,7 +365,7 @@ def test_code_in_a_bin_file_is_never_run(zipped: bool, source: Path, tmp_path: P
     if zipped:
         torch.save(contents, source / "pytorch_model.bin")
     else:
-        (source / "pytorch_model.bin").write_bytes(pickle.dumps(contents["exploit"]))
+        (source / "pytorch_model.bin").write_bytes(pickle.dumps(contents["exploit"], protocol=2))
     refusal(source, tmp_path / "model")
     assert not (tmp_path / "ran").exists()
 

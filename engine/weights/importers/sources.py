@@ -143,7 +143,9 @@ class TorchFile:
                 f"{path} is damaged, or holds Python objects besides tensors, which are never run; "
                 "save it again with safetensors"
             ) from error
-        except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # junk read as a pickle fails in every way there is
             raise CheckpointError(
                 f"{path} is not a PyTorch checkpoint, or it is cut short ({_first(error)})"
             ) from error

@@ -29,11 +29,7 @@ def tokenizer_files(source: Path) -> dict[str, bytes]:
     files = {name: (source / name).read_bytes() for name in _COPIED if (source / name).is_file()}
     path = source / TOKENIZER_NAME
     if path.is_file():
-        try:
-            Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} is not a tokenizer this version can read ({error})") from error
-        files[TOKENIZER_NAME] = path.read_bytes()
+        files[TOKENIZER_NAME] = _with_special_tokens(source, path)
     elif (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
         files[TOKENIZER_NAME] = from_vocab_and_merges(source).to_str(pretty=True).encode()
     else:
@@ -58,7 +54,7 @@ def from_vocab_and_merges(source: Path) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     added = _settings(source / "added_tokens.json")
     tokenizer.add_tokens([AddedToken(text) for text, _ in sorted(added.items(), key=lambda item: item[1])])
-    tokenizer.add_special_tokens(list(_special_tokens(source, config)))
+    tokenizer.add_special_tokens(list(_special_tokens(source)))
     bos = _content(config.get("bos_token"))
     bos_id = None if bos is None else tokenizer.token_to_id(bos)
     if config.get("add_bos_token") and bos_id is not None:
@@ -70,7 +66,30 @@ def from_vocab_and_merges(source: Path) -> Tokenizer:
     return tokenizer
 
 
-def _special_tokens(source: Path, config: dict[str, Any]) -> Iterator[AddedToken]:
+def _with_special_tokens(source: Path, path: Path) -> bytes:
+    """``tokenizer.json`` as it is, unless the folder's settings name special tokens that it takes for plain ones.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path} is not a tokenizer this version can read ({error})") from error
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    plain = [
+        token
+        for token in _special_tokens(source)
+        if token.content not in special and tokenizer.token_to_id(token.content) is not None
+    ]
+    if not plain:
+        return path.read_bytes()
+    tokenizer.add_special_tokens(plain)
+    return tokenizer.to_str(pretty=True).encode()
+
+
+def _special_tokens(source: Path) -> Iterator[AddedToken]:
+    config = _settings(source / "tokenizer_config.json")
     named = {**_settings(source / "special_tokens_map.json"), **config}
     tokens = [named.get(role) for role in _ROLES] + list(named.get("additional_special_tokens") or ())
     for token in tokens:
