@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 
-from storage.errors import DatabaseReadOnly, DatabaseUnreachable, UnsafeFilesystem
+from storage.errors import DatabaseReadOnly, DatabaseUnreachable, NotADatabase, UnsafeFilesystem
 
 #: Write-ahead logging can corrupt the file in every release from 3.7.0 up to this one (the "WAL reset" bug).
 WAL_IS_SAFE_FROM = (3, 51, 3)
@@ -90,6 +90,10 @@ def _make_directory(directory: Path) -> None:
 def _check_existing(path: Path) -> None:
     if not path.is_file():
         raise DatabaseUnreachable(f"The database {path} is not a regular file.")
+    # Looking into it would be clearer, but closing the file would drop the POSIX locks that SQLite holds on it in this
+    # process. SQLite refuses strangers itself, except files of a single byte, which it would overwrite.
+    if path.stat().st_size == 1:
+        raise NotADatabase(f"{path} is not a database. Name another file with --database or OVERNIGHT_DATABASE.")
     if not os.access(path, os.R_OK):
         raise DatabaseUnreachable(f"The database {path} cannot be read: permission denied.")
     for place in (path, path.parent):

@@ -1,0 +1,122 @@
+"""The migrations and `create_all` make one and the same schema; an upgrade happens whole or not at all."""
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine
+
+import storage
+from storage.database import Database
+from storage.errors import SchemaTooNew
+from storage.integrity import check_integrity
+from storage.jobs import get_job
+from storage.migrations import config, upgrade
+from storage.schema import REVISIONS, metadata
+from storage.sqlite import install_events
+from tests.storage.factories import make_job
+
+
+def schema(path: Path) -> dict[str, str]:
+    connection = sqlite3.connect(path)
+    rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+    connection.close()
+    return {name: sorted(part.strip().rstrip(",") for part in sql.splitlines()) for name, sql in rows}  # type: ignore[misc]
+
+
+def migrated(path: Path) -> Path:
+    engine = create_engine(f"sqlite:///{path}")
+    install_events(engine, path, busy_timeout_s=1.0, foreign_keys=False)
+    with engine.connect() as connection, connection.begin():
+        upgrade(connection)
+    engine.dispose()
+    return path
+
+
+def test_the_listed_revisions_are_the_files() -> None:
+    script = ScriptDirectory.from_config(config())
+    assert tuple(s.revision for s in reversed(list(script.walk_revisions()))) == REVISIONS
+
+
+def test_create_all_and_the_migrations_agree(tmp_path: Path) -> None:
+    Database.open(str(tmp_path / "made.db")).close()
+    assert schema(tmp_path / "made.db") == schema(migrated(tmp_path / "migrated.db"))
+
+
+def test_autogenerate_finds_nothing(tmp_path: Path) -> None:
+    engine = create_engine(f"sqlite:///{migrated(tmp_path / 'migrated.db')}")
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+    engine.dispose()
+
+
+def test_a_migrated_database_opens_and_works(tmp_path: Path) -> None:
+    with Database.open(str(migrated(tmp_path / "migrated.db"))) as db:
+        assert get_job(db, make_job(db)).num_requests == 3
+        check_integrity(db)
+
+
+REVISION = '''
+"""The second revision, of a later overnight."""
+import sqlalchemy as sa
+from alembic import op
+revision, down_revision, branch_labels, depends_on = "0002", "0001", None, None
+def upgrade():
+    op.create_table("notes", sa.Column("id", sa.Integer, primary_key=True))
+    with op.batch_alter_table("jobs") as batch:  # rebuilds a table that others refer to
+        batch.add_column(sa.Column("label", sa.Text, server_default="none"))
+    {last}
+'''
+OPEN = """
+import sys
+from pathlib import Path
+import storage.database
+assert Path(storage.database.__file__).is_relative_to(sys.argv[2])
+with storage.database.Database.open(sys.argv[1]) as db:
+    with db.read() as connection:
+        print(connection.exec_driver_sql("SELECT id, label FROM jobs").all())
+    assert "alembic" in sys.modules
+"""
+
+
+def later_overnight(tmp_path: Path, last: str) -> Path:
+    """A copy of the package, away from the checkout, with one revision more."""
+    site = tmp_path / "site"
+    shutil.copytree(Path(storage.__file__).parent, site / "storage", ignore=shutil.ignore_patterns("__pycache__"))
+    (site / "storage/migrations/versions/0002_later.py").write_text(REVISION.format(last=last))
+    text = (site / "storage/schema.py").read_text()
+    assert 'REVISIONS = ("0001",)' in text
+    (site / "storage/schema.py").write_text(text.replace('REVISIONS = ("0001",)', 'REVISIONS = ("0001", "0002")'))
+    return site
+
+
+def open_with(site: Path, path: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-c", OPEN, str(path), str(site)]
+    return subprocess.run(command, cwd=site, env={"PYTHONPATH": str(site)}, capture_output=True, text=True)
+
+
+def test_a_later_overnight_upgrades_and_this_one_then_refuses(db: Database, tmp_path: Path) -> None:
+    assert db.path is not None
+    job_id = make_job(db)
+    run = open_with(later_overnight(tmp_path, "pass"), db.path)
+    assert (run.returncode, run.stdout) == (0, f"[({job_id}, 'none')]\n"), run.stderr
+    with pytest.raises(SchemaTooNew, match="has schema 0002"):
+        Database.open(str(db.path))
+
+
+def test_an_upgrade_that_fails_changes_nothing(db: Database, tmp_path: Path) -> None:
+    assert db.path is not None
+    job_id, before = make_job(db), schema(db.path)
+    run = open_with(later_overnight(tmp_path, "raise RuntimeError('power cut')"), db.path)
+    assert run.returncode == 1
+    assert "power cut" in run.stderr
+    assert schema(db.path) == before
+    with Database.open(str(db.path)) as again:
+        assert get_job(again, job_id).num_requests == 3
