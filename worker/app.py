@@ -57,7 +57,8 @@ def make_app(settings: Settings, on_ring: Callable[[int], None] | None = None) -
     if urlsplit(settings.redis_url).scheme == "rediss" and "ssl_cert_reqs" not in settings.redis_url:
         app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
 
-    @app.task(name=HANDLER, ignore_result=True)  # type: ignore[untyped-decorator]
+    # Not shared: Celery would otherwise hand this handler, with this on_ring, to every application of the process.
+    @app.task(name=HANDLER, ignore_result=True, shared=False)  # type: ignore[untyped-decorator]
     def handle_ring(job_id: int) -> None:
         if on_ring is not None:
             on_ring(job_id)

@@ -7,16 +7,19 @@ last. A second signal ends the process at once: the lease, or the next worker on
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from celery import bootsteps, signals
+from celery import Celery, bootsteps, signals
+from celery.exceptions import SecurityWarning
 from celery.worker import state as celery_state
 
 from engine.planner.plan import PlanOptions
@@ -93,21 +96,28 @@ def _work(database: Database, settings: Settings, options: WorkerOptions, device
     app = make_app(settings, on_ring=lambda _: doorbell.ring())
     app.steps["worker"].add(DrainStep)
     signals.setup_logging.connect(_leave_logging_alone)
-    worker = app.Worker(
-        hostname=f"overnight-{os.getpid()}@%h",
+    with warnings.catch_warnings():
+        # Celery warns root because of pickle, which this worker does not accept.
+        warnings.simplefilter("ignore", SecurityWarning)
+        worker = _celery_worker(app, thread, stopped_by)
+    worker.start()
+    # Celery may have ended without stopping its steps (it never came up): the drain must not outlive it.
+    doorbell.stop()
+    thread.join()
+    return _outcome(thread.error, worker.exitcode, stopped_by.signal)
+
+
+def _celery_worker(app: Celery, thread: "DrainThread", on_signal: "_Stop") -> Any:
+    return app.Worker(
+        hostname=f"overnight-{os.getpid()}@{socket.gethostname()}",
         pool_cls="threads",
         concurrency=1,
         quiet=True,
         without_gossip=True,
         without_mingle=True,
         drain_thread=thread,
-        on_signal=stopped_by,
+        on_signal=on_signal,
     )
-    worker.start()
-    # Celery may have ended without stopping its steps (it never came up): the drain must not outlive it.
-    doorbell.stop()
-    thread.join()
-    return _outcome(thread.error, worker.exitcode, stopped_by.signal)
 
 
 def _outcome(error: BaseException | None, celery_code: int | None, stopped_by: int | None) -> int:

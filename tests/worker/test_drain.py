@@ -1,0 +1,359 @@
+"""The drain with the real engine on a tiny model, in one thread; only the clock is the test's."""
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import Engine, PlanOptions
+from storage.claims import expire, list_workers, register_worker, stop_worker
+from storage.database import Database
+from storage.errors import ClaimLost
+from storage.jobs import Job, NewJob, NewRequest, cancel_job, create_job, get_job, retry_job
+from storage.results import OutputRow, list_passes, stream_outputs
+from worker.drain import Doorbell, Drain
+from worker.residency import Residency
+from worker.session import prepare_model
+from worker.settings import Settings
+
+START = 1_000_000.0
+
+
+class Clock:
+    """Time that passes only when it is looked at, and lets a test act in the middle of a run."""
+
+    def __init__(self) -> None:
+        self.now = START
+        self.step_s = 0.0
+        self.actions: list[tuple[int, Callable[[], object]]] = []
+        self._looks = itertools.count()
+
+    def __call__(self) -> float:
+        look = next(self._looks)
+        self.now += self.step_s
+        due = [action for after, action in self.actions if look >= after]
+        self.actions = [(after, action) for after, action in self.actions if look < after]
+        for action in due:
+            action()
+        return self.now
+
+    def after(self, looks: int, action: Callable[[], object]) -> None:
+        """Do something when the time has been looked at so many times more."""
+        self.actions.append((next(self._looks) + looks, action))
+
+
+class Bench:
+    """A drain with all that it needs."""
+
+    def __init__(self, database: Database, settings: Settings, placement: PlanOptions) -> None:
+        self.database = database
+        self.settings = settings
+        self.clock = Clock()
+        self.doorbell = Doorbell()
+        self.loaded: list[Path] = []
+        self.placement = placement
+        self.residency = Residency(self._load, self.clock)
+        self.worker_id = 0
+        self.drain = self.new_worker()
+
+    def _load(self, model_dir: Path) -> Engine:
+        self.loaded.append(model_dir)
+        return Engine.load(model_dir, replace(self.placement, disk_dir=self.settings.home))
+
+    def new_worker(self) -> Drain:
+        self.worker_id = register_worker(
+            self.database, hostname="here", pid=1, queue="default", device="cpu", now=self.clock.now, lease_s=60
+        )
+        self.drain = Drain(
+            database=self.database,
+            settings=self.settings,
+            worker_id=self.worker_id,
+            residency=self.residency,
+            prepare=prepare_model,
+            reap=lambda: None,
+            describe=lambda model, state: None,
+            is_lost=lambda: False,
+            doorbell=self.doorbell,
+            clock=self.clock,
+        )
+        return self.drain
+
+    def enqueue(
+        self,
+        model: Path | str,
+        payloads: Sequence[dict[str, Any] | None],
+        *,
+        task: str = "generate",
+        priority: int = 0,
+        queue: str = "default",
+        **params: Any,
+    ) -> int:
+        params = {"max_new_tokens": 6, **params} if task == "generate" else {}
+        return create_job(
+            self.database,
+            NewJob(str(model), task, params, seed=3, priority=priority, queue=queue),
+            [NewRequest(index, f"row {index}", payload) for index, payload in enumerate(payloads)],
+            now=self.clock.now,
+        )
+
+    def job(self, job_id: int) -> Job:
+        return get_job(self.database, job_id)
+
+    def outputs(self, job_id: int) -> list[OutputRow]:
+        return list(stream_outputs(self.database, job_id))
+
+    def texts(self, job_id: int) -> dict[int, str]:
+        return {row.index: row.output["text"] for row in self.outputs(job_id) if row.output is not None}
+
+    def drain_all(self) -> None:
+        while self.drain.step():
+            pass
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def bench(database: Database, settings: Settings) -> Iterator[Bench]:
+    made = Bench(database, settings, PlanOptions(device="cpu", dtype="float32", micro_batch=64, micro_batches=1))
+    yield made
+    made.residency.unload()
+
+
+def prompts(count: int) -> list[dict[str, Any] | None]:
+    return [{"prompt": "ab" * (1 + index % 9) + chr(97 + index % 26)} for index in range(count)]
+
+
+def test_all_jobs_of_a_model_are_drained_in_one_engine_run(bench: Bench, tiny_model: Path) -> None:
+    generate = bench.enqueue(tiny_model, prompts(20))
+    score = bench.enqueue(tiny_model, [{"context": "ab", "continuation": "cd"}] * 2, task="score")
+    choose = bench.enqueue(tiny_model, [{"prompt": "ab", "choices": ["x", "yz"]}], task="choose")
+
+    assert bench.drain.step()
+
+    assert [bench.job(job_id).state for job_id in (generate, score, choose)] == ["done"] * 3
+    assert len(bench.loaded) == 1
+    assert not bench.drain.step()
+    first = bench.outputs(generate)[0]
+    assert first.output is not None
+    assert set(first.output) == {"text", "finish_reason"}
+    assert first.prompt_tokens > 0
+    scored = bench.outputs(score)[0].output
+    assert scored is not None
+    assert set(scored) == {"logprob", "is_greedy", "tokens"}
+    assert scored["logprob"] == pytest.approx(sum(token["logprob"] for token in scored["tokens"]))
+    chosen = bench.outputs(choose)[0].output
+    assert chosen is not None
+    assert chosen["label"] == max(chosen["logprobs"], key=chosen["logprobs"].get)
+    assert list(chosen["logprobs"]) == ["x", "yz"]
+
+
+def test_passes_are_recorded_and_a_second_job_reads_no_weights(bench: Bench, tiny_model: Path) -> None:
+    first = bench.enqueue(tiny_model, prompts(5))
+    bench.drain_all()
+    second = bench.enqueue(tiny_model, prompts(5))
+    bench.drain_all()
+
+    of_first = [row.totals for row in list_passes(bench.database, job_id=first)]
+    of_second = [row.totals for row in list_passes(bench.database, job_id=second)]
+    assert len(bench.loaded) == 1
+    assert sum(totals.weight_bytes for totals in of_first) > 0
+    assert sum(totals.weight_bytes for totals in of_second) == 0
+    job = bench.job(second)
+    assert sum(totals.prefill_tokens for totals in of_second) == job.prompt_tokens
+    # The token that prefill yields needs no decode, and the last one is not fed back.
+    assert sum(totals.decode_tokens for totals in of_second) == job.generated_tokens - 5
+
+
+def test_a_higher_priority_goes_first(bench: Bench, tiny_model: Path) -> None:
+    bench.clock.step_s = 1.5  # a commit after each pass
+    low = bench.enqueue(tiny_model, prompts(70))
+    high = bench.enqueue(tiny_model, prompts(70), priority=5)
+    bench.drain_all()
+
+    last_of_high = max(row.finished_at for row in bench.outputs(high))
+    assert last_of_high < max(row.finished_at for row in bench.outputs(low))
+    assert min(row.finished_at for row in bench.outputs(high)) < min(row.finished_at for row in bench.outputs(low))
+
+
+def test_a_text_does_not_depend_on_its_neighbours(bench: Bench, tiny_model: Path) -> None:
+    alone = bench.enqueue(tiny_model, prompts(1), temperature=1.0)
+    bench.drain_all()
+    crowd = bench.enqueue(tiny_model, prompts(30), temperature=1.0)
+    bench.drain_all()
+
+    assert bench.texts(crowd)[0] == bench.texts(alone)[0]
+
+
+def test_rows_at_fault_become_error_rows_and_the_job_goes_on(bench: Bench, tiny_model: Path) -> None:
+    job_id = bench.enqueue(tiny_model, [{"prompt": "a" * 500}, {"prompt": "fine"}, {"other": "no prompt"}])
+    bench.drain_all()
+
+    job, rows = bench.job(job_id), bench.outputs(job_id)
+    assert (job.state, job.num_done, job.num_failed) == ("done", 1, 2)
+    assert [row.status for row in rows] == ["error", "ok", "error"]
+    assert "128" in str(rows[0].error_message)
+    assert rows[2].error_code == "invalid_request"
+
+
+@pytest.mark.parametrize("fault", ["absent", "no manifest", "damaged"])
+def test_a_job_whose_model_cannot_be_loaded_fails_alone_and_can_be_retried(
+    bench: Bench, tiny_model: Path, tmp_path: Path, fault: str
+) -> None:
+    broken = tmp_path / "broken"
+    if fault != "absent":
+        shutil.copytree(tiny_model, broken)
+        if fault == "no manifest":
+            (broken / "manifest.json").unlink()
+        else:
+            victim = max((path for path in broken.iterdir() if path.suffix != ".json"), key=lambda p: p.stat().st_size)
+            victim.write_bytes(b"\xff" * victim.stat().st_size)
+    bad = bench.enqueue(broken, prompts(3), priority=9)
+    good = bench.enqueue(tiny_model, prompts(3))
+
+    bench.drain_all()
+
+    assert bench.job(bad).state == "failed"
+    assert str(broken) in str(bench.job(bad).message)
+    assert bench.job(good).state == "done"
+    shutil.rmtree(broken, ignore_errors=True)
+    shutil.copytree(tiny_model, broken)
+    retry_job(bench.database, bad, now=bench.clock.now)
+    bench.drain_all()
+    assert (bench.job(bad).state, bench.job(bad).num_done) == ("done", 3)
+
+
+def test_a_plan_that_does_not_fit_fails_the_job_with_what_to_change(bench: Bench, tiny_model: Path) -> None:
+    bench.placement = replace(bench.placement, device_memory=1000)
+    job_id = bench.enqueue(tiny_model, prompts(2))
+
+    bench.drain_all()
+
+    assert bench.job(job_id).state == "failed"
+    assert "device" in str(bench.job(job_id).message)
+    assert bench.residency.model_dir is None
+
+
+def test_a_hugging_face_folder_is_imported_on_first_use_and_only_then(bench: Bench, tiny_checkpoint: Path) -> None:
+    first = bench.enqueue(tiny_checkpoint, prompts(2))
+    bench.drain_all()
+    bench.residency.unload()
+    (model_dir,) = bench.settings.models_dir.iterdir()
+    manifest = (model_dir / "manifest.json").stat().st_mtime_ns
+    second = bench.enqueue(tiny_checkpoint, prompts(2))
+    bench.drain_all()
+
+    assert bench.texts(first) == bench.texts(second)
+    assert (model_dir / "manifest.json").stat().st_mtime_ns == manifest
+
+
+def test_stopping_in_the_middle_keeps_what_is_done_and_gives_back_the_rest(bench: Bench, tiny_model: Path) -> None:
+    undisturbed = bench.enqueue(tiny_model, prompts(100))
+    bench.drain_all()
+    job_id = bench.enqueue(tiny_model, prompts(100))
+    bench.clock.after(30, bench.doorbell.stop)
+
+    bench.drain.step()
+
+    job = bench.job(job_id)
+    assert 0 < job.num_done < 100
+    assert job.state == "running"
+    with bench.database.read() as connection:
+        states = dict(
+            connection.exec_driver_sql(
+                f"SELECT state, count(*) FROM requests WHERE job_id = {job_id} GROUP BY state"
+            ).all()  # type: ignore[arg-type]
+        )
+    assert states == {"done": job.num_done, "pending": 100 - job.num_done}
+    bench.doorbell = Doorbell()
+    bench.new_worker()
+    bench.drain_all()
+    assert bench.texts(job_id) == bench.texts(undisturbed)
+
+
+def test_a_cancelled_job_leaves_the_engine_and_the_others_go_on(bench: Bench, tiny_model: Path) -> None:
+    bench.clock.step_s = 1.5
+    unwanted = bench.enqueue(tiny_model, prompts(60), max_new_tokens=30)
+    wanted = bench.enqueue(tiny_model, prompts(10))
+    bench.clock.after(20, lambda: cancel_job(bench.database, unwanted, now=bench.clock.now))
+
+    bench.drain_all()
+
+    assert bench.job(wanted).state == "done"
+    job = bench.job(unwanted)
+    assert job.state == "cancelled"
+    assert job.num_done == len(bench.outputs(unwanted)) < 60
+
+
+def test_a_worker_that_was_taken_for_dead_writes_nothing_and_another_finishes(bench: Bench, tiny_model: Path) -> None:
+    bench.clock.step_s = 1.5
+    job_id = bench.enqueue(tiny_model, prompts(60))
+    bench.clock.after(20, lambda: expire(bench.database, now=bench.clock.now, is_dead=lambda worker: True))
+
+    with pytest.raises(ClaimLost):
+        bench.drain_all()
+    before = bench.outputs(job_id)
+    assert len(before) < 60
+
+    bench.new_worker()
+    bench.drain_all()
+
+    assert bench.job(job_id).state == "done"
+    assert len(bench.loaded) == 1
+    after = {row.index: row for row in bench.outputs(job_id)}
+    assert len(after) == 60
+    assert [after[row.index] for row in before] == before
+
+
+def test_a_job_of_another_model_that_waited_too_long_interrupts_the_resident_one(
+    bench: Bench, tiny_model: Path, tmp_path: Path
+) -> None:
+    other_model = tmp_path / "other"
+    shutil.copytree(tiny_model, other_model)
+    bench.clock.step_s = 0.5
+    bench.settings = replace(bench.settings, max_wait_s=60.0)
+    bench.new_worker()
+    endless = bench.enqueue(tiny_model, prompts(600), priority=9)
+    patient = bench.enqueue(other_model, prompts(2))
+
+    bench.drain_all()
+
+    assert bench.job(endless).state == bench.job(patient).state == "done"
+    assert bench.loaded[:3] == [tiny_model, other_model, tiny_model]
+    finished_at = bench.job(patient).finished_at
+    assert finished_at is not None
+    assert any(row.finished_at < finished_at for row in bench.outputs(endless))
+    assert any(row.finished_at > finished_at for row in bench.outputs(endless))
+
+
+def test_other_queues_are_left_alone(bench: Bench, tiny_model: Path) -> None:
+    elsewhere = bench.enqueue(tiny_model, prompts(1), queue="nightly")
+
+    assert not bench.drain.step()
+    assert bench.job(elsewhere).state == "queued"
+
+
+def test_two_drains_share_a_job_and_each_row_is_done_once(bench: Bench, tiny_model: Path) -> None:
+    job_id = bench.enqueue(tiny_model, prompts(200))
+    first = bench.drain
+    bench.clock.after(25, bench.doorbell.stop)
+    first.step()
+    done_by_first = bench.job(job_id).num_done
+    stop_worker(bench.database, bench.worker_id, now=bench.clock.now)
+    bench.doorbell = Doorbell()
+    bench.new_worker()
+    bench.drain_all()
+
+    assert 0 < done_by_first < 200
+    assert [row.index for row in bench.outputs(job_id)] == list(range(200))
+    assert [worker.id for worker in list_workers(bench.database)] == [bench.worker_id]
