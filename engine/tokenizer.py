@@ -24,7 +24,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._bos = bos_token_id
-        self._prefix = bos_token_id if prefix_token_id is None else prefix_token_id
+        self._prefix = prefix_token_id if bos_token_id is None else bos_token_id
         self._adds_bos = bos_token_id is not None and backend.encode("").ids[:1] == [bos_token_id]
         self._special = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
         self._byte_level = isinstance(backend.decoder, decoders.ByteLevel)

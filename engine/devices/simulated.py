@@ -47,7 +47,8 @@ class SimulatedDevice:
         def work() -> None:
             if seconds:
                 time.sleep(seconds)
-            destination.copy_(source)
+            with torch.inference_mode():
+                destination.copy_(source)
 
         return self._lanes[lane].submit(work)
 

@@ -1,0 +1,182 @@
+"""The same outputs wherever weights, KV cache and activations live; budgets are never exceeded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import Choose, Engine, Generate, Generation, PlanDoesNotFit, PlanOptions, Request, SamplingParams, Score
+from engine.devices.base import Device
+from engine.devices.host import HostDevice
+from engine.devices.simulated import SimulatedDevice
+from engine.planner.plan import Shares, TierName
+from engine.units import MIB
+from engine.weights.importers.huggingface import import_checkpoint
+from tests.engine.checkpoints import make_checkpoint
+
+BUDGETS = {"device_memory": 64 * MIB, "host_memory": 64 * MIB, "disk_space": 64 * MIB}
+PLACEMENTS: dict[str, dict[str, object]] = {
+    "all-device": {"weights": "100/0/0", "kv": "100/0/0"},
+    "all-host": {"weights": "0/100/0", "kv": "0/100/0", "activations": "host"},
+    "all-disk": {"weights": "0/0/100", "kv": "0/0/100", "activations": "disk"},
+    "split": {"weights": "20/30/50", "kv": "20/30/50"},
+    "weights-on-disk": {"weights": "0/0/100", "kv": "100/0/0", "activations": "host"},
+    "kv-on-disk": {"weights": "100/0/0", "kv": "0/0/100"},
+    "split-activations-on-disk": {"weights": "50/30/20", "kv": "50/20/30", "activations": "disk"},
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("placement")
+    make_checkpoint(folder / "hf", num_hidden_layers=10)
+    import_checkpoint(folder / "hf", folder / "model")
+    return folder / "model"
+
+
+def requests() -> list[Request]:
+    greedy = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    drawn = SamplingParams(max_new_tokens=12, temperature=0.8, top_k=50, top_p=0.9, seed=3)
+    made: list[Request] = []
+    for index, length in enumerate((1, 9, 40, 70, 150, 33)):
+        text = "".join(chr(ord("a") + (index + i * i) % 26) for i in range(length))
+        made.append(Request(("greedy", index), Generate(text, greedy)))
+        made.append(Request(("drawn", index), Generate(text, drawn, sample_index=index)))
+        made.append(Request(("score", index), Score(text, " and so on")))
+        made.append(Request(("choose", index), Choose(text, ("left", "right"))))
+    return made
+
+
+def results(engine: Engine) -> dict[object, object]:
+    """Texts and tokens, or log-probabilities, by key."""
+    found: dict[object, object] = {}
+    for output in engine.run(requests()):
+        result = output.result
+        if isinstance(result, Generation):
+            found[output.key] = (result.text, result.finish_reason, result.token_ids)
+        else:
+            sums = result.logprobs if hasattr(result, "logprobs") else {"": result.logprob}
+            found[output.key] = sums
+    return found
+
+
+def about(found: dict[object, object]) -> dict[object, object]:
+    """Texts exactly, log-probabilities nearly, since the merge of pieces rounds otherwise."""
+    return {key: pytest.approx(value, abs=1e-4) if isinstance(value, dict) else value for key, value in found.items()}
+
+
+def options(placement: dict[str, object], **more: object) -> PlanOptions:
+    shares = {name: Shares.parse(str(placement[name])) for name in ("weights", "kv")}
+    return PlanOptions(**{**BUDGETS, **placement, **shares, **more})  # type: ignore[arg-type]
+
+
+def make_device(kind: str) -> Device:
+    return HostDevice() if kind == "cpu" else SimulatedDevice(delay_s=0.0002)
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path) -> dict[object, object]:
+    with Engine.load(model_dir, options(PLACEMENTS["all-device"]), device=HostDevice()) as engine:
+        return about(results(engine))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "simulated"])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_outputs_do_not_depend_on_placement(
+    name: str, kind: str, model_dir: Path, tmp_path: Path, expected: dict[object, object]
+) -> None:
+    plan_options = options(PLACEMENTS[name], disk_dir=tmp_path, micro_batch=48, micro_batches=4, extent_tokens=32)
+    with Engine.load(model_dir, plan_options, device=make_device(kind)) as engine:
+        assert results(engine) == expected
+        engine.check_integrity()
+        for tier in engine.tiers.values():
+            assert tier.peak <= tier.budget
+        if PLACEMENTS[name]["kv"] == "20/30/50":
+            assert all(engine.plan.kv_bytes[tier] for tier in TierName)
+        spills = {PLACEMENTS[name].get("activations"), "disk"} == {"disk"} or not str(PLACEMENTS[name]["kv"]).endswith(
+            "/0"
+        )
+        assert (engine.tiers[TierName.DISK].peak > 0) == spills
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["cpu", "simulated"])
+@pytest.mark.parametrize("name", ["all-device", "all-host", "all-disk", "split"])
+def test_weights_are_cast_as_they_are_staged(name: str, kind: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "hf", num_hidden_layers=5)
+    import_checkpoint(tmp_path / "hf", tmp_path / "narrow", dtype="bfloat16")
+    make_checkpoint(tmp_path / "hf-bf16", dtype=torch.bfloat16, num_hidden_layers=5)
+    import_checkpoint(tmp_path / "hf-bf16", tmp_path / "wide", dtype="float32")
+    found = []
+    for folder in ("narrow", "wide"):
+        chosen = options(PLACEMENTS[name], dtype="float32", disk_dir=tmp_path / "spill")
+        with Engine.load(tmp_path / folder, chosen, device=make_device(kind)) as engine:
+            found.append(results(engine))
+            engine.check_integrity()
+    assert found[0] == about(found[1])
+
+
+def test_every_kv_tier_is_used_in_its_share(model_dir: Path, tmp_path: Path) -> None:
+    """A budget so small that one tier alone could not hold what runs."""
+    chosen = options(
+        {"weights": "0/0/100", "kv": "20/30/50"},
+        disk_dir=tmp_path, disk_space=1 * MIB, micro_batch=64, micro_batches=2, extent_tokens=32,
+    )  # fmt: skip
+    with Engine.load(model_dir, chosen, device=SimulatedDevice()) as engine:
+        lanes: dict[str, int] = {}
+        for report in engine.passes(iter(requests())):
+            for lane, num_bytes in report.stats.lane_bytes.items():
+                lanes[lane] = lanes.get(lane, 0) + num_bytes
+        assert lanes["disk_write"] > 0
+        assert lanes["device_to_host"] > lanes["disk_write"]
+
+
+def test_resident_weights_are_read_once(model_dir: Path) -> None:
+    with Engine.load(model_dir, options(PLACEMENTS["all-device"])) as engine:
+        first = [report.stats.weight_bytes for report in engine.passes(iter(requests()))]
+        second = [report.stats.weight_bytes for report in engine.passes(iter(requests()))]
+    assert first[0] > 0
+    assert sum(first[1:]) + sum(second) == 0
+
+
+def test_streamed_weights_are_read_every_pass(model_dir: Path) -> None:
+    with Engine.load(model_dir, options(PLACEMENTS["weights-on-disk"])) as engine:
+        layer_bytes = sum(unit.num_bytes for unit in _layers(model_dir))
+        reports = list(engine.passes(iter(requests())))
+    per_pass = [report.stats.weight_bytes for report in reports[1:-1]]
+    assert all(0.7 * layer_bytes <= count <= 1.3 * layer_bytes for count in per_pass)
+
+
+def _layers(model_dir: Path) -> list:
+    from engine.weights.manifest import read_manifest
+
+    return [unit for unit in read_manifest(model_dir).units if unit.name.startswith("layer")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"device_memory": 100_000}, "--device-memory"),
+        ({"weights": Shares(0, 100, 0), "host_memory": 1000}, "--host-memory"),
+        ({"activations": "disk", "disk_space": 10}, "--disk-space"),
+        ({"kv": Shares(50, 0, 50), "disk_space": 10}, "--kv"),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_what_to_change(
+    changes: dict[str, object], words: str, model_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(PlanDoesNotFit, match=words):
+        Engine.load(model_dir, PlanOptions(**{**BUDGETS, "device": "cpu", "disk_dir": tmp_path, **changes}))  # type: ignore[arg-type]
+
+
+def test_texts_do_not_depend_on_the_batch(model_dir: Path) -> None:
+    """Float32, drawn: alone, together, and in another order."""
+    with Engine.load(model_dir, options(PLACEMENTS["all-device"])) as engine:
+        together = {o.key: o.result.text for o in engine.run(requests()) if isinstance(o.result, Generation)}
+        again = {o.key: o.result.text for o in engine.run(requests()[::-1]) if isinstance(o.result, Generation)}
+        alone = {}
+        for request in requests():
+            if isinstance(request.work, Generate):
+                (output,) = engine.run([request])
+                alone[output.key] = output.result.text
+    assert together == again == alone
