@@ -45,7 +45,9 @@ def from_vocab_and_merges(source: Path) -> Tokenizer:
     """
     config = _settings(source / "tokenizer_config.json")
     try:
-        model = BPE.from_file(str(source / "vocab.json"), str(source / "merges.txt"))
+        model = BPE.from_file(
+            str(source / "vocab.json"), str(source / "merges.txt"), continuing_subword_prefix="", end_of_word_suffix=""
+        )
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"vocab.json or merges.txt of {source} is damaged ({error})") from error
     tokenizer = Tokenizer(model)

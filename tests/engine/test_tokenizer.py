@@ -1,0 +1,366 @@
+"""Text and token ids, held against transformers' tokenizers; stop strings, against decoding all again."""
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
+
+from engine.errors import CheckpointError
+from engine.tokenizer import Tokenizer, UnencodableText
+from engine.weights.importers.tokenizer_files import from_vocab_and_merges, tokenizer_files
+
+BOS = 2
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, again and again.",
+    "Übergrößenträger lesen 12 345 Bücher für 6,78 €. 日本語も少し。 🙂🙃",
+    "Review: a film that nobody needs\nSentiment: negative",
+] * 3
+TEXTS = [
+    "",
+    " ",
+    "The quick brown fox",
+    " leading and trailing ",
+    "tabs\tand\nnewlines\r\n  ",
+    "Grüße aus 日本 🙂",
+    "</s>begins with it",
+    "</s></s>twice",
+    "holds </s> and <pad> inside",
+    "<s>",
+    "'s 've don't 123456",
+    "\x00\x01\u200b\ufeff",
+    "e\u0301 \u00e9",
+]
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@cache
+def folder(*, kind: str) -> Path:
+    """A Hugging Face folder's tokenizer: ``old`` as facebook/opt-*'s, ``new`` and ``bos`` as one tokenizer.json."""
+    path = Path(mkdtemp())
+    built = tokenizers.Tokenizer(models.BPE())
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        show_progress=False,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    built.train_from_iterator(CORPUS, trainer)
+    if kind == "old":
+        built.model.save(str(path))
+        token = {"__type": "AddedToken", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+        config: dict[str, Any] = {
+            "errors": "replace",
+            **{f"{role}_token": {**token, "content": "</s>"} for role in ("unk", "bos", "eos")},
+            "pad_token": "<pad>",
+            "add_prefix_space": False,
+            "add_bos_token": True,
+            "tokenizer_class": "GPT2Tokenizer",
+        }
+        (path / "tokenizer_config.json").write_text(json.dumps(config))
+        return path
+    if kind == "bos":
+        built.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", BOS)])
+    built.add_tokens([AddedToken("été fini"), AddedToken("two words")])
+    built.enable_truncation(8)  # as a training run may leave it behind
+    built.enable_padding(length=16)
+    built.save(str(path / "tokenizer.json"))
+    return path
+
+
+@cache
+def ours(kind: str, bos: int | None = BOS) -> Tokenizer:
+    target = Path(mkdtemp())
+    for name, content in tokenizer_files(folder(kind=kind)).items():
+        (target / name).write_bytes(content)
+    return Tokenizer.load(target, bos)
+
+
+@cache
+def oracle(kind: str) -> Any:
+    if kind == "old":
+        return GPT2Tokenizer.from_pretrained(folder(kind=kind))
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(folder(kind=kind) / "tokenizer.json"), bos_token="</s>", eos_token="</s>"
+    )
+
+
+def expected_ids(kind: str, text: str) -> list[int]:
+    """transformers' ids, with BOS prepended where it was not, and one taken away where the text brought its own."""
+    ids: list[int] = oracle(kind)(text)["input_ids"]
+    if ids[:1] != [BOS]:
+        return [BOS, *ids]
+    bare: list[int] = oracle(kind)(text, add_special_tokens=False)["input_ids"]
+    return bare if bare[:1] == [BOS] else ids
+
+
+KINDS = ("old", "new", "bos")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_transformers_with_bos_once(kind: str, text: str) -> None:
+    ids = ours(kind).encode(text)
+    assert ids == expected_ids(kind, text)
+    assert ids[0] == BOS
+    assert text.startswith("</s></s>") or ids[1:2] != [BOS]
+    assert ours(kind).decode(ids) == oracle(kind).decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=any_text)
+@settings(max_examples=60, deadline=None)
+def test_any_text_comes_back(kind: str, text: str) -> None:
+    ids = ours(kind).encode(text)
+    assert ids == expected_ids(kind, text)
+    assert ours(kind).decode(ids) == text
+
+
+def test_the_old_folders_tokenizer_is_transformers_own() -> None:
+    built = from_vocab_and_merges(folder(kind="old"))
+    for text in TEXTS:
+        assert built.encode(text).ids == oracle("old")(text)["input_ids"], "it adds BOS by itself"
+        bare = oracle("old")(text, add_special_tokens=False)["input_ids"]
+        assert built.encode(text, add_special_tokens=False).ids == bare
+    converted = json.loads(oracle("old").backend_tokenizer.to_str())
+    rebuilt = json.loads(built.to_str())
+    assert rebuilt["model"] == converted["model"]
+    assert rebuilt["pre_tokenizer"] == converted["pre_tokenizer"]
+    assert rebuilt["decoder"] == converted["decoder"]
+    assert [(t["id"], t["content"]) for t in rebuilt["added_tokens"] if t["special"]] == [(1, "<pad>"), (2, "</s>")]
+    assert {t["content"] for t in converted["added_tokens"]} == {"<pad>", "</s>"}
+
+
+def test_special_tokens_that_only_the_settings_name(tmp_path: Path) -> None:
+    content = json.loads((folder(kind="new") / "tokenizer.json").read_text())
+    content["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    untouched = tokenizer_files(tmp_path)
+    assert untouched == {"tokenizer.json": (tmp_path / "tokenizer.json").read_bytes()}
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "</s>", "bos_token": {"content": "<absent>"}}')
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_files(tmp_path)["tokenizer.json"])
+    tokenizer = Tokenizer.load(tmp_path, BOS)
+    assert tokenizer.encode("x</s>")[-1] == BOS
+    assert tokenizer.decode(tokenizer.encode("x</s>y")) == "xy"
+    assert tokenizer_files(tmp_path)["tokenizer.json"] == (tmp_path / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_damaged_vocabulary_files(name: str, tmp_path: Path) -> None:
+    for path in folder(kind="old").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_text("{")
+    with pytest.raises(CheckpointError, match=name):
+        tokenizer_files(tmp_path)
+    (tmp_path / name).unlink()
+    if name != "tokenizer_config.json":
+        with pytest.raises(CheckpointError, match="has no tokenizer"):
+            tokenizer_files(tmp_path)
+
+
+def test_a_model_directory_without_a_usable_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is missing"):
+        Tokenizer.load(tmp_path, BOS)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        Tokenizer.load(tmp_path, BOS)
+
+
+def test_without_bos_none_is_added() -> None:
+    tokenizer = ours("new", None)
+    assert tokenizer.encode("The fox") == oracle("new")("The fox")["input_ids"]
+    assert tokenizer.encode("") == []
+
+
+def test_a_batch_is_each_alone() -> None:
+    assert ours("old").encode_batch(TEXTS) == [ours("old").encode(text) for text in TEXTS]
+    assert ours("old").encode_batch([]) == []
+
+
+@pytest.mark.parametrize("text", ["\ud800", "fine until \udfff here"])
+def test_a_lone_surrogate_is_the_texts_fault(text: str) -> None:
+    where = next(index for index, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+    for call in (
+        lambda: ours("old").encode(text),
+        lambda: ours("old").encode_batch(["good", text]),
+        lambda: ours("old").encode_pair("context", text),
+        lambda: ours("old").encode_pair("", text),
+    ):
+        with pytest.raises(UnencodableText, match=r"no valid Unicode: character \d+ is U\+D"):
+            call()
+    with pytest.raises(UnencodableText, match=f"character {where} is"):
+        ours("old").encode(text)
+
+
+def lm_eval_pair(kind: str, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """What lm-eval's TemplateLM does, on transformers' tokenizer with our BOS rule."""
+    if context == "":
+        ids = oracle(kind)(continuation, add_special_tokens=False)["input_ids"]
+        return ([BOS], ids) if ids[:1] != [BOS] else (ids[:1], ids[1:])
+    num_spaces = len(context) - len(context.rstrip())
+    if num_spaces:
+        continuation = context[-num_spaces:] + continuation
+        context = context[:-num_spaces]
+    whole = expected_ids(kind, context + continuation)
+    context_ids = expected_ids(kind, context)
+    return context_ids, whole[len(context_ids) :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("context", "continuation"),
+    [
+        ("Review: bad\nSentiment:", " negative"),
+        ("Review: bad\nSentiment: ", "negative"),
+        ("Review: bad\nSentiment: \n\t ", "negative"),
+        ("aga", "in and again"),
+        ("", "negative"),
+        ("", "</s>negative"),
+        ("  ", "negative"),
+        ("</s>Review", ": bad"),
+        ("日", "本語"),
+        ("context", ""),
+        ("", ""),
+    ],
+)
+def test_pairs_are_encoded_as_lm_eval_does(kind: str, context: str, continuation: str) -> None:
+    assert ours(kind).encode_pair(context, continuation) == lm_eval_pair(kind, context, continuation)
+
+
+@given(context=any_text, continuation=any_text)
+@settings(max_examples=60, deadline=None)
+def test_any_pair_is_encoded_as_lm_eval_does(context: str, continuation: str) -> None:
+    assert ours("old").encode_pair(context, continuation) == lm_eval_pair("old", context, continuation)
+
+
+def test_what_an_empty_context_is_scored_after(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder(kind="new") / "tokenizer.json").read_bytes())
+    ids = oracle("new")("again")["input_ids"]
+    assert Tokenizer.load(tmp_path, None, 0).encode_pair("", "again") == ([0], ids)
+    assert Tokenizer.load(tmp_path, BOS, 0).encode_pair("", "again") == ([BOS], ids)
+    assert Tokenizer.load(tmp_path, None).encode_pair("", "again") == ([], ids)
+
+
+def test_one_tokens_text() -> None:
+    tokenizer = ours("old")
+    assert tokenizer.token_text(BOS) == "</s>"
+    assert tokenizer.token_text(100_000) == ""
+    assert "".join(tokenizer.token_text(id) for id in tokenizer.encode("The fox")[1:]) == "The fox"
+    assert tokenizer.token_text(tokenizer.encode("\u2603")[1]) == "\ufffd"
+
+
+any_ids = st.lists(st.integers(0, 410), max_size=30)  # past the vocabulary too, as padded embeddings are
+
+
+def texts_so_far(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.decode(ids[: end + 1]) for end in range(len(ids))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(ids=any_ids)
+@settings(max_examples=150, deadline=None)
+def test_streamed_text_is_the_text_less_an_unfinished_character(kind: str, ids: list[int]) -> None:
+    stream, text = ours(kind).stream(), ""
+    for token_id, whole in zip(ids, texts_so_far(ours(kind), ids), strict=True):
+        text += stream.push(token_id)
+        assert whole.startswith(text)
+        assert whole[len(text) :].strip("\ufffd") == ""
+        assert len(whole) - len(text) <= 3
+
+
+def stopped(tokenizer: Tokenizer, ids: list[int], stop: list[str]) -> str | None:
+    """The plain way: decode all again after every token."""
+    for text in texts_so_far(tokenizer, ids):
+        begins = [text.find(string) for string in stop if string and string in text]
+        if begins:
+            return text[: min(begins)]
+    return None
+
+
+def pushed(tokenizer: Tokenizer, ids: list[int], stop: list[str]) -> str | None:
+    checker = tokenizer.stop_checker(stop)
+    for token_id in ids:
+        text = checker.push(token_id)
+        if text is not None:
+            return text
+    return None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(ids=any_ids, data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_stop_strings_are_found_where_decoding_all_finds_them(kind: str, ids: list[int], data: st.DataObject) -> None:
+    text = ours(kind).decode(ids).replace("\ufffd", "x") or "x"
+    begins = st.integers(0, len(text) - 1)
+    strings = st.builds(lambda begin, size: text[begin : begin + size], begins, st.integers(0, 6))
+    stop = data.draw(st.lists(strings | st.text(max_size=2), max_size=3))
+    assert pushed(ours(kind), ids, stop) == stopped(ours(kind), ids, stop)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "before"),
+    [
+        ("one\n\ntwo", ["\n\n"], "one"),
+        ("one🙂two", ["🙂"], "one"),
+        ("日本語", ["本"], "日"),
+        ("aaab", ["aab"], "a"),
+        ("stop at once", ["stop"], ""),
+        ("later, sooner", ["sooner", "later"], ""),
+        ("never", ["nowhere"], None),
+        ("never", [], None),
+        ("never", [""], None),
+    ],
+)
+def test_a_stop_string_across_tokens_and_characters(text: str, stop: list[str], before: str | None) -> None:
+    single_bytes = [ours("old").encode(letter)[1:] for letter in text]  # the finest tokens there are
+    ids = [id for letter in single_bytes for id in letter]
+    assert ours("old").decode(ids) == text
+    assert pushed(ours("old"), ids, stop) == before
+
+
+def test_a_special_token_parts_no_stop_string() -> None:
+    ids = [*ours("old").encode("ag")[1:], BOS, *ours("old").encode("ain")[1:]]
+    assert pushed(ours("old"), ids, ["gai"]) == "a"
+
+
+def test_long_outputs_are_not_searched_again() -> None:
+    checker = ours("old").stop_checker(["never to be found"])
+    for token_id in ours("old").encode("The quick brown fox. " * 500)[1:]:
+        assert checker.push(token_id) is None
+        assert len(checker._tail) < len("never to be found")
+
+
+def test_tokenizers_that_are_not_byte_level(tmp_path: Path) -> None:
+    """Llama's kind: a text depends on the tokens around it (here, the first space goes)."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "ab", "▁ab"]
+    built = tokenizers.Tokenizer(
+        models.BPE(
+            {word: index for index, word in enumerate(words)}, [("▁", "a"), ("a", "b"), ("▁", "ab")],
+            unk_token="<unk>", byte_fallback=True,
+        )
+    )  # fmt: skip
+    built.pre_tokenizer = pre_tokenizers.Metaspace()
+    built.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    built.add_special_tokens(["<s>", "</s>"])
+    built.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path, 1)
+    for text, stop, before in (
+        ("ab a日b ab", ["日b"], "ab a"),
+        ("ab ab", ["b a"], "a"),
+        ("a🙂", ["🙂"], "a"),
+        ("ab", ["x"], None),
+    ):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert pushed(tokenizer, ids, list(stop)) == stopped(tokenizer, ids, list(stop)) == before
