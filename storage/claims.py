@@ -108,12 +108,10 @@ def claim(db: Database, worker_id: int, job_id: int, limit: int, *, now: float) 
         if state not in OPEN_JOBS:
             return []
         free = requests.c.state.in_(requests_before(RequestState.CLAIMED))
+        # The lock on the job is enough. SKIP LOCKED here would make PostgreSQL run the subquery again for each row,
+        # and so claim more than `limit`.
         next_free = (
-            select(requests.c.index)
-            .where(requests.c.job_id == job_id, free)
-            .order_by(requests.c.index)
-            .limit(limit)
-            .with_for_update(skip_locked=True)
+            select(requests.c.index).where(requests.c.job_id == job_id, free).order_by(requests.c.index).limit(limit)
         )
         taken = connection.execute(
             update(requests)

@@ -65,6 +65,16 @@ class JsonText(TypeDecorator[Any]):
         return None if value is None else json.loads(value)
 
 
+class MessageText(TypeDecorator[str]):
+    """A text for people that may quote a row: what no database stores (lone surrogates, NUL) is spelt out."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else value.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
+
+
 def _state(kind: type[StrEnum]) -> Enum:
     return Enum(kind, native_enum=False, length=16, values_callable=lambda e: [member.value for member in e])
 
@@ -93,7 +103,7 @@ class _JobColumns(TypedColumns):
     num_failed: Named[int] = Column(Integer)  # = outputs that are errors
     prompt_tokens: Named[int] = Column(BigInteger)  # sums over the outputs
     generated_tokens: Named[int] = Column(BigInteger)
-    message: Named[str | None] = Column(Text)  # why the whole job failed
+    message: Named[str | None] = Column(MessageText)  # why the whole job failed
 
 
 jobs = Table("jobs", metadata, _JobColumns, _one_of("state", JobState), sqlite_autoincrement=True)
@@ -145,8 +155,8 @@ class _OutputColumns(TypedColumns):
     index: Named[int] = Column(Integer, primary_key=True, autoincrement=False)
     status: Named[OutputStatus] = Column(_state(OutputStatus))
     output: Named[dict[str, Any] | None] = Column(JsonText)
-    error_code: Named[str | None] = Column(Text)
-    error_message: Named[str | None] = Column(Text)
+    error_code: Named[str | None] = Column(MessageText)
+    error_message: Named[str | None] = Column(MessageText)
     prompt_tokens: Named[int] = Column(BigInteger)
     completion_tokens: Named[int] = Column(BigInteger)
     finished_at: Named[float] = Column(Double)

@@ -1,5 +1,7 @@
 """Claims under a lease: who may write what, and when it is taken away."""
 
+from pathlib import Path
+
 import pytest
 
 from storage.claims import (
@@ -101,9 +103,9 @@ def test_a_proven_death_does_not_wait_for_the_lease(db: Database) -> None:
         heartbeat(db, dead, now=3.0, lease_s=9.0)
 
 
-def test_expire_needs_no_write_lock_when_nobody_is_dead(db: Database) -> None:
+def test_expire_needs_no_write_lock_when_nobody_is_dead(db: Database, path: Path) -> None:
     make_worker(db)
-    with Database.open(str(db.path), busy_timeout_s=0.0) as other, other.write():
+    with Database.open(str(path), busy_timeout_s=0.0) as other, other.write():
         assert expire(db, now=2.0) == 0
 
 

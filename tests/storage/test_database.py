@@ -64,7 +64,7 @@ def test_write_ahead_logging_only_where_it_is_safe(version: tuple[int, int, int]
     assert journal_mode_for(version) == expected
 
 
-def test_the_pragmas_hold(db: Database) -> None:
+def test_the_pragmas_hold(db: Database, path: Path) -> None:
     assert db.journal_mode == journal_mode_for(sqlite3.sqlite_version_info[:3])
     expected = {"journal_mode": db.journal_mode, "foreign_keys": 1, "synchronous": 2, "busy_timeout": 5000}
     with db.read() as connection:
@@ -72,8 +72,8 @@ def test_the_pragmas_hold(db: Database) -> None:
     assert found == expected
 
 
-def test_a_write_transaction_holds_the_lock_from_its_start(db: Database) -> None:
-    with Database.open(str(db.path), busy_timeout_s=0.0) as other, db.write(), pytest.raises(DatabaseLocked):
+def test_a_write_transaction_holds_the_lock_from_its_start(db: Database, path: Path) -> None:
+    with Database.open(str(path), busy_timeout_s=0.0) as other, db.write(), pytest.raises(DatabaseLocked):
         make_worker(other)
 
 
@@ -90,12 +90,26 @@ def test_an_exception_rolls_back(db: Database) -> None:
     assert [(job.id, job.seed) for job in list_jobs(db)] == [(job_id, 7)]
 
 
-def test_locked_says_so(db: Database) -> None:
-    holder = sqlite3.connect(str(db.path), isolation_level=None)
+def test_locked_says_so(db: Database, path: Path) -> None:
+    holder = sqlite3.connect(str(path), isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
     with pytest.raises(DatabaseLocked, match=r"overnight\.db is locked by another process"):
-        Database.open(str(db.path), busy_timeout_s=0.05)
+        Database.open(str(path), busy_timeout_s=0.05)
     holder.close()
+
+
+def test_a_file_that_another_process_keeps_in_an_unsafe_journal_mode(path: Path) -> None:
+    if journal_mode_for(sqlite3.sqlite_version_info[:3]) == "wal":
+        pytest.skip("this SQLite is new enough for write-ahead logging")
+    Database.open(str(path)).close()
+    holder = sqlite3.connect(str(path), isolation_level=None)
+    holder.execute("PRAGMA journal_mode = WAL")
+    holder.execute("SELECT count(*) FROM jobs").fetchall()
+    with pytest.raises(DatabaseUnreachable):
+        Database.open(str(path), busy_timeout_s=0.05)
+    holder.close()
+    with Database.open(str(path)) as db:
+        assert db.journal_mode == "truncate"
 
 
 @pytest.mark.parametrize("content", [b"id,text\n1,hello\n" * 100, b"x", b"xy"])
@@ -129,11 +143,11 @@ def test_a_damaged_database_says_so(tmp_path: Path) -> None:
         list_jobs(Database.open(str(path)))
 
 
-def test_a_newer_schema_is_refused_and_kept(db: Database) -> None:
+def test_a_newer_schema_is_refused_and_kept(db: Database, path: Path) -> None:
     with db.write() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0999'")
     with pytest.raises(SchemaTooNew, match=r"has schema 0999; this overnight knows up to 0001"):
-        Database.open(str(db.path))
+        Database.open(str(path))
     with db.write() as connection:
         assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar_one() == "0999"
 
@@ -222,7 +236,7 @@ def test_a_directory_of_somebody_else(open_tmp: Path) -> None:
         assert "Permission denied" in printed
 
 
-def test_a_write_to_a_read_only_database_says_so(db: Database) -> None:
+def test_a_write_to_a_read_only_database_says_so(db: Database, path: Path) -> None:
     with db.read() as connection:
         connection.exec_driver_sql("PRAGMA query_only = ON")  # of the one connection in the pool
     with pytest.raises(DatabaseReadOnly, match="is read-only"):
@@ -231,7 +245,7 @@ def test_a_write_to_a_read_only_database_says_so(db: Database) -> None:
         connection.exec_driver_sql("PRAGMA query_only = OFF")
 
 
-def test_a_full_disk_leaves_no_half_job(db: Database) -> None:
+def test_a_full_disk_leaves_no_half_job(db: Database, path: Path) -> None:
     kept, worker = make_job(db), make_worker(db)
     with db.read() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()

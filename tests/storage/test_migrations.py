@@ -102,21 +102,19 @@ def open_with(site: Path, path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=site, env={"PYTHONPATH": str(site)}, capture_output=True, text=True)
 
 
-def test_a_later_overnight_upgrades_and_this_one_then_refuses(db: Database, tmp_path: Path) -> None:
-    assert db.path is not None
+def test_a_later_overnight_upgrades_and_this_one_then_refuses(db: Database, path: Path, tmp_path: Path) -> None:
     job_id = make_job(db)
-    run = open_with(later_overnight(tmp_path, "pass"), db.path)
+    run = open_with(later_overnight(tmp_path, "pass"), path)
     assert (run.returncode, run.stdout) == (0, f"[({job_id}, 'none')]\n"), run.stderr
     with pytest.raises(SchemaTooNew, match="has schema 0002"):
-        Database.open(str(db.path))
+        Database.open(str(path))
 
 
-def test_an_upgrade_that_fails_changes_nothing(db: Database, tmp_path: Path) -> None:
-    assert db.path is not None
-    job_id, before = make_job(db), schema(db.path)
-    run = open_with(later_overnight(tmp_path, "raise RuntimeError('power cut')"), db.path)
+def test_an_upgrade_that_fails_changes_nothing(db: Database, path: Path, tmp_path: Path) -> None:
+    job_id, before = make_job(db), schema(path)
+    run = open_with(later_overnight(tmp_path, "raise RuntimeError('power cut')"), path)
     assert run.returncode == 1
     assert "power cut" in run.stderr
-    assert schema(db.path) == before
-    with Database.open(str(db.path)) as again:
+    assert schema(path) == before
+    with Database.open(str(path)) as again:
         assert get_job(again, job_id).num_requests == 3

@@ -1,6 +1,7 @@
 """Results are recorded once, with their passes, and stream out without holding anybody up."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,13 @@ def test_results_counters_and_passes_are_one_commit(db: Database) -> None:
     assert (error.status, error.output, error.error_code, error.finished_at) == ("error", None, "too_long", 3.0)
     (row,) = list_passes(db)
     assert (row.worker_id, row.totals) == (worker, pass_totals(job_id))
+
+
+def test_an_error_may_quote_what_no_database_stores(db: Database) -> None:
+    job_id, worker = make_job(db, 1), make_worker(db)
+    (claimed,) = claim(db, worker, job_id, 1, now=2.0)
+    record(db, worker, [result_of(claimed, error=("bad_text", "row says \ud800\x00é"))], None, now=3.0)
+    assert [o.error_message for o in stream_outputs(db, job_id)] == ["row says \\ud800\\x00é"]
 
 
 def test_the_last_result_finishes_the_job(db: Database) -> None:
@@ -98,23 +106,23 @@ def test_pages_join_without_seam(db: Database, page_rows: int) -> None:
     assert [o.index for o in stream_outputs(db, job_id, errors_only=True, page_rows=page_rows)] == [2, 5]
 
 
-def test_a_slow_reader_does_not_block_a_commit(db: Database) -> None:
+def test_a_slow_reader_does_not_block_a_commit(db: Database, path: Path) -> None:
     job_id, worker = make_job(db, 50), make_worker(db)
     claimed = claim(db, worker, job_id, 50, now=2.0)
     record(db, worker, [result_of(c) for c in claimed[:40]], None, now=3.0)
     reader = stream_outputs(db, job_id, page_rows=10)
     seen = [next(reader).index for _ in range(5)]  # `fetch | less`, left open in the middle of a page
-    with Database.open(str(db.path), busy_timeout_s=0.0) as other:
+    with Database.open(str(path), busy_timeout_s=0.0) as other:
         assert record(other, worker, [result_of(c) for c in claimed[40:]], None, now=4.0) == 10
     assert seen + [row.index for row in reader] == list(range(50))
 
 
-def test_an_open_read_transaction_would_block_it(db: Database) -> None:
+def test_an_open_read_transaction_would_block_it(db: Database, path: Path) -> None:
     """The reason for the pages; with write-ahead logging readers block nobody."""
     if db.journal_mode == "wal":
         pytest.skip("this SQLite is new enough for write-ahead logging")
     make_job(db)
-    with Database.open(str(db.path), busy_timeout_s=0.05) as other:
+    with Database.open(str(path), busy_timeout_s=0.05) as other:
         with db.read() as connection:
             connection.exec_driver_sql("SELECT count(*) FROM jobs").all()
             with pytest.raises(DatabaseLocked):
