@@ -25,8 +25,6 @@ from worker.residency import Engine, Residency
 from worker.rows import JobKeys, RowKey, to_request
 from worker.settings import Settings
 
-SCAN_S = 10.0
-"""The doorbell may be lost: the drain looks by itself at least this often."""
 _COMMIT_S = 1.0
 
 
@@ -106,7 +104,7 @@ class Drain:
             self._reap()
             if not self.step():
                 self._describe(self._resident, "idle")
-                self._doorbell.wait(SCAN_S)
+                self._doorbell.wait(self._settings.scan_s)
 
     def preload(self, name: str) -> None:
         """Make a model resident before any job asks for it.

@@ -14,7 +14,7 @@ __all__ = ["Settings", "SettingsError", "load_settings", "without_password"]
 TOML_NAME = "overnight.toml"
 DEFAULT_REDIS = "redis://127.0.0.1:6379/0"
 LOG_LEVELS = ("debug", "info", "warning", "error")
-KEYS = ("database", "redis", "models", "spill", "queue", "max_wait_s", "lease_s", "log_level")
+KEYS = ("database", "redis", "models", "spill", "queue", "max_wait_s", "scan_s", "lease_s", "log_level")
 """What flags, ``OVERNIGHT_<KEY>`` and ``overnight.toml`` may say; ``home`` besides, but not in the file."""
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+socket")
@@ -39,6 +39,8 @@ class Settings:
     """Which jobs a worker drains, and which workers a job waits for."""
     max_wait_s: float = 1800.0
     """How long a job may wait, in seconds, before a worker leaves its resident model for it."""
+    scan_s: float = 10.0
+    """How often a worker looks for jobs by itself, in seconds, in case the doorbell was lost."""
     lease_s: float = 60.0
     """How long a worker that stopped beating keeps its claims, in seconds."""
     log_level: str = "info"
@@ -126,6 +128,7 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_
         spill_dir=given["spill"].path() if "spill" in given else home / "spill",
         queue=given["queue"].queue() if "queue" in given else default.queue,
         max_wait_s=given["max_wait_s"].seconds() if "max_wait_s" in given else default.max_wait_s,
+        scan_s=given["scan_s"].seconds() if "scan_s" in given else default.scan_s,
         lease_s=given["lease_s"].seconds() if "lease_s" in given else default.lease_s,
         log_level=given["log_level"].log_level() if "log_level" in given else default.log_level,
     )
