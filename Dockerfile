@@ -30,8 +30,9 @@ USER overnight
 WORKDIR /var/lib/overnight
 VOLUME /var/lib/overnight
 
-# The worker's process ends by itself when its thread dies; this adds: the database answers.
-HEALTHCHECK --interval=30s --timeout=10s --start-period=30s --retries=3 CMD ["overnight", "status", "--json"]
+# Alive is not enough: the worker must hold a lease, which its heartbeat prolongs only while its work goes on.
+HEALTHCHECK --interval=30s --timeout=15s --start-period=60s --retries=3 \
+    CMD overnight status --json | python -c "import json, socket, sys; sys.exit(socket.gethostname() not in [worker['hostname'] for worker in json.load(sys.stdin)['workers']])"
 
 ENTRYPOINT ["overnight"]
 CMD ["worker"]
