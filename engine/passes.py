@@ -25,7 +25,7 @@ class Segment:
     @property
     def is_decode(self) -> bool:
         """Whether it is one generated token."""
-        return self.length == 1 and self.start >= self.sequence.num_prompt_tokens
+        return self.length == 1 and self.start >= self.sequence.num_prompt_tokens and not self.sequence.is_scored
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ _FACTORS = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
 }  # fmt: skip
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_SIZE = re.compile(r"\s*(\d{1,30})(?:\.(\d{1,30}))?\s*([a-zA-Z]*)\s*")
 
 
 def parse_bytes(text: str) -> int:
@@ -22,10 +22,12 @@ def parse_bytes(text: str) -> int:
         ValueError: not a size, or a negative one; the text is a sentence for people.
     """
     match = _SIZE.fullmatch(text)
-    factor = _FACTORS.get(match[2].lower()) if match else None
+    factor = _FACTORS.get(match[3].lower()) if match else None
     if match is None or factor is None:
         raise ValueError(f"{text!r} is not a size; write for example 4GiB, 500MB or a plain number of bytes")
-    return int(float(match[1]) * factor)
+    # In integers: a float would round plain bytes beyond 2**53.
+    fraction = match[2] or "0"
+    return int(match[1]) * factor + int(fraction) * factor // 10 ** len(fraction)
 
 
 def format_bytes(num_bytes: int) -> str:

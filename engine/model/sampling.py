@@ -17,7 +17,9 @@ _MASK = (1 << 64) - 1
 
 def uniform(seed: int, sample_index: int, step: int) -> float:
     """The number in [0, 1) that draws token ``step`` of a request."""
-    bits = np.random.Philox(key=[seed & _MASK, sample_index & _MASK], counter=[step, 0, 0, 0]).random_raw()
+    # As uint64 from the start: numpy would make floats of a list with numbers beyond int64, and round them together.
+    key = np.array([seed & _MASK, sample_index & _MASK], dtype=np.uint64)
+    bits = np.random.Philox(key=key, counter=[step, 0, 0, 0]).random_raw()
     return float(int(bits) >> 11) * 2.0**-53
 
 
@@ -32,13 +34,16 @@ def next_tokens(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: S
 
 def _draw(logits_V: Tensor, sampling: SamplingParams, number: float) -> Tensor:
     """Inverse-transform sampling over the tokens that temperature, then top-k, then top-p leave (in that order)."""
-    sorted_V, order_V = (logits_V.double() / sampling.temperature).sort(descending=True, stable=True)
+    # Less their maximum first: a temperature near 0 would make the largest infinite, and their softmax no number.
+    scaled_V = (logits_V.double() - logits_V.max()) / sampling.temperature
+    sorted_V, order_V = scaled_V.sort(descending=True, stable=True)
     if sampling.top_k:
         sorted_V = sorted_V[: sampling.top_k]
     probabilities = sorted_V.softmax(-1)
     cumulative = probabilities.cumsum(-1)
     # A token stays when those before it do not yet reach top_p; the first always does.
     kept = cumulative - probabilities < sampling.top_p
+    kept[0] = True  # also where logits that overflowed float16 left no numbers to compare
     cumulative = cumulative[kept]
     place = torch.searchsorted(cumulative, cumulative[-1:] * number, right=True)
     return order_V[place.clamp(max=cumulative.numel() - 1)][0]
