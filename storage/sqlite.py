@@ -109,26 +109,32 @@ def install_events(engine: Engine, path: Path, *, busy_timeout_s: float, foreign
     sqlite3's legacy mode begins late and never before a SELECT; a transaction that reads first and writes later then
     fails at once when another one wrote in between. So: BEGIN for readers, BEGIN IMMEDIATE for writers.
     """
-    wanted = journal_mode_for(sqlite3.sqlite_version_info[:3])
 
     @event.listens_for(engine, "connect")
-    def _pragmas(raw: Any, _record: object) -> None:
+    def _connected(raw: Any, _record: object) -> None:
         raw.isolation_level = None
-        cursor = raw.cursor()
-        cursor.execute(f"PRAGMA busy_timeout = {int(busy_timeout_s * 1000)}")
-        cursor.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
-        (mode,) = cursor.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
-        if mode != wanted:
-            raise DatabaseUnreachable(
-                f"The database {path} is in journal mode {mode} and in use, so it cannot change to {wanted}, the one "
-                f"that is safe with SQLite {sqlite3.sqlite_version}. Stop the other processes that use it."
-            )
-        cursor.execute("PRAGMA synchronous = FULL")
-        cursor.execute("PRAGMA mmap_size = 0")
-        cursor.execute("PRAGMA trusted_schema = OFF")
-        cursor.close()
+        try:
+            _set_pragmas(raw, path, busy_timeout_s, foreign_keys)
+        except BaseException:
+            raw.close()  # the pool has not taken it yet, and an open connection would keep others from mending it
+            raise
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         immediate = connection.get_execution_options().get("overnight_write", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+
+def _set_pragmas(raw: sqlite3.Connection, path: Path, busy_timeout_s: float, foreign_keys: bool) -> None:
+    wanted = journal_mode_for(sqlite3.sqlite_version_info[:3])
+    raw.execute(f"PRAGMA busy_timeout = {int(busy_timeout_s * 1000)}")
+    raw.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
+    (mode,) = raw.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
+    if mode != wanted:
+        raise DatabaseUnreachable(
+            f"The database {path} is in journal mode {mode} and in use, so it cannot change to {wanted}, the one "
+            f"that is safe with SQLite {sqlite3.sqlite_version}. Stop the other processes that use it."
+        )
+    raw.execute("PRAGMA synchronous = FULL")
+    raw.execute("PRAGMA mmap_size = 0")
+    raw.execute("PRAGMA trusted_schema = OFF")

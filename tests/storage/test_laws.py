@@ -179,6 +179,6 @@ class Workplace(RuleBasedStateMachine):
 
 
 Workplace.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=15, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestWorkplace = Workplace.TestCase

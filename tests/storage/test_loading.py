@@ -189,6 +189,6 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
 
 
 def test_a_hundred_thousand_rows_take_seconds(db: Database) -> None:
-    started = time.monotonic()
+    started = time.process_time()  # not the clock on the wall: the machine may have other things to do
     make_job(db, 100_000)
-    assert time.monotonic() - started < 15.0
+    assert time.process_time() - started < 10.0
