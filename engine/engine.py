@@ -1,6 +1,6 @@
 """The engine's public face: load a model once, run requests through it, close it."""
 
-from collections.abc import Container, Hashable, Iterable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -29,6 +29,8 @@ from engine.weights.files import WeightFiles
 from engine.weights.manifest import read_manifest
 from engine.weights.stream import WeightStream
 
+REJECTIONS_A_PASS = 256
+
 
 class Engine:
     """One model over the tiers of one machine. Not thread-safe: one thread runs it."""
@@ -36,7 +38,8 @@ class Engine:
     def __init__(self, model_dir: Path, options: PlanOptions, device: Device) -> None:
         """Use ``Engine.load``."""
         self._device = device
-        self._closers = [device.close]
+        self._closers: list[Callable[[], None]] = [device.close]
+        self._broken = False
         try:
             self._open(model_dir, options)
         except BaseException:
@@ -83,7 +86,9 @@ class Engine:
         disk = DiskTier(self.plan.budgets[TierName.DISK], self.plan.disk_dir)
         self._closers.append(disk.close)
         self.tiers: dict[TierName, Tier] = {**memory, TierName.DISK: disk}
-        memory[TierName.DEVICE].take(self.plan.workspace_bytes, "workspace")
+        workspace = self.plan.workspace_bytes
+        memory[TierName.DEVICE].take(workspace, "workspace")
+        self._closers.append(lambda: memory[TierName.DEVICE].give(workspace, "workspace"))
         weights = WeightStream(self.plan, WeightFiles(model_dir, manifest), self._device, memory, self._traffic)
         self._closers.append(weights.close)
         activations = Activations(self.plan, self._shape.hidden_size, self._device, memory, disk, self._traffic)
@@ -93,7 +98,6 @@ class Engine:
         self._executor = Executor(self.plan, family, self._device, weights, self._kv, activations)
         self._running: dict[Sequence, InProgress] = {}
         self._scheduler: Scheduler | None = None
-        self._broken = False
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Outputs as sequences finish, in any order; requests are pulled as room appears.
@@ -114,7 +118,7 @@ class Engine:
             EngineError: a tier, a lane or the device failed; the engine must be closed.
         """
         if self._scheduler is not None or self._broken:
-            raise EngineError("the engine is already running, or a run has failed: close it and load it again")
+            raise EngineError("the engine is already running, closed, or a run has failed: close it and load it again")
         scheduler = Scheduler(
             self._kv,
             micro_batch=self.plan.micro_batch,
@@ -125,12 +129,17 @@ class Engine:
         rejections: list[Output] = []
 
         def pull() -> list[Sequence] | None:
-            request = next(requests, None)
+            # Rejected requests take no room: without a limit, one pass would pull as many as there are.
+            request = next(requests, None) if len(rejections) < REJECTIONS_A_PASS else None
             if request is None:
                 return None
             started = begin(request, self._tokenizer, self._shape)
             if isinstance(started, Output):
                 rejections.append(started)
+                return []
+            largest = max(started.sequences, key=lambda sequence: sequence.num_kv_tokens)
+            if scheduler.needs_kv(largest) and largest.num_kv_tokens > self._kv.largest_sequence:
+                rejections.append(self._no_room(request, largest))
                 return []
             self._running.update((sequence, started) for sequence in started.sequences)
             return list(started.sequences)
@@ -161,6 +170,7 @@ class Engine:
 
     def close(self) -> None:
         """Free every byte and end the lanes. A second call does nothing."""
+        self._broken = True
         while self._closers:
             self._closers.pop()()
 
@@ -198,8 +208,11 @@ class Engine:
     def _reject_stuck(self, sequence: Sequence) -> Output:
         progress = self._running[sequence]
         self._retire_all(progress)
+        return self._no_room(progress.request, sequence)
+
+    def _no_room(self, request: Request, sequence: Sequence) -> Output:
         return rejected(
-            progress.request,
+            request,
             "no_room",
             f"a sequence of up to {sequence.max_tokens} tokens does not fit into the KV cache, which holds "
             f"{self._kv.largest_sequence} ({format_bytes(sum(self.plan.kv_bytes.values()))}); "

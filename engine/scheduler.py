@@ -114,6 +114,10 @@ class Scheduler:
             self._waiting.popleft()
         return packer.finish()
 
+    def needs_kv(self, sequence: Sequence) -> bool:
+        """Whether anything will ever look back at its keys and values."""
+        return not sequence.is_scored or sequence.num_to_compute > min(self._micro_batch, self._prefill_chunk)
+
     def stuck(self) -> Sequence | None:
         """After an empty pass: the sequence that will never fit."""
         return self._waiting[0] if self._waiting and not self._running else None
@@ -127,9 +131,8 @@ class Scheduler:
         self._kv.release(sequence)
 
     def _admit(self, packer: _Packer, sequence: Sequence) -> bool:
-        length = sequence.num_to_compute
-        if sequence.is_scored and length <= min(self._micro_batch, self._prefill_chunk):
-            if not packer.add_whole(sequence, length):
+        if not self.needs_kv(sequence):
+            if not packer.add_whole(sequence, sequence.num_to_compute):
                 return False
         elif self._kv.admit(sequence):
             self._add_chunk(packer, sequence)

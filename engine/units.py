@@ -27,7 +27,8 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"{text!r} is not a size; write for example 4GiB, 500MB or a plain number of bytes")
     # In integers: a float would round plain bytes beyond 2**53.
     fraction = match[2] or "0"
-    return int(match[1]) * factor + int(fraction) * factor // 10 ** len(fraction)
+    scale: int = 10 ** len(fraction)
+    return int(match[1]) * factor + int(fraction) * factor // scale
 
 
 def format_bytes(num_bytes: int) -> str:

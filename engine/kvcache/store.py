@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.devices.base import Device
-from engine.errors import TierFull
+from engine.errors import DiskFull, TierFull
 from engine.kvcache.extents import DiskExtent, ExtentLayout, MemoryExtent
 from engine.memory.lane import LaneName, Traffic
 from engine.memory.spill import DiskTier
@@ -88,6 +88,10 @@ class KVStore:
                     held.extents.append(self._allocate(tier, layout))
             except TierFull:
                 self.release(sequence)
+            except DiskFull:
+                self.release(sequence)
+                if not self._sequences:  # else: when a running sequence ends, its part of the spill file is free
+                    raise
             except BaseException:
                 self.release(sequence)
                 raise
@@ -180,7 +184,10 @@ class KVStore:
             host = extent.layer_bytes(layer)
         if host is not scratch:
             start = perf_counter()
-            self._device.compute_after(self._device.copy(LaneName.HOST_TO_DEVICE, scratch, host))
+            copied = self._device.copy(LaneName.HOST_TO_DEVICE, scratch, host)
+            if isinstance(extent, DiskExtent):
+                copied.wait()  # the next extent is read into the same host scratch
+            self._device.compute_after(copied)
             self._traffic.add(LaneName.HOST_TO_DEVICE, layout.layer_bytes, perf_counter() - start)
         return scratch.view(self._dtype).view(layout.layer_shape)
 

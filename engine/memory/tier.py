@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 
 from engine.errors import EngineError, TierFull
 from engine.planner.plan import TierName
@@ -65,13 +65,19 @@ class MemoryTier(Tier):
         """A block of ``num_bytes``, uninitialised.
 
         Raises:
-            TierFull: the budget would be exceeded.
+            TierFull: the budget would be exceeded, or the machine has less than the budget promises.
         """
         self.take(num_bytes, what)
         try:
             return Block(self, self._allocator(num_bytes), what)
-        except BaseException:
+        except BaseException as error:
             self.give(num_bytes, what)
+            if isinstance(error, MemoryError | OSError | OutOfMemoryError):
+                raise TierFull(
+                    f"{self.name} memory: the machine has no {format_bytes(num_bytes)} left for {what}, although "
+                    f"{format_bytes(self.used)} of a budget of {format_bytes(self.budget)} are used; "
+                    f"lower --{self.name}-memory"
+                ) from error
             raise
 
 

@@ -11,7 +11,7 @@ from engine.errors import PlanDoesNotFit
 from engine.model.family import EMBED, HEAD, ModelShape, layer_name
 from engine.planner.machine import MachineFacts, free_disk_space
 from engine.planner.plan import DTYPE_BYTES, Plan, PlanOptions, Shares, TierName
-from engine.units import MIB, format_bytes
+from engine.units import KIB, MIB, align_up, format_bytes
 
 MICRO_BATCH_TOKENS = 512
 STREAMED_MICRO_BATCHES = 8
@@ -107,7 +107,9 @@ def resolve_plan(
     fixed[TierName.DEVICE] += workspace + slots * largest_layer
     if streamed and dtype != stored.dtype:
         fixed[TierName.DEVICE] += largest_layer * DTYPE_BYTES[dtype] // DTYPE_BYTES[stored.dtype]
-    fixed[activations] += micro_batch * micro_batches * shape.hidden_size * DTYPE_BYTES[dtype]
+    activation_bytes = micro_batch * micro_batches * shape.hidden_size * DTYPE_BYTES[dtype]
+    # Pieces of a spill file are whole pages.
+    fixed[activations] += align_up(activation_bytes, 4 * KIB) if activations is TierName.DISK else activation_bytes
     if not facts.shares_host_memory:
         if TierName.DISK in layers:
             fixed[TierName.HOST] += slots * largest_layer
