@@ -9,7 +9,7 @@ from cli.display import format_count, say
 from cli.options import job_argument, settings_options
 
 
-@click.command("cancel")
+@click.command("cancel", short_help="Cancel a job; its outputs stay.")
 @job_argument
 @settings_options
 @click.pass_obj

@@ -36,7 +36,7 @@ class Labelled:
     label: str | None
 
 
-@click.command("demo")
+@click.command("demo", short_help="The whole path on a model and data of ours.")
 @json_option
 @settings_options
 @click.pass_obj

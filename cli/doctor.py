@@ -12,7 +12,7 @@ from cli.options import json_option, settings_options
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Check the installation; say how to mend it.")
 @json_option
 @settings_options
 @click.pass_obj

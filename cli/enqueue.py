@@ -14,7 +14,7 @@ _PING_AGAIN_S = 5.0
 """A load that took longer asks Redis once more before it commits."""
 
 
-@click.command("enqueue")
+@click.command("enqueue", short_help="Put a dataset in the queue as one job.")
 @click.argument("dataset", metavar="DATASET")
 @job_options()
 @queue_option("Which workers take the job")

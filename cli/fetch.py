@@ -12,7 +12,7 @@ from cli.options import job_argument, settings_options
 from cli.reports import FINISHED
 
 
-@click.command("fetch")
+@click.command("fetch", short_help="Write the outputs of a job.")
 @job_argument
 @click.option("-o", "--output", default="-", metavar="FILE|-", help="Where to; - is stdout.  [default: -]")
 @click.option("--format", "file_format", type=click.Choice(FORMATS), default="jsonl", show_default=True)

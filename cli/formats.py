@@ -48,27 +48,23 @@ def write_rows(rows: "Iterable[OutputRow]", stream: BinaryIO, *, file_format: st
 
 def _write_csv(rows: "Iterable[OutputRow]", stream: BinaryIO, task: str) -> int:
     columns = _COLUMNS[task]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     usage = ("prompt_tokens", "completion_tokens")
-    writer.writerow(["id", "index", "status", *columns, "error_code", "error_message", *usage])
+    stream.write(_csv_line(["id", "index", "status", *columns, "error_code", "error_message", *usage]))
     count = 0
     for row in rows:
         output = row.output or {}
         cells = [row.row_id, row.index, str(row.status), *(output.get(name) for name in columns)]
         cells += [row.error_code, row.error_message, row.prompt_tokens, row.completion_tokens]
-        writer.writerow([_cell(cell) for cell in cells])
+        stream.write(_csv_line([_cell(cell) for cell in cells]))
         count += 1
-        stream.write(_drain(buffer))
-    stream.write(_drain(buffer))
     return count
 
 
-def _drain(buffer: io.StringIO) -> bytes:
-    text = buffer.getvalue()
-    buffer.seek(0)
-    buffer.truncate()
-    return text.encode()
+def _csv_line(cells: list[object]) -> bytes:
+    line = io.StringIO()
+    # Python quotes a cell for the characters of the line end only: both, so that a lone \r is quoted too.
+    csv.writer(line, lineterminator="\r\n").writerow(cells)
+    return line.getvalue().removesuffix("\r\n").encode() + b"\n"
 
 
 def _cell(value: object) -> object:

@@ -16,7 +16,7 @@ from cli.options import DTYPES, Text, settings_options
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-@click.command("import")
+@click.command("import", short_help="Make a model directory from a Hugging Face folder.")
 @click.argument("source", metavar="SRC", type=Text())
 @click.argument("destination", metavar="[DEST]", required=False, type=Text())
 @click.option("--dtype", type=click.Choice(DTYPES), help="How weights are stored. Default: as the checkpoint has them.")
@@ -32,13 +32,13 @@ def command(app: App, source: str, destination: str | None, dtype: str | None) -
       overnight import ~/checkpoints/opt-1.3b
       overnight import facebook/opt-125m small --dtype float32
     """
-    from cli.errors import FileAbsent
+    from cli.errors import FileAbsent, OutputRefused
 
     folder = Path(source).expanduser()
     name = folder.resolve().name if folder.is_dir() else source.rpartition("/")[2]
     target = model_path(app, destination or name)
     if target.exists():
-        raise click.UsageError(f"{target} exists already; remove it, or give the new model another name as DEST")
+        raise OutputRefused(f"{target} exists already; remove it, or give the new model another name as DEST")
     with ExitStack() as stack:
         if not folder.is_dir():
             if folder.exists():

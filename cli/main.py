@@ -3,7 +3,6 @@
 `overnight status` must answer at once, so nothing here imports more than click.
 """
 
-import difflib
 import importlib
 import os
 import sys
@@ -53,6 +52,8 @@ class CommandGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            import difflib
+
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}"
             raise click.UsageError(f"there is no command {name!r}; {hint}", ctx=ctx)
@@ -115,7 +116,7 @@ def _close_stdout_quietly() -> None:
 
 @click.group(
     cls=CommandGroup,
-    no_args_is_help=True,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="First time here? Type: overnight demo",
 )
@@ -129,3 +130,5 @@ def main(ctx: click.Context) -> None:
     outputs in the morning.
     """
     ctx.ensure_object(App)
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

@@ -10,7 +10,7 @@ from cli.display import emit_json, emit_table, say, warn
 from cli.options import json_option, settings_options
 
 
-@click.command("models")
+@click.command("models", short_help="List the models in the model folder.")
 @json_option
 @settings_options
 @click.pass_obj

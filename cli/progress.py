@@ -93,10 +93,11 @@ def progress_line(job: "Job", pace: Pace) -> str:
     ]
     if job.num_failed:
         parts.append(f"{format_count(job.num_failed)} failed")
-    if job.state not in FINISHED:
+    if job.state not in FINISHED and pace.tokens_per_s:
         parts.append(format_rate(pace.tokens_per_s))
-        eta = pace.eta_s(job.num_requests)
-        parts.append("time left unknown yet" if eta is None else f"{format_seconds(eta)} left")
+    eta = pace.eta_s(job.num_requests)
+    if job.state not in FINISHED and eta is not None:
+        parts.append(f"{format_seconds(eta)} left")
     return " | ".join(parts)
 
 
@@ -127,7 +128,8 @@ def job_progress(title: str) -> "Iterator[Progress]":
                 eta = pace.eta_s(job.num_requests)
                 left = "" if eta is None or job.state in FINISHED else f" · {format_seconds(eta)} left"
                 failed = f" · {format_count(job.num_failed)} failed" if job.num_failed else ""
-                detail = f"{format_rate(pace.tokens_per_s)}{left}{failed} · {job.state}"
+                speed = f" · {format_rate(pace.tokens_per_s)}" if pace.tokens_per_s else ""
+                detail = f"{job.state}{speed}{left}{failed}"
                 ended = job.num_done + job.num_failed
                 bars.update(task, total=job.num_requests, completed=ended, detail=detail)
 

@@ -9,7 +9,7 @@ from cli.display import format_count, say, warn
 from cli.options import job_argument, settings_options
 
 
-@click.command("retry")
+@click.command("retry", short_help="Queue failed and cancelled requests again.")
 @job_argument
 @settings_options
 @click.pass_obj

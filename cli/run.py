@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from storage.jobs import Job
 
 
-@click.command("run")
+@click.command("run", short_help="Enqueue, work and fetch in one.")
 @click.argument("dataset", metavar="DATASET", required=False)
 @click.option("-o", "--output", required=True, metavar="FILE|-", help="Where the outputs go; - is stdout.")
 @click.option("--format", "file_format", type=click.Choice(FORMATS), default="jsonl", show_default=True)

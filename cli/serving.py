@@ -136,8 +136,9 @@ def work_off(database: "Database", settings: "Settings", job: "Job", placement: 
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """A closed terminal and a polite kill end us as Ctrl-C does: in order."""
-    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    """A closed terminal and a polite kill end us as Ctrl-C does: in order. What nohup had ignored stays so."""
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _SHOWN_JOBS = 20
 
 
-@click.command("status")
+@click.command("status", short_help="Show jobs and workers; --watch follows.")
 @click.argument("job_id", metavar="[JOB]", required=False, type=Number(minimum=1, maximum=2**63 - 1, whole=True))
 @click.option("--watch", is_flag=True, help="Follow the job until it ends.")
 @json_option

@@ -9,7 +9,7 @@ from cli.display import say
 from cli.options import job_argument, settings_options
 
 
-@click.command("wait")
+@click.command("wait", short_help="Wait for a job; the exit code is its outcome.")
 @job_argument
 @settings_options
 @click.pass_obj

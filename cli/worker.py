@@ -9,7 +9,7 @@ from cli.options import Text, placement_options, queue_option, settings_options
 from cli.placement import Placement
 
 
-@click.command("worker")
+@click.command("worker", short_help="Work on the jobs of a queue.")
 @click.option("--model", type=Text(), help="Load this one at the start. Default: the queue decides.")
 @queue_option("Which jobs to take")
 @placement_options

@@ -1,0 +1,73 @@
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+
+from cli.formats import write_rows
+from storage.results import OutputRow
+from storage.states import OutputStatus
+
+
+def ok(index: int, output: dict[str, Any], row_id: object = None) -> OutputRow:
+    return OutputRow(index, row_id, OutputStatus.OK, output, None, None, 3, 2, 0.0)
+
+
+ERROR = OutputRow(1, "b", OutputStatus.ERROR, None, "too_long", "prompt of 9 tokens", 9, 0, 0.0)
+
+
+def written(rows: list[OutputRow], file_format: str, task: str = "generate") -> str:
+    stream = io.BytesIO()
+    assert write_rows(iter(rows), stream, file_format=file_format, task=task) == len(rows)
+    return stream.getvalue().decode()
+
+
+def test_a_json_row_has_the_shape_of_the_contract() -> None:
+    first, second = map(
+        json.loads, written([ok(0, {"text": "é", "finish_reason": "stop"}), ERROR], "jsonl").splitlines()
+    )
+    assert first == {
+        "id": None,
+        "index": 0,
+        "status": "ok",
+        "output": {"text": "é", "finish_reason": "stop"},
+        "error": None,
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+    }
+    assert second == {
+        "id": "b",
+        "index": 1,
+        "status": "error",
+        "output": None,
+        "error": {"code": "too_long", "message": "prompt of 9 tokens"},
+        "usage": {"prompt_tokens": 9, "completion_tokens": 0},
+    }
+
+
+def test_a_line_end_in_a_text_does_not_end_the_row() -> None:
+    text = "one\ntwo\u2028three\r"
+    (line,) = written([ok(0, {"text": text, "finish_reason": "stop"})], "jsonl").split("\n")[:-1]
+    assert json.loads(line)["output"]["text"] == text
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
+def test_a_csv_cell_is_never_a_formula(start: str) -> None:
+    text = f"{start}1+1"
+    rows = list(csv.reader(io.StringIO(written([ok(0, {"text": text, "finish_reason": "stop"})], "csv"), newline="")))
+    assert rows[1][3] == f"'{text}"
+
+
+def test_numbers_in_csv_stay_numbers() -> None:
+    rows = list(
+        csv.DictReader(
+            io.StringIO(written([ok(0, {"logprob": -1.5, "is_greedy": True, "tokens": []})], "csv", "score"))
+        )
+    )
+    assert (rows[0]["logprob"], rows[0]["is_greedy"], rows[0]["tokens"]) == ("-1.5", "true", "[]")
+
+
+def test_csv_has_a_header_even_without_rows_and_errors_in_columns() -> None:
+    assert written([], "csv", "choose").startswith("id,index,status,label,logprobs,error_code,error_message")
+    (row,) = csv.DictReader(io.StringIO(written([ERROR], "csv", "choose")))
+    assert (row["label"], row["error_code"], row["error_message"]) == ("", "too_long", "prompt of 9 tokens")

@@ -1,0 +1,94 @@
+import pytest
+
+from cli.progress import LineProgress, Pace, Sample, progress_line
+from cli.reports import eta_of, job_document, outcome_of, seconds_of
+from storage.jobs import Job, JobState
+
+
+def make_job(**changes: object) -> Job:
+    values: dict[str, object] = {
+        "id": 7, "created_at": 90.0, "started_at": 100.0, "finished_at": None, "state": JobState.RUNNING, "model": "m",
+        "task": "generate", "params": {}, "seed": 0, "priority": 0, "queue": "default", "num_requests": 100,
+        "num_done": 30, "num_failed": 10, "prompt_tokens": 400, "generated_tokens": 100, "message": None,
+    }  # fmt: skip
+    return Job(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_a_job_document_has_the_shape_and_the_sums_of_the_contract() -> None:
+    assert job_document(make_job(), now=110.0) == {
+        "id": 7,
+        "state": "running",
+        "model": "m",
+        "task": "generate",
+        "requests": {"total": 100, "done": 30, "failed": 10},
+        "tokens": {"prompt": 400, "generated": 100},
+        "seconds": 10.0,
+        "throughput": {"generated_per_s": 10.0, "total_per_s": 50.0},
+        "eta_s": 15.0,
+    }
+
+
+def test_a_finished_job_no_longer_depends_on_the_clock() -> None:
+    job = make_job(state=JobState.DONE, finished_at=104.0)
+    assert job_document(job, now=110.0) == job_document(job, now=99999.0)
+    assert eta_of(job, 110.0) == 0.0
+
+
+def test_a_job_that_has_not_begun_has_no_speed_and_no_estimate() -> None:
+    job = make_job(
+        state=JobState.QUEUED, started_at=None, num_done=0, num_failed=0, prompt_tokens=0, generated_tokens=0
+    )
+    document = job_document(job, now=110.0)
+    assert (seconds_of(job, 110.0), document["throughput"]["total_per_s"], document["eta_s"]) == (0.0, 0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"state": JobState.DONE, "num_failed": 0}, None),
+        ({"state": JobState.DONE}, "10 failed requests"),
+        ({"state": JobState.FAILED, "message": "no model"}, "no model"),
+        ({"state": JobState.CANCELLED}, "cancelled"),
+    ],
+)
+def test_an_outcome_says_what_happened_and_what_to_do(changes: dict[str, object], words: str | None) -> None:
+    outcome = outcome_of(make_job(**changes))
+    if words is None:
+        assert outcome is None
+    else:
+        assert outcome is not None
+        assert words in outcome
+        assert "overnight " in outcome
+
+
+def test_the_pace_forgets_what_is_long_ago() -> None:
+    pace = Pace()
+    pace.add(Sample(now=0.0, ended=0, tokens=0))
+    assert pace.tokens_per_s == 0.0
+    assert pace.eta_s(100) is None
+    for second in range(100, 131, 5):
+        pace.add(Sample(now=float(second), ended=second - 100, tokens=10 * (second - 100)))
+    assert pace.tokens_per_s == pytest.approx(10.0)
+    assert pace.eta_s(100) == pytest.approx(70.0)
+
+
+def test_off_a_terminal_a_line_comes_every_few_seconds_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = LineProgress()
+    for now in range(1000, 1012):
+        progress.update(make_job(num_done=now - 1000, num_failed=0), float(now))
+    progress.update(make_job(state=JobState.DONE, num_done=100, num_failed=0), 1012.0)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert [line.split(" | ")[1] for line in captured.err.splitlines()] == [
+        "0/100 requests", "5/100 requests", "10/100 requests", "100/100 requests",
+    ]  # fmt: skip
+    assert "\x1b" not in captured.err
+
+
+def test_a_progress_line_names_failures_speed_and_time_left() -> None:
+    pace = Pace()
+    pace.add(Sample(0.0, 0, 0))
+    pace.add(Sample(10.0, 40, 500))
+    assert progress_line(make_job(), pace) == (
+        "job 7 running: 40% | 40/100 requests | 10 failed | 50 tokens/s | 15 s left"
+    )
