@@ -1,6 +1,8 @@
 """Text and token ids, held against transformers' tokenizers; stop strings, against decoding all again."""
 
+import atexit
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,6 +20,8 @@ from engine.tokenizer import Tokenizer, UnencodableText
 from engine.weights.importers.tokenizer_files import from_vocab_and_merges, tokenizer_files
 
 BOS = 2
+SCRATCH = Path(mkdtemp())  # property tests cannot have a fixture's folder for each example
+atexit.register(shutil.rmtree, SCRATCH)
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, again and again.",
     "Übergrößenträger lesen 12 345 Bücher für 6,78 €. 日本語も少し。 🙂🙃",
@@ -44,7 +48,7 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 @cache
 def folder(*, kind: str) -> Path:
     """A Hugging Face folder's tokenizer: ``old`` as facebook/opt-*'s, ``new`` and ``bos`` as one tokenizer.json."""
-    path = Path(mkdtemp())
+    path = Path(mkdtemp(dir=SCRATCH))
     built = tokenizers.Tokenizer(models.BPE())
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
@@ -79,7 +83,7 @@ def folder(*, kind: str) -> Path:
 
 @cache
 def ours(kind: str, bos: int | None = BOS) -> Tokenizer:
-    target = Path(mkdtemp())
+    target = Path(mkdtemp(dir=SCRATCH))
     for name, content in tokenizer_files(folder(kind=kind)).items():
         (target / name).write_bytes(content)
     return Tokenizer.load(target, bos)

@@ -177,8 +177,8 @@ class Checkpoint:
             path, name = self._where[source]
             for piece in self._file(path).pieces(name):
                 cast = piece.to(getattr(torch, dtype))
-                if _narrowed(piece, cast) and bool((cast.isinf() & ~piece.isinf()).any()):
-                    largest = piece[~piece.isinf()].abs().max().item()
+                largest = _overflow(piece, cast)
+                if largest is not None:
                     raise CheckpointError(
                         f"tensor {name} of {path} holds {largest:g}, too large for {dtype}; "
                         "choose --dtype bfloat16 or float32"
@@ -264,8 +264,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _narrowed(piece: Tensor, cast: Tensor) -> bool:
-    return torch.finfo(cast.dtype).max < torch.finfo(piece.dtype).max
+def _overflow(piece: Tensor, cast: Tensor) -> float | None:
+    """The largest of the finite values that became infinite."""
+    if torch.finfo(cast.dtype).max >= torch.finfo(piece.dtype).max:
+        return None
+    lowest, highest = cast.aminmax()  # many times cheaper than looking for infinities, which are hardly ever there
+    if lowest.isfinite() and highest.isfinite():
+        return None
+    lost = piece[cast.isinf() & piece.isfinite()].abs()
+    return lost.max().item() if lost.numel() else None
 
 
 def _pattern(name: str) -> str:
