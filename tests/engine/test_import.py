@@ -389,10 +389,6 @@ def test_an_empty_directory_may_be_the_destination(checkpoint: Path, tmp_path: P
 
 
 def test_another_import_that_was_faster_wins(checkpoint: Path, tmp_path: Path) -> None:
-    def overtake(done: int, total: int) -> None:
-        if done == total and not destination.exists():
-            other.rename(destination)
-
     destination, other = tmp_path / "model", tmp_path / "other"
     first = import_checkpoint(checkpoint, other)
     with ModelWriter(destination, 0) as writer:
