@@ -5,6 +5,7 @@ it holds while Celery still answers; then Celery's loop ends, the drain thread i
 last. A second signal ends the process at once: the lease, or the next worker on this host, returns the claims.
 """
 
+import importlib
 import os
 import signal
 import socket
@@ -78,6 +79,7 @@ def _work(database: Database, settings: Settings, options: WorkerOptions, device
     residency = Residency(_loader(settings, options.placement, device), time.time)
 
     def drain() -> None:
+        importlib.import_module("engine.engine")  # torch takes seconds: now, not when the first job waits for it
         try:
             serve(
                 database=database,

@@ -8,6 +8,7 @@ from engine.errors import CheckpointError
 from storage.claims import Worker, expire, register_worker, stop_worker
 from storage.database import Database
 from storage.errors import ClaimLost, DatabaseUnreachable
+from storage.jobs import sweep_invisible
 from worker.drain import Doorbell, Drain
 from worker.lease import Lease
 from worker.logs import get_logger
@@ -15,6 +16,9 @@ from worker.models import ModelRef
 from worker.presence import host_name, is_dead
 from worker.residency import Residency
 from worker.settings import Settings
+
+_DEAD_ENQUEUE_S = 3600.0
+"""An enqueue that has added nothing for so long was killed; what it left is swept when a worker starts."""
 
 
 def serve(
@@ -90,6 +94,7 @@ def _serve_once(
         doorbell=doorbell,
         clock=clock,
     )
+    sweep_invisible(database, now=clock(), older_than_s=_DEAD_ENQUEUE_S)
     lease.start()
     try:
         if preload is not None:
