@@ -1,0 +1,303 @@
+"""The scheduler's laws, over random workloads: no torch, no model, only counts."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.passes import Pass
+from engine.request import SamplingParams
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+
+SAMPLING = SamplingParams()
+
+
+class CountingKV:
+    """A KV cache that only counts; implements ``KVReservations``."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.held: dict[Sequence, int] = {}
+
+    def admit(self, sequence: Sequence) -> bool:
+        assert sequence not in self.held, "admitted twice"
+        if sum(self.held.values()) + sequence.num_kv_tokens > self.room:
+            return False
+        self.held[sequence] = sequence.num_kv_tokens
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        self.held.pop(sequence, None)
+
+
+def generation(num_prompt: int, num_new: int) -> Sequence:
+    return Sequence([0] * num_prompt, num_prompt, num_prompt + num_new, sampling=SAMPLING)
+
+
+def scored(num_context: int, num_continuation: int) -> Sequence:
+    total = num_context + num_continuation
+    return Sequence([0] * total, num_context, total, score_from=num_context)
+
+
+@dataclass
+class Run:
+    """Drives a scheduler as the engine does, and checks every pass."""
+
+    requests: list[list[Sequence]]
+    micro_batch: int
+    micro_batches: int
+    prefill_chunk: int
+    room: int
+    ends_early: random.Random | None = None
+    num_pulled: int = 0
+    stuck: list[Sequence] = field(default_factory=list)
+    passes: list[Pass] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.kv = CountingKV(self.room)
+        self.scheduler = Scheduler(
+            self.kv,
+            micro_batch=self.micro_batch,
+            micro_batches=self.micro_batches,
+            prefill_chunk=self.prefill_chunk,
+        )
+        self.computed: dict[Sequence, int] = {s: 0 for request in self.requests for s in request}
+        self.scored_rows: dict[Sequence, list[int]] = {s: [] for s in self.computed}
+        self.finished: set[Sequence] = set()
+
+    def pull(self) -> list[Sequence] | None:
+        if self.num_pulled == len(self.requests):
+            return None
+        assert self.scheduler.num_waiting == 0, "pulled although something waits"
+        self.num_pulled += 1
+        return list(self.requests[self.num_pulled - 1])
+
+    def next_pass(self) -> Pass | None:
+        this_pass = self.scheduler.next_pass(self.pull)
+        if this_pass.micro_batches:
+            self.check(this_pass)
+            self.compute(this_pass)
+            self.passes.append(this_pass)
+            return this_pass
+        if (stuck := self.scheduler.stuck()) is not None:
+            assert not self.kv.held
+            self.stuck.append(stuck)
+            self.finished.add(stuck)
+            self.scheduler.retire(stuck)
+            return this_pass
+        return None
+
+    def check(self, this_pass: Pass) -> None:
+        assert 1 <= len(this_pass.micro_batches) <= self.micro_batches
+        for batch in this_pass.micro_batches:
+            assert 1 <= batch.num_tokens <= self.micro_batch
+        segments = this_pass.segments
+        kinds = [segment.is_decode for segment in segments]
+        assert kinds == sorted(kinds, reverse=True), "decode first"
+        lengths: dict[Sequence, int] = {}
+        for segment in segments:
+            sequence = segment.sequence
+            assert sequence not in self.finished
+            # Every token exactly once and in order, also over the segments of one pass.
+            assert segment.start == self.computed[sequence] + lengths.get(sequence, 0)
+            assert segment.length >= 1
+            assert segment.start + segment.length <= sequence.num_to_compute
+            lengths[sequence] = lengths.get(sequence, 0) + segment.length
+            assert segment.keeps_kv == (sequence in self.kv.held)
+            if not segment.keeps_kv:
+                assert (segment.start, segment.length) == (0, sequence.num_to_compute)
+        for sequence, length in lengths.items():
+            assert length <= self.prefill_chunk
+            fits = sequence.is_scored and sequence.num_to_compute <= min(self.micro_batch, self.prefill_chunk)
+            assert self.scheduler.needs_kv(sequence) != fits
+            assert (sequence in self.kv.held) != fits, "only what must look back holds KV cache"
+        # Whoever was running before is served whenever the pass has tokens left.
+        if sum(lengths.values()) < self.micro_batch * self.micro_batches:
+            assert set(self.kv.held) <= set(lengths)
+
+    def compute(self, this_pass: Pass) -> None:
+        new_tokens: set[Sequence] = set()
+        for segment in this_pass.segments:
+            sequence = segment.sequence
+            self.computed[sequence] += segment.length
+            for row in segment.rows:
+                if sequence.is_scored:
+                    self.scored_rows[sequence].append(segment.start + row)
+                else:
+                    assert sequence not in new_tokens, "one new token a pass"
+                    new_tokens.add(sequence)
+        for segment in this_pass.segments:
+            segment.sequence.num_computed = self.computed[segment.sequence]
+        for sequence in {segment.sequence for segment in this_pass.segments}:
+            if sequence in new_tokens:
+                sequence.tokens.append(0)
+                early = self.ends_early is not None and self.ends_early.random() < 0.3
+                ended = early or len(sequence.tokens) == sequence.max_tokens
+            else:
+                ended = sequence.is_scored and sequence.num_computed == sequence.num_to_compute
+            if ended:
+                self.finished.add(sequence)
+                self.scheduler.retire(sequence)
+                assert sequence not in self.kv.held, "room is free at once"
+
+    def to_the_end(self) -> "Run":
+        # Each pass computes at least one token or rejects a sequence: it must end within so many.
+        for _ in range(sum(s.max_tokens for s in self.computed) + len(self.computed) + 1):
+            if self.next_pass() is None:
+                break
+        else:
+            raise AssertionError("it never ends")
+        assert self.finished == set(self.computed)
+        assert self.scheduler.is_idle
+        assert self.kv.held == {}
+        for sequence in self.finished - set(self.stuck):
+            assert self.computed[sequence] == (
+                sequence.num_to_compute if sequence.is_scored else len(sequence.tokens) - 1
+            )
+            if sequence.is_scored:
+                assert self.scored_rows[sequence] == list(range(sequence.score_from - 1, len(sequence.tokens) - 1))
+        for sequence in self.stuck:
+            assert self.scheduler.needs_kv(sequence)
+            assert sequence.num_kv_tokens > self.room
+        return self
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> Run:
+    one = st.tuples(st.booleans(), st.integers(1, 30), st.integers(1, 8))
+    wanted = draw(st.lists(st.lists(one, min_size=1, max_size=3), max_size=12))
+    micro_batch = draw(st.integers(1, 12))
+    seed = draw(st.none() | st.integers(0, 100))
+    return Run(
+        [[(scored if is_scored else generation)(a, b) for is_scored, a, b in request] for request in wanted],
+        micro_batch=micro_batch,
+        micro_batches=draw(st.integers(1, 4)),
+        prefill_chunk=draw(st.integers(1, 60)),
+        room=draw(st.integers(0, 120)),
+        ends_early=None if seed is None else random.Random(seed),
+    )
+
+
+@settings(max_examples=150)
+@given(runs())
+def test_every_token_is_computed_once_in_order_and_within_bounds(run: Run) -> None:
+    run.to_the_end()
+
+
+@settings(max_examples=50)
+@given(runs(), st.data())
+def test_what_is_dropped_is_never_computed_again(run: Run, data: st.DataObject) -> None:
+    for _ in range(data.draw(st.integers(0, 10))):
+        if run.next_pass() is None:
+            break
+    alive = [s for request in run.requests[: run.num_pulled] for s in request if s not in run.finished]
+    if alive:
+        dropped = data.draw(st.sampled_from(alive))
+        run.scheduler.retire(dropped)
+        run.finished.add(dropped)  # from now on, a segment of it is an error
+        run.scheduler.retire(dropped)  # and again: nothing happens
+        run.stuck.append(dropped)
+        while run.next_pass() is not None:
+            pass
+        assert run.finished == set(run.computed)
+        assert run.kv.held == {}
+
+
+def test_requests_are_pulled_only_when_there_is_room() -> None:
+    """A pass of 8 tokens over endless one-token prompts pulls 8, then one for each that ends."""
+    run = Run([[generation(1, 4)] for _ in range(1000)], micro_batch=4, micro_batches=2, prefill_chunk=8, room=10_000)
+    for expected in (8, 8, 8, 8, 16, 16):
+        run.next_pass()
+        assert run.num_pulled == expected
+        assert run.scheduler.num_waiting == 0
+
+
+def test_no_more_than_one_request_waits_for_room() -> None:
+    run = Run([[generation(4, 4)] for _ in range(100)], micro_batch=64, micro_batches=1, prefill_chunk=64, room=15)
+    run.next_pass()
+    assert len(run.kv.held) == 2
+    assert run.num_pulled == 3
+    assert run.scheduler.num_waiting == 1
+    while run.num_pulled < 100:
+        run.next_pass()
+        assert run.scheduler.num_waiting <= 1
+        assert len(run.kv.held) <= 2
+
+
+def test_decode_goes_on_while_a_long_prompt_is_read() -> None:
+    long = generation(100, 1)
+    run = Run([[generation(1, 50)], [long]], micro_batch=8, micro_batches=1, prefill_chunk=100, room=1000)
+    kinds = []
+    while run.computed[long] < 100:
+        this_pass = run.next_pass()
+        assert this_pass is not None
+        kinds.append([(segment.is_decode, segment.length) for segment in this_pass.segments])
+    assert kinds[0] == [(False, 1), (False, 7)]
+    assert kinds[1:-1] == [[(True, 1), (False, 7)]] * (len(kinds) - 2)
+
+
+def test_a_scored_sequence_is_not_split_over_micro_batches() -> None:
+    run = Run([[scored(4, 4)] for _ in range(3)], micro_batch=10, micro_batches=2, prefill_chunk=10, room=0)
+    first, second = run.next_pass(), run.next_pass()
+    assert first is not None
+    assert second is not None
+    assert [batch.num_tokens for batch in first.micro_batches] == [7, 7]
+    assert [batch.num_tokens for batch in second.micro_batches] == [7]
+    assert run.next_pass() is None
+
+
+def test_what_never_fits_is_named_when_nothing_else_runs() -> None:
+    large = generation(50, 10)
+    run = Run(
+        [[generation(5, 3)], [large], [generation(5, 3)]], micro_batch=64, micro_batches=1, prefill_chunk=64, room=30
+    )
+    run.to_the_end()
+    assert run.stuck == [large]
+    assert len(run.passes) == 6, "three for the first; three for the last, after the large one is out of the way"
+
+
+def test_a_source_that_pauses_is_asked_again_after_each_pass() -> None:
+    asked = 0
+
+    def pull() -> list[Sequence] | None:
+        nonlocal asked
+        asked += 1
+        return [generation(1, 3)] if asked == 1 else None
+
+    scheduler = Scheduler(CountingKV(100), micro_batch=8, micro_batches=1, prefill_chunk=8)
+    for expected in (2, 3, 4):
+        this_pass = scheduler.next_pass(pull)
+        assert asked == expected
+        (segment,) = this_pass.segments
+        segment.sequence.num_computed += 1
+        segment.sequence.tokens.append(0)
+    scheduler.retire(segment.sequence)
+    assert scheduler.next_pass(pull).micro_batches == ()
+    assert scheduler.stuck() is None
+    assert scheduler.is_idle
+
+
+def test_a_source_that_fails_leaves_the_books_in_order() -> None:
+    def source() -> Iterator[list[Sequence]]:
+        yield [generation(1, 2)]
+        raise OSError("the dataset is gone")
+
+    requests = source()
+    kv = CountingKV(100)
+    scheduler = Scheduler(kv, micro_batch=8, micro_batches=1, prefill_chunk=8)
+    with pytest.raises(OSError, match="the dataset is gone"):
+        scheduler.next_pass(lambda: next(requests, None))
+    assert not scheduler.is_idle
+    for sequence in list(kv.held):
+        scheduler.retire(sequence)
+    assert scheduler.is_idle
+
+
+def test_passes_are_full_while_enough_waits() -> None:
+    run = Run([[generation(1, 2)] for _ in range(4000)], micro_batch=500, micro_batches=2, prefill_chunk=8, room=10**6)
+    run.to_the_end()
+    assert [sum(batch.num_tokens for batch in each.micro_batches) for each in run.passes] == [1000] * 8
