@@ -272,3 +272,12 @@ def test_the_image_is_built_only_from_what_docker_may_see() -> None:
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert {source for line in copied for source in line.split()} == allowed
     assert [source for source in allowed if not (ROOT / source).exists()] == []
+
+
+# Documentation
+
+
+def test_every_decision_is_in_the_index() -> None:
+    folder = ROOT / "docs" / "decisions"
+    index = re.findall(r"\]\((\d{4}-[a-z0-9-]+\.md)\)", (folder / "README.md").read_text())
+    assert index == sorted(path.name for path in folder.glob("[0-9]*.md"))
