@@ -98,7 +98,7 @@ class Scheduler:
         not fit although nothing runs (``stuck`` returns it).
         """
         packer = _Packer(self._micro_batch, self._micro_batches)
-        for sequence in sorted(self._running, key=lambda running: running.num_to_compute - running.num_computed > 1):
+        for sequence in sorted(self._running, key=lambda running: not running.is_decoding):
             if packer.left:
                 self._add_chunk(packer, sequence)
         # Each running sequence wants a token a pass: no more of them than a pass has tokens.

@@ -31,6 +31,11 @@ class Sequence:
         return self.sampling is None
 
     @property
+    def is_decoding(self) -> bool:
+        """Whether its prompt is computed and each pass brings one generated token."""
+        return not self.is_scored and self.num_computed >= self.num_prompt_tokens
+
+    @property
     def num_to_compute(self) -> int:
         """Tokens the model must see: all that are known, but not the last of a scored sequence."""
         return len(self.tokens) - 1 if self.is_scored else len(self.tokens)

@@ -104,7 +104,7 @@ def small_file_system(tmp_path: Path) -> Iterator[Path]:
         yield where
         subprocess.run(["umount", str(where)], check=True)
         return
-    shm = Path("/dev/shm")  # noqa: S108
+    shm = Path("/dev/shm")
     free = os.statvfs(shm).f_bavail * os.statvfs(shm).f_frsize if shm.is_dir() else 0
     if not MIB < free <= 256 * MIB:  # as containers have it; more is other people's memory
         pytest.skip(

@@ -1,0 +1,127 @@
+"""The attention primitive against its definition, and the merge over any split against the whole."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.model.attention import attend, attend_plainly, merge
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def made(seed: int, heads: int, kv_heads: int, queries: int, keys: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed as the model packs them, ``[token, head, dim]``, seen as ``[head, token, dim]``: not contiguous."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((queries, heads), (keys, kv_heads), (keys, kv_heads))
+    q, k, v = (torch.randn(*shape, size, generator=generator).transpose(0, 1) for shape in shapes)
+    return q, k, v
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal"),
+    [(1, 1, False), (1, 257, False), (5, 33, False), (1, 1, True), (2, 2, True), (130, 130, True)],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [8, 20, 64])
+def test_the_kernel_computes_the_definition(
+    dtype: torch.dtype, queries: int, keys: int, causal: bool, size: int
+) -> None:
+    q, k, v = (x.to(dtype) for x in made(0, 3, 3, queries, keys, size))
+    out, lse = attend(q, k, v, causal=causal)
+    plain_out, plain_lse = attend_plainly(q.float(), k.float(), v.float(), causal=causal)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert out.shape == (3, queries, size)
+    assert lse.shape == (3, queries)
+    torch.testing.assert_close(out.float(), plain_out, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse, plain_lse, atol=max(1e-5, TOLERANCE[dtype]), rtol=0)
+
+
+def test_the_definition_is_pytorchs() -> None:
+    q, k, v = made(1, 2, 2, 9, 9, 16)
+    for causal in (False, True):
+        expected = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=causal)[0]
+        torch.testing.assert_close(attend_plainly(q, k, v, causal=causal)[0], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_log_sum_exp_is_of_the_scaled_scores() -> None:
+    """Equal keys: every score is q.k / sqrt(H), so the log-sum-exp is that plus the logarithm of their number."""
+    q = torch.full((1, 1, 4), 0.5)
+    k = torch.full((1, 7, 4), 3.0)
+    _, lse = attend(q, k, torch.zeros(1, 7, 4), causal=False)
+    assert lse.item() == pytest.approx(4 * 1.5 / 2 + math.log(7), abs=1e-6)
+
+
+def test_causal_sees_itself_and_the_past_only() -> None:
+    q, k, v = made(2, 2, 2, 6, 6, 8)
+    out, lse = attend(q, k, v, causal=True)
+    for last in range(6):
+        alone, alone_lse = attend(q[:, last : last + 1], k[:, : last + 1], v[:, : last + 1], causal=False)
+        torch.testing.assert_close(out[:, last : last + 1], alone, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(lse[:, last : last + 1], alone_lse, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1), (6, 3)])
+def test_query_heads_share_key_heads_in_groups(heads: int, kv_heads: int) -> None:
+    q, k, v = made(3, heads, kv_heads, 5, 5, 16)
+    out, lse = attend(q, k, v, causal=True)
+    group = heads // kv_heads
+    for head in range(heads):
+        shared = head // group
+        alone, alone_lse = attend_plainly(
+            q[head : head + 1], k[shared : shared + 1], v[shared : shared + 1], causal=True
+        )
+        torch.testing.assert_close(out[head : head + 1], alone, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(lse[head : head + 1], alone_lse, atol=2e-6, rtol=1e-5)
+
+
+@settings(max_examples=60)
+@given(
+    keys=st.integers(1, 60),
+    queries=st.integers(1, 5),
+    cuts=st.sets(st.integers(1, 59), max_size=8),
+    spread=st.sampled_from([0.1, 1.0, 30.0]),
+    seed=st.integers(0, 1000),
+)
+def test_pieces_merge_to_the_whole(keys: int, queries: int, cuts: set[int], spread: float, seed: int) -> None:
+    """Exactly, whatever the split and however far apart the pieces' scores are."""
+    q, k, v = made(seed, 2, 2, queries, keys, 8)
+    q = q * spread
+    whole, _ = attend_plainly(q, k, v, causal=False)
+    borders = [0, *sorted(cut for cut in cuts if cut < keys), keys]
+    pieces = [attend(q, k[:, begin:end], v[:, begin:end], causal=False) for begin, end in pairwise(borders)]
+    merged = merge(pieces)
+    assert merged.dtype == q.dtype
+    torch.testing.assert_close(merged, whole, atol=2e-5, rtol=2e-5)
+
+
+@settings(max_examples=30)
+@given(past=st.integers(1, 40), new=st.integers(1, 20), seed=st.integers(0, 1000))
+def test_past_and_own_chunk_merge_to_causal_attention(past: int, new: int, seed: int) -> None:
+    q, k, v = made(seed, 2, 2, past + new, past + new, 8)
+    whole, _ = attend(q, k, v, causal=True)
+    chunk = q[:, past:]
+    merged = merge(
+        [attend(chunk, k[:, :past], v[:, :past], causal=False), attend(chunk, k[:, past:], v[:, past:], causal=True)]
+    )
+    torch.testing.assert_close(merged, whole[:, past:], atol=2e-5, rtol=2e-5)
+
+
+def test_one_piece_is_passed_through() -> None:
+    piece = attend(*made(0, 1, 1, 2, 3, 8), causal=False)
+    assert merge([piece]) is piece[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_pieces_merge_in_float32(dtype: torch.dtype) -> None:
+    """200 pieces: weights that were rounded to the narrow dtype would drift far beyond one rounding."""
+    q, k, v = (x.to(dtype) for x in made(5, 1, 1, 1, 200, 16))
+    whole, _ = attend_plainly(q.float(), k.float(), v.float(), causal=False)
+    merged = merge([attend(q, k[:, i : i + 1], v[:, i : i + 1], causal=False) for i in range(200)])
+    assert merged.dtype == dtype
+    torch.testing.assert_close(merged.float(), whole, atol=TOLERANCE[dtype] / 2, rtol=TOLERANCE[dtype])
