@@ -9,25 +9,22 @@ import importlib
 import os
 import signal
 import socket
-import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from celery import Celery, bootsteps, signals
+from celery import Celery, signals
 from celery.exceptions import SecurityWarning
-from celery.worker import state as celery_state
 
 from engine.planner.plan import PlanOptions
 from storage.database import Database
 from worker.app import make_app
+from worker.bell import Bell
 from worker.doorbell import ping
-from worker.drain import Doorbell
+from worker.lifecycle import DrainStep, DrainThread, Stop
 from worker.locks import device_lock
 from worker.logs import configure, get_logger
 from worker.models import resolve_model
@@ -75,7 +72,7 @@ def run_worker(settings: Settings, options: WorkerOptions) -> int:
 
 
 def _work(database: Database, settings: Settings, options: WorkerOptions, device: str) -> int:
-    doorbell = Doorbell()
+    bell = Bell()
     residency = Residency(_loader(settings, options.placement, device), time.time)
 
     def drain() -> None:
@@ -86,7 +83,7 @@ def _work(database: Database, settings: Settings, options: WorkerOptions, device
                 settings=settings,
                 device=device,
                 residency=residency,
-                doorbell=doorbell,
+                bell=bell,
                 clock=time.time,
                 preload=options.model,
             )
@@ -94,8 +91,8 @@ def _work(database: Database, settings: Settings, options: WorkerOptions, device
             residency.unload()
 
     thread = DrainThread(drain)
-    stopped_by = _Stop(doorbell)
-    app = make_app(settings, on_ring=lambda _: doorbell.ring())
+    stopped_by = Stop(bell)
+    app = make_app(settings, on_ring=lambda _: bell.ring())
     app.steps["worker"].add(DrainStep)
     signals.setup_logging.connect(_leave_logging_alone)
     with warnings.catch_warnings():
@@ -104,12 +101,13 @@ def _work(database: Database, settings: Settings, options: WorkerOptions, device
         worker = _celery_worker(app, thread, stopped_by)
     worker.start()
     # Celery may have ended without stopping its steps (it never came up): the drain must not outlive it.
-    doorbell.stop()
-    thread.join()
-    return _outcome(thread.error, worker.exitcode, stopped_by.signal)
+    bell.stop()
+    if thread.ident is not None:
+        thread.join()
+    return exit_code(thread.error, worker.exitcode, stopped_by.signal)
 
 
-def _celery_worker(app: Celery, thread: "DrainThread", on_signal: "_Stop") -> Any:
+def _celery_worker(app: Celery, thread: DrainThread, on_signal: Stop) -> Any:
     return app.Worker(
         hostname=f"overnight-{os.getpid()}@{socket.gethostname()}",
         pool_cls="threads",
@@ -122,13 +120,17 @@ def _celery_worker(app: Celery, thread: "DrainThread", on_signal: "_Stop") -> An
     )
 
 
-def _outcome(error: BaseException | None, celery_code: int | None, stopped_by: int | None) -> int:
+def exit_code(error: BaseException | None, celery_code: int | None, stopped_by: int | None) -> int:
+    """What the process ends with: after the drain's error, Celery's own code, and the first signal.
+
+    Raises:
+        Exception: ``error``, where it is one that a person can mend.
+    """
     if error is not None:
         if type(error).__module__ in _KNOWN_ROOMS:
             raise error
         get_logger().error(
-            "the worker stopped: %s: %s; what it held goes to the next worker (--log-level debug or "
-            "OVERNIGHT_LOG_LEVEL=debug shows where)",
+            "the worker stopped: %s: %s; what it held goes to the next worker (OVERNIGHT_LOG_LEVEL=debug shows where)",
             type(error).__name__,
             error,
             exc_info=error,
@@ -138,85 +140,6 @@ def _outcome(error: BaseException | None, celery_code: int | None, stopped_by: i
     if stopped_by == signal.SIGINT:
         return 128 + signal.SIGINT
     return celery_code or 0
-
-
-class DrainThread(threading.Thread):
-    """Runs the drain; whatever ends it also ends Celery's loop."""
-
-    def __init__(self, drain: Callable[[], None]) -> None:
-        super().__init__(name="drain")
-        self._drain = drain
-        self.error: BaseException | None = None
-        """What ended the drain, if it was not asked to end."""
-        self.on_end: Callable[[], None] = lambda: None
-
-    def run(self) -> None:
-        """The thread's body."""
-        try:
-            self._drain()
-        except BaseException as error:  # noqa: BLE001 (kept for the main thread, which reports it)
-            self.error = error
-        finally:
-            self.on_end()
-
-
-class DrainStep(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Ties the drain thread to Celery's start and stop."""
-
-    requires = ("celery.worker.components:Pool",)
-
-    def __init__(
-        self, parent: Any, drain_thread: DrainThread | None = None, on_signal: "_Stop | None" = None, **kwargs: Any
-    ) -> None:
-        super().__init__(parent, **kwargs)
-        assert drain_thread is not None
-        assert on_signal is not None
-        self._thread = drain_thread
-        self._on_signal = on_signal
-
-    def start(self, parent: Any) -> None:
-        """Start draining; from now on signals are ours."""
-
-        def end_celery() -> None:
-            celery_state.should_stop = _FAILED if self._thread.error is not None else os.EX_OK
-            if parent.hub is not None:
-                parent.hub.call_soon(lambda: None)  # wakes the loop, so that it sees the flag
-
-        self._thread.on_end = end_celery
-        self._on_signal.install()
-        self._thread.start()
-
-    def stop(self, parent: Any) -> None:
-        """Wait for the drain's last commit."""
-        self._on_signal.doorbell.stop()
-        self._thread.join()
-
-    terminate = stop
-
-
-class _Stop:
-    """The signal handlers: the first signal sets flags, the second ends the process."""
-
-    def __init__(self, doorbell: Doorbell) -> None:
-        self.doorbell = doorbell
-        self.signal: int | None = None
-        """The first signal that came."""
-        # Asked before Celery installs its own handlers: under nohup, a closed terminal is no reason to stop.
-        self._heeds_hangup = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-
-    def install(self) -> None:
-        """Replace Celery's handlers, which would stop the consumer and leave the drain alone."""
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-            signal.signal(name, self._handle)
-        signal.signal(signal.SIGHUP, self._handle if self._heeds_hangup else signal.SIG_IGN)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-        # Celery's loop ends when the drain does: until then the doorbell's thread pool and remote control stay alive.
-        self.doorbell.stop()
-        os.write(sys.stderr.fileno(), b"stopping after this pass; once more to stop at once\n")
 
 
 def _loader(settings: Settings, placement: PlanOptions, device: str) -> Callable[[Path], Engine]:

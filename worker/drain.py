@@ -3,7 +3,6 @@
 Everything here runs on one thread, which also owns the engine. Times are unix seconds from ``clock``.
 """
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +14,7 @@ from storage.database import Database
 from storage.errors import ClaimLost, StorageError
 from storage.jobs import Job, cancelled_among, fail_job, runnable_jobs
 from storage.results import record
+from worker.bell import Bell
 from worker.errors import ModelNotFound
 from worker.fairness import Waiting, choose_model
 from worker.feed import Feed
@@ -26,37 +26,6 @@ from worker.rows import JobKeys, RowKey, to_request
 from worker.settings import Settings
 
 _COMMIT_S = 1.0
-
-
-class Doorbell:
-    """Wakes the drain, and tells it to stop. Any thread, and a signal handler, may ring it."""
-
-    def __init__(self) -> None:
-        self._rung = threading.Event()
-        self._stop = threading.Event()
-
-    @property
-    def is_stopping(self) -> bool:
-        """Whether the drain was asked to stop."""
-        return self._stop.is_set()
-
-    def ring(self) -> None:
-        """Something may have changed in the database."""
-        self._rung.set()
-
-    def stop(self) -> None:
-        """Finish the current pass, commit, give back the rest."""
-        self._stop.set()
-        self._rung.set()
-
-    def answer(self) -> None:
-        """What rang until now is about to be looked at."""
-        self._rung.clear()
-
-    def wait(self, timeout_s: float) -> None:
-        """Return when it rings, at once if it has rung since ``answer``, or after ``timeout_s`` seconds."""
-        if not self._stop.is_set():
-            self._rung.wait(timeout_s)
 
 
 class Drain:
@@ -73,7 +42,7 @@ class Drain:
         reap: Callable[[], None],
         describe: Callable[[str | None, str], None],
         is_lost: Callable[[], bool],
-        doorbell: Doorbell,
+        bell: Bell,
         clock: Callable[[], float],
     ) -> None:
         """``prepare`` makes the model directory of a reference; ``reap`` frees what dead workers hold; ``describe``
@@ -86,12 +55,12 @@ class Drain:
         self._reap = reap
         self._describe = describe
         self._is_lost = is_lost
-        self._doorbell = doorbell
+        self._bell = bell
         self._clock = clock
         self._log = get_logger({"worker": worker_id})
 
     def run(self) -> None:
-        """Drain until the doorbell says stop.
+        """Drain until the bell says stop.
 
         Raises:
             DatabaseUnreachable: nothing can be read or recorded; what is claimed comes back by the lease.
@@ -99,12 +68,12 @@ class Drain:
             EngineError: the device or the disk of the engine failed; what was claimed has been given back.
         """
         self._log.info("waiting for jobs", extra={"action": "start"})
-        while not self._doorbell.is_stopping:
-            self._doorbell.answer()
+        while not self._bell.is_stopping:
+            self._bell.answer()
             self._reap()
             if not self.step():
                 self._describe(self._resident, "idle")
-                self._doorbell.wait(self._settings.scan_s)
+                self._bell.wait(self._settings.scan_s)
 
     def preload(self, name: str) -> None:
         """Make a model resident before any job asks for it.
@@ -161,17 +130,17 @@ class Drain:
                     self._commit(ledger)
                     self._drop_cancelled(engine, feed, ledger)
                     committed_at = began_at
-                if self._doorbell.is_stopping:
+                if self._bell.is_stopping:
                     break
                 if self._is_lost():
                     raise ClaimLost(self._worker_id)
         self._commit(ledger)
-        if self._doorbell.is_stopping:
+        if self._bell.is_stopping:
             self._give_back()
 
     def _claim(self, model: str, ledger: Ledger, limit: int) -> list[Request] | None:
         """Up to ``limit`` requests of the jobs of ``model``; None when the run should end."""
-        if self._doorbell.is_stopping:
+        if self._bell.is_stopping:
             return None
         jobs = self._runnable()
         if not jobs:

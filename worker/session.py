@@ -9,7 +9,8 @@ from storage.claims import Worker, expire, register_worker, stop_worker
 from storage.database import Database
 from storage.errors import ClaimLost, DatabaseUnreachable
 from storage.jobs import sweep_invisible
-from worker.drain import Doorbell, Drain
+from worker.bell import Bell
+from worker.drain import Drain
 from worker.lease import Lease
 from worker.logs import get_logger
 from worker.models import ModelRef
@@ -27,11 +28,11 @@ def serve(
     settings: Settings,
     device: str,
     residency: Residency,
-    doorbell: Doorbell,
+    bell: Bell,
     clock: Callable[[], float],
     preload: str | None = None,
 ) -> None:
-    """Register, drain until the doorbell says stop, and sign off; registers anew when taken for dead.
+    """Register, drain until the bell says stop, and sign off; registers anew when taken for dead.
 
     A machine that slept for longer than its lease loses its claims to others, nothing else: what it computed meanwhile
     is refused, and it begins again under a new number, its model still loaded.
@@ -42,7 +43,7 @@ def serve(
     """
     while True:
         try:
-            _serve_once(database, settings, device, residency, doorbell, clock, preload)
+            _serve_once(database, settings, device, residency, bell, clock, preload)
             return
         except ClaimLost as error:
             get_logger().warning("%s", error, extra={"action": "lost"})
@@ -53,7 +54,7 @@ def _serve_once(
     settings: Settings,
     device: str,
     residency: Residency,
-    doorbell: Doorbell,
+    bell: Bell,
     clock: Callable[[], float],
     preload: str | None,
 ) -> None:
@@ -71,7 +72,7 @@ def _serve_once(
         worker_id=worker_id,
         lease_s=settings.lease_s,
         clock=clock,
-        on_lost=doorbell.ring,
+        on_lost=bell.ring,
     )
 
     def reap() -> None:
@@ -91,7 +92,7 @@ def _serve_once(
         reap=reap,
         describe=lambda model, state: lease.beat(model=model, state=state),
         is_lost=lambda: lease.is_lost,
-        doorbell=doorbell,
+        bell=bell,
         clock=clock,
     )
     sweep_invisible(database, now=clock(), older_than_s=_DEAD_ENQUEUE_S)

@@ -16,7 +16,8 @@ from storage.database import Database
 from storage.errors import ClaimLost
 from storage.jobs import Job, NewJob, NewRequest, cancel_job, create_job, get_job, retry_job
 from storage.results import OutputRow, list_passes, stream_outputs
-from worker.drain import Doorbell, Drain
+from worker.bell import Bell
+from worker.drain import Drain
 from worker.residency import Residency
 from worker.session import prepare_model
 from worker.settings import Settings
@@ -54,7 +55,7 @@ class Bench:
         self.database = database
         self.settings = settings
         self.clock = Clock()
-        self.doorbell = Doorbell()
+        self.bell = Bell()
         self.loaded: list[Path] = []
         self.placement = placement
         self.residency = Residency(self._load, self.clock)
@@ -78,7 +79,7 @@ class Bench:
             reap=lambda: None,
             describe=lambda model, state: None,
             is_lost=lambda: False,
-            doorbell=self.doorbell,
+            bell=self.bell,
             clock=self.clock,
         )
         return self.drain
@@ -261,7 +262,7 @@ def test_stopping_in_the_middle_keeps_what_is_done_and_gives_back_the_rest(bench
     undisturbed = bench.enqueue(tiny_model, prompts(100))
     bench.drain_all()
     job_id = bench.enqueue(tiny_model, prompts(100))
-    bench.clock.after(30, bench.doorbell.stop)
+    bench.clock.after(30, bench.bell.stop)
 
     bench.drain.step()
 
@@ -275,7 +276,7 @@ def test_stopping_in_the_middle_keeps_what_is_done_and_gives_back_the_rest(bench
             ).all()  # type: ignore[arg-type]
         )
     assert states == {"done": job.num_done, "pending": 100 - job.num_done}
-    bench.doorbell = Doorbell()
+    bench.bell = Bell()
     bench.new_worker()
     bench.drain_all()
     assert bench.texts(job_id) == bench.texts(undisturbed)
@@ -348,11 +349,11 @@ def test_other_queues_are_left_alone(bench: Bench, tiny_model: Path) -> None:
 def test_two_drains_share_a_job_and_each_row_is_done_once(bench: Bench, tiny_model: Path) -> None:
     job_id = bench.enqueue(tiny_model, prompts(200))
     first = bench.drain
-    bench.clock.after(25, bench.doorbell.stop)
+    bench.clock.after(25, bench.bell.stop)
     first.step()
     done_by_first = bench.job(job_id).num_done
     stop_worker(bench.database, bench.worker_id, now=bench.clock.now)
-    bench.doorbell = Doorbell()
+    bench.bell = Bell()
     bench.new_worker()
     bench.drain_all()
 

@@ -3,13 +3,13 @@ import sys
 
 SIGNALS = """
 import os, signal
-from worker.daemon import _Stop
-from worker.drain import Doorbell
-doorbell = Doorbell()
-stop = _Stop(doorbell)
+from worker.bell import Bell
+from worker.lifecycle import Stop
+bell = Bell()
+stop = Stop(bell)
 stop.install()
 os.kill(os.getpid(), signal.{first})
-print(doorbell.is_stopping, stop.signal, flush=True)
+print(bell.is_stopping, stop.signal, flush=True)
 os.kill(os.getpid(), signal.{second})
 print("not reached", flush=True)
 """

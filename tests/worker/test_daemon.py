@@ -1,0 +1,33 @@
+import logging
+import signal
+
+import pytest
+
+from storage.errors import DatabaseLocked
+from worker.daemon import exit_code
+from worker.errors import WorkerError
+
+
+def test_a_polite_stop_is_a_success_and_ctrl_c_says_so() -> None:
+    assert exit_code(None, 0, signal.SIGTERM) == 0
+    assert exit_code(None, None, None) == 0
+    assert exit_code(None, 0, signal.SIGINT) == 130
+
+
+def test_celerys_own_failure_is_a_failure() -> None:
+    assert exit_code(None, 1, None) == 1
+
+
+@pytest.mark.parametrize("error", [DatabaseLocked("locked"), WorkerError("busy")])
+def test_an_error_that_a_person_can_mend_goes_to_the_command_line(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        exit_code(error, 1, None)
+
+
+def test_a_fault_of_ours_is_one_sentence(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR, logger="overnight"):
+        assert exit_code(RuntimeError("shapes differ"), 1, None) == 1
+
+    (record,) = caplog.records
+    assert "RuntimeError: shapes differ" in record.getMessage()
+    assert "OVERNIGHT_LOG_LEVEL=debug" in record.getMessage()
