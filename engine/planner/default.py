@@ -92,22 +92,32 @@ def resolve_plan(
     disk_dir = options.disk_dir or disk_dir
     budgets = _budgets(options, facts, disk_dir)
     micro_batch = options.micro_batch or MICRO_BATCH_TOKENS
-    layers = _place_layers(options, shape, stored, dtype, budgets, micro_batch)
-    streamed = any(home is not TierName.DEVICE for home in layers)
-    micro_batches = options.micro_batches or (STREAMED_MICRO_BATCHES if streamed else 1)
     activations = TierName(options.activations or TierName.DEVICE)
     extent_tokens = min(options.extent_tokens or EXTENT_TOKENS, shape.max_positions + 1)
     logits_rows = _logits_rows(shape, micro_batch)
+    workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows, extent_tokens)
+    batch_bytes = micro_batch * shape.hidden_size * DTYPE_BYTES[dtype]
+    layers = _place_layers(
+        options,
+        shape,
+        stored,
+        dtype,
+        budgets,
+        workspace=workspace,
+        batch_bytes=batch_bytes if activations is TierName.DEVICE else 0,
+        bounces=not facts.shares_host_memory,
+    )
+    streamed = any(home is not TierName.DEVICE for home in layers)
+    micro_batches = options.micro_batches or (STREAMED_MICRO_BATCHES if streamed else 1)
     staged = {TierName.DISK} if facts.shares_host_memory else {TierName.HOST, TierName.DISK}
     slots = min(STAGING_SLOTS, sum(home in staged for home in layers))
     largest_layer = max(stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers))
-    workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows, extent_tokens)
 
     fixed = dict.fromkeys(TierName, 0)
     fixed[TierName.DEVICE] += workspace + slots * largest_layer
     if streamed and dtype != stored.dtype:
         fixed[TierName.DEVICE] += largest_layer * DTYPE_BYTES[dtype] // DTYPE_BYTES[stored.dtype]
-    activation_bytes = micro_batch * micro_batches * shape.hidden_size * DTYPE_BYTES[dtype]
+    activation_bytes = micro_batches * batch_bytes
     # Pieces of a spill file are whole pages.
     fixed[activations] += align_up(activation_bytes, 4 * KIB) if activations is TierName.DISK else activation_bytes
     if not facts.shares_host_memory:
@@ -116,7 +126,7 @@ def resolve_plan(
         if options.kv is not None and options.kv.disk:
             fixed[TierName.HOST] += kv_scratch_bytes(shape, dtype, extent_tokens)
         if activations is TierName.DISK:
-            fixed[TierName.HOST] += micro_batch * shape.hidden_size * DTYPE_BYTES[dtype]
+            fixed[TierName.HOST] += batch_bytes
     fixed[TierName.DEVICE] += sum(stored.computed_bytes(unit, dtype) for unit in (EMBED, HEAD))
     for index, home in enumerate(layers):
         unit = layer_name(index)
@@ -178,20 +188,28 @@ def _place_layers(
     stored: StoredWeights,
     dtype: str,
     budgets: Mapping[TierName, int],
-    micro_batch: int,
+    *,
+    workspace: int,
+    batch_bytes: int,
+    bounces: bool,
 ) -> tuple[TierName, ...]:
+    """As asked; else as many layers as fit on the device, then on the host, whatever else must lie there left aside."""
     if options.weights is not None:
         return interleave(whole_layers(shape.num_layers, options.weights))
     sizes = [stored.computed_bytes(layer_name(index), dtype) for index in range(shape.num_layers)]
-    fixed = sum(stored.computed_bytes(unit, dtype) for unit in (EMBED, HEAD))
-    fixed += _workspace_bytes(shape, dtype, micro_batch, _logits_rows(shape, micro_batch), EXTENT_TOKENS)
-    room = int(budgets[TierName.DEVICE] * (1 - KV_SHARE)) - fixed
-    on_device = _how_many(sizes, room)
+    kept = [stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers)]
+    room = int(budgets[TierName.DEVICE] * (1 - KV_SHARE)) - workspace
+    room -= sum(stored.computed_bytes(unit, dtype) for unit in (EMBED, HEAD))
+    on_device = _how_many(sizes, room - batch_bytes * (options.micro_batches or 1))
     if on_device < shape.num_layers:
         # Stored and, where it is cast on the way, as computed: never less than what the ring will take.
-        largest = max(*sizes, *(stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers)))
-        on_device = _how_many(sizes, room - (STAGING_SLOTS + 1) * largest)
-    on_host = _how_many(sizes[on_device:], int(budgets[TierName.HOST] * (1 - KV_SHARE)))
+        room -= (STAGING_SLOTS + 1) * max(*sizes, *kept)
+        room -= batch_bytes * (options.micro_batches or STREAMED_MICRO_BATCHES)
+        on_device = _how_many(sizes, room)
+    host_room = int(budgets[TierName.HOST] * (1 - KV_SHARE))
+    on_host = _how_many(kept[on_device:], host_room)
+    if bounces and on_device + on_host < shape.num_layers:
+        on_host = _how_many(kept[on_device:], host_room - STAGING_SLOTS * max(kept))
     on_disk = shape.num_layers - on_device - on_host
     return interleave({TierName.DEVICE: on_device, TierName.HOST: on_host, TierName.DISK: on_disk})
 
@@ -209,14 +227,15 @@ def _kv_pools(options: PlanOptions, room: Mapping[TierName, int], bytes_per_toke
     if options.kv is None:
         return {TierName.DEVICE: room[TierName.DEVICE], TierName.HOST: room[TierName.HOST], TierName.DISK: 0}
     shares = {tier: options.kv.of(tier) for tier in TierName}
-    total = min(room[tier] * 100 // share for tier, share in shares.items() if share)
-    pools = {tier: total * share // 100 for tier, share in shares.items()}
-    for tier, share in shares.items():
-        if share and pools[tier] < bytes_per_token:
-            raise PlanDoesNotFit(
-                f"--kv puts {share}% of the KV cache in {tier} memory, where {format_bytes(room[tier])} are left and "
-                f"one token takes {format_bytes(bytes_per_token)}; {_raise_hint(tier)} or lower its share"
-            )
+    totals = {tier: room[tier] * 100 // share for tier, share in shares.items() if share}
+    short = min(totals, key=lambda tier: totals[tier])
+    pools = {tier: totals[short] * share // 100 for tier, share in shares.items()}
+    if any(pools[tier] < bytes_per_token for tier in totals):
+        raise PlanDoesNotFit(
+            f"--kv puts {shares[short]}% of the KV cache in {short} memory, where {format_bytes(room[short])} are "
+            f"left: too little for one token ({format_bytes(bytes_per_token)}) in every tier with a share; "
+            f"{_raise_hint(short)} or lower its share"
+        )
     return pools
 
 
