@@ -1,5 +1,6 @@
 """Starting and stopping in order: the drain's thread, its place among Celery's bootsteps, and the signals."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -92,4 +93,5 @@ class Stop:
         self.signal = number
         # Celery's loop ends when the drain does: until then the bell's thread pool and remote control stay alive.
         self.bell.stop()
-        os.write(sys.stderr.fileno(), b"stopping after this pass; once more to stop at once\n")
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the terminal may be what has gone
+            os.write(sys.stderr.fileno(), b"stopping after this pass; once more to stop at once\n")

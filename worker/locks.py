@@ -1,4 +1,4 @@
-"""One worker a GPU: a lock file that the kernel releases when its holder ends, however it ends."""
+"""Lock files, which the kernel releases when their holder ends: one worker a GPU, one import at a time."""
 
 import os
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def device_lock(home: Path, device: str) -> Iterator[bool]:
     path = folder / f"{device.replace(':', '-')}.lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        is_ours = _try_lock(descriptor)
+        is_ours = _lock(descriptor, wait=False)
         if is_ours:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -36,13 +36,24 @@ def device_lock(home: Path, device: str) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+@contextmanager
+def import_lock(models_dir: Path) -> Iterator[None]:
+    """Wait for other imports into ``models_dir``, and keep them waiting: the same checkpoint is not imported twice."""
+    descriptor = os.open(models_dir / ".import.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        _lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
     try:
         import fcntl
     except ImportError:  # not a POSIX system: nobody checks
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     return True

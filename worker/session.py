@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.errors import CheckpointError
 from storage.claims import Worker, expire, register_worker, stop_worker
 from storage.database import Database
 from storage.errors import ClaimLost, DatabaseUnreachable
@@ -12,6 +11,7 @@ from storage.jobs import sweep_invisible
 from worker.bell import Bell
 from worker.drain import Drain
 from worker.lease import Lease
+from worker.locks import import_lock
 from worker.logs import get_logger
 from worker.models import ModelRef
 from worker.presence import host_name, is_dead
@@ -118,15 +118,12 @@ def prepare_model(ref: ModelRef, model_dir: Path) -> None:
     if ref.is_imported or model_dir.exists():
         return
     from engine.weights.importers.huggingface import import_checkpoint
-    from engine.weights.manifest import is_model_dir
 
-    get_logger().info("importing %s", ref.path, extra={"action": "import", "model": model_dir})
     model_dir.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        import_checkpoint(ref.path, model_dir)
-    except CheckpointError:
-        if not is_model_dir(model_dir):  # else another worker was faster
-            raise
+    with import_lock(model_dir.parent):
+        if not model_dir.exists():  # else another worker was faster
+            get_logger().info("importing %s", ref.path, extra={"action": "import", "model": model_dir})
+            import_checkpoint(ref.path, model_dir)
 
 
 def _is_gone(worker: Worker) -> bool:

@@ -105,7 +105,8 @@ def test_a_killed_workers_job_is_finished_with_one_output_a_row_equal_to_an_undi
     assert station.request_states(job_id).get("claimed", 0) > 0, "nothing was claimed: the kill came too late"
     killed_at = time.time()
 
-    station.start_worker()  # its lease would run for a minute: the new worker sees that the process is gone
+    # The lease would run for a minute: the new worker sees that the process is gone.
+    station.start_worker(scan_s=0.3)
     job = station.wait_done(job_id, timeout_s=50)
     undisturbed = station.enqueue(tiny_model, num_rows)
     station.wait_done(undisturbed)

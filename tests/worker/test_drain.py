@@ -18,6 +18,7 @@ from storage.jobs import Job, NewJob, NewRequest, cancel_job, create_job, get_jo
 from storage.results import OutputRow, list_passes, stream_outputs
 from worker.bell import Bell
 from worker.drain import Drain
+from worker.models import known_models
 from worker.residency import Residency
 from worker.session import prepare_model
 from worker.settings import Settings
@@ -249,7 +250,8 @@ def test_a_hugging_face_folder_is_imported_on_first_use_and_only_then(bench: Ben
     first = bench.enqueue(tiny_checkpoint, prompts(2))
     bench.drain_all()
     bench.residency.unload()
-    (model_dir,) = bench.settings.models_dir.iterdir()
+    (name,) = known_models(bench.settings)
+    model_dir = bench.settings.models_dir / name
     manifest = (model_dir / "manifest.json").stat().st_mtime_ns
     second = bench.enqueue(tiny_checkpoint, prompts(2))
     bench.drain_all()
