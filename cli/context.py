@@ -29,6 +29,10 @@ class App:
 
         return load_settings(self.flags, os.environ)
 
+    def make_home(self) -> None:
+        """The folder of all state, for its user only."""
+        self.settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+
     def open_database(self) -> "Database":
         """The database, made if it is not there; the caller closes it.
 

@@ -91,7 +91,7 @@ def _import_model(app: App, folder: Path) -> Path:
 
     target = app.settings.models_dir / _MODEL_NAME
     if not is_model_dir(target):
-        make_model(folder, target, None)
+        make_model(app, folder, target, None)
     return target
 
 

@@ -48,7 +48,7 @@ def command(app: App, source: str, destination: str | None, dtype: str | None) -
                     f"there is no folder {folder}, and {source!r} is no name on the hub (organisation/model)"
                 )
             folder = _download(source, stack)
-        make_model(folder, target, dtype)
+        make_model(app, folder, target, dtype)
     say(f"use it: overnight enqueue DATASET --model {destination or name} --task generate")
     click.echo(target)
 
@@ -60,7 +60,7 @@ def model_path(app: App, destination: str) -> Path:
     return app.settings.models_dir / destination
 
 
-def make_model(folder: Path, target: Path, dtype: str | None) -> None:
+def make_model(app: App, folder: Path, target: Path, dtype: str | None) -> None:
     """Imports ``folder`` as ``target``, with progress on stderr.
 
     Raises:
@@ -69,6 +69,7 @@ def make_model(folder: Path, target: Path, dtype: str | None) -> None:
     from engine.units import format_bytes
     from engine.weights.importers.huggingface import import_checkpoint
 
+    app.make_home()
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _bytes_progress(f"importing {folder.name}") as report:
         manifest = import_checkpoint(folder, target, dtype, report)

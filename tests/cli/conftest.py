@@ -131,3 +131,27 @@ def write_rows(path: Path, *rows: object) -> str:
     """JSON lines; returns the path as a word for the command line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+@pytest.fixture
+def model(home: Path, checkpoint: Path) -> str:
+    """The tiny checkpoint, as a word for --model."""
+    return str(checkpoint)
+
+
+def work(home: Path, job_id: int, *, failing: frozenset[int] = frozenset(), limit: int = 1000) -> None:
+    """What a worker does with a job, without an engine: claims up to ``limit`` requests and records outputs."""
+    from storage.claims import claim, register_worker, stop_worker
+    from storage.database import Database
+    from storage.results import RequestResult, record
+
+    def result(index: int, attempt: int) -> RequestResult:
+        error = ("too_long", "the prompt has 900 tokens, the model 128 positions") if index in failing else None
+        output = None if error else {"text": f"=text {index}", "finish_reason": "stop"}
+        return RequestResult(job_id, index, attempt, output, error, 3, 2)
+
+    with Database.open(f"sqlite:///{home / 'overnight.db'}") as db:
+        worker_id = register_worker(db, hostname="h", pid=1, queue="default", device="cpu", now=1000.0, lease_s=60)
+        claimed = claim(db, worker_id, job_id, limit, now=1001.0)
+        record(db, worker_id, [result(row.index, row.attempt) for row in claimed], None, now=1003.0)
+        stop_worker(db, worker_id, now=1004.0)

@@ -1,0 +1,97 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import ROOT, Run, work, write_rows
+
+
+@pytest.fixture
+def job(with_redis: Path, run: Run, model: str) -> int:
+    dataset = write_rows(Path("d.jsonl"), *({"id": f"r{i}", "prompt": "a"} for i in range(4)))
+    job_id = int(run("enqueue", dataset, "--model", model, "--task", "generate").stdout)
+    work(with_redis, job_id, failing=frozenset({2}))
+    return job_id
+
+
+def test_rows_come_in_the_order_of_the_dataset(run: Run, job: int) -> None:
+    done = run("fetch", str(job))
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.exit_code == 0
+    assert [(row["index"], row["id"], row["status"]) for row in rows] == [
+        (0, "r0", "ok"), (1, "r1", "ok"), (2, "r2", "error"), (3, "r3", "ok"),
+    ]  # fmt: skip
+
+
+def test_errors_alone_can_be_asked_for(run: Run, job: int) -> None:
+    (row,) = map(json.loads, run("fetch", str(job), "--errors").stdout.splitlines())
+    assert row["error"]["code"] == "too_long"
+
+
+def test_a_file_is_replaced_whole_and_says_how_many_rows(run: Run, job: int) -> None:
+    Path("out.csv").write_text("old")
+    done = run("fetch", str(job), "-o", "out.csv", "--format", "csv")
+    assert done.exit_code == 0
+    assert done.stdout == ""
+    assert "4 rows" in done.stderr
+    lines = Path("out.csv").read_text().splitlines()
+    assert len(lines) == 5
+    assert lines[1].startswith("r0,0,ok,'=text 0,stop")
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "./d.jsonl", "link"])
+def test_the_dataset_is_never_overwritten(run: Run, job: int, name: str) -> None:
+    before = Path("d.jsonl").read_bytes()
+    Path("link").symlink_to("d.jsonl")
+    done = run("fetch", str(job), "-o", name)
+    assert done.exit_code == 2
+    assert "overwrite" in done.stderr
+    assert Path("d.jsonl").read_bytes() == before
+
+
+def test_the_database_is_never_overwritten(home: Path, run: Run, job: int) -> None:
+    assert run("fetch", str(job), "-o", str(home / "overnight.db")).exit_code == 2
+
+
+def test_an_absent_folder_is_named(run: Run, job: int) -> None:
+    done = run("fetch", str(job), "-o", "gone/out.jsonl")
+    assert done.exit_code == 3
+    assert "gone" in done.stderr
+
+
+def test_a_full_disk_is_one_sentence(run: Run, job: int) -> None:
+    done = run("fetch", str(job), "-o", "/dev/full")
+    assert done.exit_code == 1
+    assert "No space left" in done.stderr
+
+
+def test_an_unfinished_job_gives_what_is_there_and_says_so(with_redis: Path, run: Run, job: int, model: str) -> None:
+    second = int(run("enqueue", "d.jsonl", "--model", model, "--task", "generate").stdout)
+    work(with_redis, second, limit=3)
+    done = run("fetch", str(second))
+    assert done.exit_code == 0
+    assert len(done.stdout.splitlines()) == 3
+    assert "3 of 4" in done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error(with_redis: Path, run: Run, model: str) -> None:
+    write_rows(Path("many.jsonl"), *({"prompt": "a"} for _ in range(3000)))
+    job = int(run("enqueue", "many.jsonl", "--model", model, "--task", "generate").stdout)
+    work(with_redis, job, limit=3000)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "cli", "fetch", str(job)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    complaint = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0
+    assert complaint == b""

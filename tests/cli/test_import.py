@@ -1,0 +1,63 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run
+
+
+def test_a_folder_becomes_a_model_that_is_listed_by_its_name(home: Path, run: Run, checkpoint: Path) -> None:
+    done = run("import", str(checkpoint))
+    assert (done.exit_code, done.stdout) == (0, f"{home / 'models' / 'tiny'}\n")
+    assert home.stat().st_mode & 0o777 == 0o700
+    (entry,) = json.loads(run("models", "--json").stdout)["models"]
+    assert (entry["name"], entry["family"], entry["dtype"]) == ("tiny", "opt", "float32")
+    assert "tiny" in run("models").stdout
+
+
+def test_a_name_a_path_and_a_dtype_are_heeded(home: Path, run: Run, checkpoint: Path) -> None:
+    assert run("import", str(checkpoint), "small", "--dtype", "bfloat16").exit_code == 0
+    assert run("import", str(checkpoint), "./here/big").exit_code == 0
+    (entry,) = json.loads(run("models", "--json").stdout)["models"]
+    assert (entry["name"], entry["dtype"]) == ("small", "bfloat16")
+    assert Path("here/big/manifest.json").exists()
+
+
+def test_an_existing_model_is_not_touched(home: Path, run: Run, checkpoint: Path) -> None:
+    run("import", str(checkpoint))
+    before = (home / "models" / "tiny" / "manifest.json").stat().st_mtime_ns
+    done = run("import", str(checkpoint))
+    assert done.exit_code == 2
+    assert "exists already" in done.stderr
+    assert (home / "models" / "tiny" / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("source", ["nothing-here", "/no/such/folder"])
+def test_a_source_that_is_absent_is_named(home: Path, run: Run, source: str) -> None:
+    done = run("import", source)
+    assert done.exit_code == 3
+    assert source in done.stderr
+    assert not home.exists()
+
+
+def test_a_folder_that_is_no_checkpoint_leaves_nothing(home: Path, run: Run, checkpoint: Path) -> None:
+    shutil.copytree(checkpoint, "broken")
+    Path("broken/model.safetensors").write_bytes(b"\x00" * 100)
+    done = run("import", "broken")
+    assert done.exit_code == 3
+    assert "broken" in done.stderr
+    assert json.loads(run("models", "--json").stdout) == {"models": []}
+
+
+def test_a_damaged_model_is_named_beside_the_good_ones(home: Path, run: Run, checkpoint: Path) -> None:
+    run("import", str(checkpoint))
+    run("import", str(checkpoint), "cut")
+    (home / "models" / "cut" / "tokenizer.json").unlink()
+    done = run("models", "--json")
+    assert [entry["name"] for entry in json.loads(done.stdout)["models"]] == ["tiny"]
+    assert "cut" in done.stderr
+    doctor = run("doctor", "--json")
+    assert doctor.exit_code == 1
+    failed = [check for check in json.loads(doctor.stdout)["checks"] if check["status"] == "fail"]
+    assert [(check["name"], "cut" in check["detail"]) for check in failed] == [("models", True)]

@@ -1,0 +1,162 @@
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+import cli
+from cli.main import COMMANDS, main
+from tests.cli.conftest import ROOT, Command, Run
+from worker.settings import KEYS
+
+FROZEN = {
+    "import": "--dtype",
+    "models": "--json",
+    "worker": "--model --queue PLACEMENT",
+    "enqueue": "JOB-OPTIONS --queue --json",
+    "status": "--watch --json",
+    "wait": "",
+    "fetch": "--output --format --errors",
+    "cancel": "",
+    "retry": "",
+    "run": "--output --format --resume JOB-OPTIONS PLACEMENT",
+    "demo": "--json",
+    "doctor": "--json",
+    "completion": "",
+}
+"""Every command's options; all but `completion` also take --database and --redis."""
+PLACEMENT = (
+    "--device --dtype --device-memory --host-memory --disk-space --disk-dir --weights --kv --activations --micro-batch "
+    "--micro-batches"
+)
+JOB = (
+    "--model --task --prompt --choices --max-new-tokens --temperature --top-p --top-k --seed --stop --priority "
+    "--keep-going"
+)
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    context = click.Context(main)
+    for name in COMMANDS:
+        command = main.get_command(context, name)
+        assert command is not None
+        yield name, command
+
+
+def options_of(command: click.Command) -> list[str]:
+    return [max(p.opts, key=len) for p in command.params if isinstance(p, click.Option)]
+
+
+def test_commands_and_options_change_only_on_purpose() -> None:
+    for name, command in commands():
+        expected = FROZEN[name].replace("PLACEMENT", PLACEMENT).replace("JOB-OPTIONS", JOB).split()
+        expected += [] if name == "completion" else ["--database", "--redis"]
+        assert sorted(options_of(command)) == sorted(expected), name
+
+
+def test_every_command_and_option_has_help() -> None:
+    for name, command in commands():
+        assert command.help, name
+        assert command.short_help, name
+        assert len(command.short_help) < 60, name
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help or parameter.name == "file_format", (name, parameter.name)
+
+
+def test_every_command_option_and_setting_is_in_the_guide() -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    for name, command in commands():
+        assert f"`overnight {name}" in guide, name
+        for option in options_of(command):
+            assert f"`{option}" in guide, (name, option)
+    for key in ("home", *KEYS):
+        assert f"`OVERNIGHT_{key.upper()}`" in guide, key
+
+
+def test_the_version_is_told(run: Run) -> None:
+    assert run("--version").stdout == f"overnight {cli.__version__}\n"
+
+
+def test_without_a_command_the_commands_are_shown(run: Run) -> None:
+    done = run()
+    assert done.exit_code == 0
+    assert [name for name in COMMANDS if name not in done.stdout] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["statsu"], "did you mean 'status'"),
+        (["xyzzy"], "the commands are"),
+        (["status", "--jsno"], "--json"),
+        (["enqueue"], "DATASET"),
+        (["enqueue", "d"], "--model"),
+        (["run", "d", "-o", "x"], "--model"),
+        (["run", "-o", "x"], "--resume"),
+        (["run", "d", "--resume", "1", "-o", "x"], "--resume"),
+    ],
+)
+def test_a_wrong_word_is_usage_with_a_hint(home: Path, run: Run, words: list[str], hint: str) -> None:
+    done = run(*words)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ")
+    assert hint in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--weights", "50/50/50"),
+        ("--weights", "20/80"),
+        ("--kv", "a/b/c"),
+        ("--device-memory", "4Gib8"),
+        ("--device-memory", "0"),
+        ("--host-memory", "-1"),
+        ("--device", "tpu"),
+        ("--dtype", "int4"),
+        ("--activations", "cloud"),
+        ("--micro-batch", "0"),
+        ("--micro-batches", "-3"),
+    ],
+)
+def test_a_placement_that_makes_no_sense_is_refused_by_name(home: Path, run: Run, option: str, value: str) -> None:
+    for words in (["worker"], ["run", "d.jsonl", "--model", "m", "--task", "generate", "-o", "x"]):
+        done = run(*words, option, value)
+        assert done.exit_code == 2
+        assert option in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [({"OVERNIGHT_REDIS": "nonsense"}, "OVERNIGHT_REDIS"), ({"OVERNIGHT_QUEUE": "a b"}, "OVERNIGHT_QUEUE")],
+)
+def test_a_setting_that_makes_no_sense_is_named_without_a_traceback(
+    home: Path, command: Command, environ: dict[str, str], name: str
+) -> None:
+    done = command("status", environ=environ)
+    assert done.returncode == 2
+    assert name in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_worker_without_redis_is_unreachable(home: Path, command: Command) -> None:
+    done = command("worker")
+    assert done.returncode == 4
+    assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_script_is_accepted_by_its_shell(run: Run, shell: str) -> None:
+    done = run("completion", shell)
+    assert done.exit_code == 0
+    assert "_OVERNIGHT_COMPLETE" in done.stdout
+    if program := shutil.which(shell):
+        assert subprocess.run([program, "-n"], input=done.stdout, text=True, timeout=30).returncode == 0
+
+
+def test_commands_are_completed(home: Path, command: Command) -> None:
+    environ = {"_OVERNIGHT_COMPLETE": "bash_complete", "COMP_WORDS": "overnight sta", "COMP_CWORD": "1"}
+    assert "status" in command(environ=environ).stdout

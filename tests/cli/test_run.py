@@ -1,0 +1,230 @@
+"""`run` and `demo` as processes, with their real Redis, worker and engine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cli.main import main
+from storage.database import Database
+from storage.jobs import Job, list_jobs
+from tests.cli.conftest import ROOT, Command, Run, write_rows
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+GENERATE = ("--task", "generate", "--device", "cpu", "--device-memory", "256MiB")
+
+
+@pytest.fixture
+def model(home: Path, run: Run, checkpoint: Path) -> str:
+    """The tiny model, imported."""
+    assert run("import", str(checkpoint)).exit_code == 0
+    return "tiny"
+
+
+def only_job(home: Path) -> Job | None:
+    if not (home / "overnight.db").exists():
+        return None
+    with Database.open(f"sqlite:///{home / 'overnight.db'}") as database:
+        return next(iter(list_jobs(database)), None)
+
+
+def until(what: str, condition: Callable[[], object], seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(home: Path) -> Iterator[Start]:
+    """The command in the background; killed at the end if the test did not see to its end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*words: str) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "cli", *words],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate(timeout=30)
+
+
+def children(pid: int) -> list[int]:
+    return [
+        int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()
+    ]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def begun(home: Path) -> bool:
+    job = only_job(home)
+    return job is not None and job.state == "running"
+
+
+def test_a_dataset_goes_in_and_a_file_comes_out(home: Path, command: Command, model: str) -> None:
+    dataset = write_rows(Path("d.jsonl"), *({"id": f"r{i}", "prompt": "ab" * i} for i in range(9)))
+    done = command("run", dataset, "--model", model, *GENERATE, "--max-new-tokens", "5", "-o", "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [(row["index"], row["id"], row["status"]) for row in rows] == [(i, f"r{i}", "ok") for i in range(9)]
+    assert all(row["usage"]["completion_tokens"] <= 5 for row in rows)
+    assert "done: 100%" in done.stderr
+    assert "\x1b" not in done.stderr
+    job = only_job(home)
+    assert job is not None
+    assert (job.state, job.num_done) == ("done", 9)
+
+
+def test_rows_too_long_for_the_model_are_error_rows_with_both_lengths(home: Path, command: Command, model: str) -> None:
+    dataset = write_rows(Path("d.jsonl"), {"prompt": "short"}, {"prompt": "x" * 500})
+    done = command("run", dataset, "--model", model, *GENERATE, "--max-new-tokens", "5", "-o", "-")
+    assert done.returncode == 1
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert (first["status"], second["status"]) == ("ok", "error")
+    assert "128" in second["error"]["message"]
+    assert "50" in second["error"]["message"]
+    assert "1 failed requests of 2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "word"),
+    [
+        (lambda folder: (folder / "manifest.json").unlink(), 3, "not a model"),
+        (lambda folder: next(folder.glob("*layer*")).write_bytes(b"\0" * 10), 1, "bytes instead of"),
+        (lambda folder: _flip_a_byte(next(folder.glob("*layer*"))), 1, "checksum"),
+    ],
+)
+def test_a_damaged_model_is_named_and_no_output_is_touched(
+    home: Path, command: Command, model: str, spoil: Callable[[Path], object], code: int, word: str
+) -> None:
+    spoil(home / "models" / model)
+    Path("out.jsonl").write_text("old")
+    dataset = write_rows(Path("d.jsonl"), {"prompt": "a"})
+    done = command("run", dataset, "--model", str(home / "models" / model), *GENERATE, "-o", "out.jsonl")
+    assert done.returncode == code
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+    assert Path("out.jsonl").read_text() == "old"
+
+
+def test_a_plan_that_does_not_fit_says_what_to_change(home: Path, command: Command, model: str) -> None:
+    dataset = write_rows(Path("d.jsonl"), {"prompt": "a"})
+    done = command("run", dataset, "--model", model, "--task", "generate", "--device-memory", "1KiB", "-o", "out")
+    assert done.returncode in (1, 2)
+    assert "--device-memory" in done.stderr
+    assert not Path("out").exists()
+
+
+def test_the_dataset_is_refused_as_output_before_anything_starts(home: Path, run: Run, model: str) -> None:
+    dataset = write_rows(Path("d.jsonl"), {"prompt": "a"})
+    done = run("run", dataset, "--model", model, *GENERATE, "-o", dataset)
+    assert done.exit_code == 2
+    assert only_job(home) is None
+
+
+def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(
+    home: Path, command: Command, start: Start, model: str
+) -> None:
+    dataset = write_rows(Path("d.jsonl"), *({"id": i, "prompt": "ab"} for i in range(120)))
+    slow = ("--max-new-tokens", "60", "--micro-batch", "4", "--micro-batches", "1")
+    process = start("run", dataset, "--model", model, *GENERATE, *slow, "-o", "out.jsonl")
+    until("the job to run", lambda: begun(home))
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, "")
+    assert "overnight run --resume 1 -o out.jsonl" in stderr
+    assert "Traceback" not in stderr
+    assert not Path("out.jsonl").exists()
+    job = only_job(home)
+    assert job is not None
+    assert not job.is_finished
+    done = command("run", "--resume", "1", *GENERATE[2:], "-o", "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["id"] for line in Path("out.jsonl").read_text().splitlines()] == list(range(120))
+
+
+def test_redis_and_worker_end_with_their_owner_on_kill_9(home: Path, start: Start, model: str) -> None:
+    dataset = write_rows(Path("d.jsonl"), *({"prompt": "ab"} for _ in range(120)))
+    slow = ("--max-new-tokens", "60", "--micro-batch", "4", "--micro-batches", "1")
+    process = start("run", dataset, "--model", model, *GENERATE, *slow, "-o", "out.jsonl")
+    until("the job to run", lambda: begun(home))
+    family = children(process.pid)
+    assert len(family) == 2
+    process.kill()
+    process.communicate(timeout=30)
+    until("the children to end", lambda: not any(map(is_running, family)), 30)
+
+
+def test_a_worker_that_is_killed_ends_the_run_and_says_how_to_go_on(home: Path, start: Start, model: str) -> None:
+    dataset = write_rows(Path("d.jsonl"), *({"prompt": "ab"} for _ in range(120)))
+    slow = ("--max-new-tokens", "60", "--micro-batch", "4", "--micro-batches", "1")
+    process = start("run", dataset, "--model", model, *GENERATE, *slow, "-o", "out.jsonl")
+    until("the job to run", lambda: begun(home))
+    worker = next(
+        pid for pid in children(process.pid) if b"redis-server" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    os.kill(worker, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "signal 9" in stderr
+    assert "--resume 1" in stderr
+
+
+def test_a_folder_named_like_our_package_is_not_taken_for_it(home: Path, command: Command, model: str) -> None:
+    Path("cli").mkdir()
+    Path("cli/__init__.py").write_text("raise SystemExit('the wrong package')")
+    dataset = write_rows(Path("d.jsonl"), {"prompt": "a"})
+    done = command("run", dataset, "--model", model, *GENERATE, "--max-new-tokens", "1", "-o", "-")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_demo_ends_with_its_accuracy(
+    home: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path("shipped")
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        (folder / path.name).symlink_to(path)
+    labels = ["positive", "negative"] * 4
+    rows = [{"id": i, "text": f"film {i}", "label": label} for i, label in enumerate(labels)]
+    write_rows(folder / "sample.jsonl", *rows)
+    monkeypatch.setattr("cli.demo.shipped_folder", folder.absolute)
+    for words in (["demo"], ["demo", "--json"]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0
+    people, _, machines = capfd.readouterr().out.partition("{")
+    result = json.loads("{" + machines)
+    assert result["rows"] == len(rows)
+    assert result["accuracy"] == result["correct"] / len(rows)
+    assert people.splitlines()[-1] == f"accuracy {result['accuracy']:.3f} ({result['correct']} of 8)"
+    for word in ("tokens/s", "device (cpu)", str(home / "overnight.db"), "overnight fetch 1"):
+        assert word in people
+
+
+def _flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
