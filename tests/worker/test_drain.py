@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine import Engine, PlanOptions
+from engine import DiskFull, Engine, LaneFailed, PassReport, PlanOptions, Request, Shares
 from storage.claims import expire, list_workers, register_worker, stop_worker
 from storage.database import Database
 from storage.errors import ClaimLost
@@ -59,11 +59,11 @@ class Bench:
         self.bell = Bell()
         self.loaded: list[Path] = []
         self.placement = placement
-        self.residency = Residency(self._load, self.clock)
+        self.residency = Residency(self.load, self.clock)
         self.worker_id = 0
         self.drain = self.new_worker()
 
-    def _load(self, model_dir: Path) -> Engine:
+    def load(self, model_dir: Path) -> Engine:
         self.loaded.append(model_dir)
         return Engine.load(model_dir, replace(self.placement, disk_dir=self.settings.home))
 
@@ -111,6 +111,14 @@ class Bench:
 
     def texts(self, job_id: int) -> dict[int, str]:
         return {row.index: row.output["text"] for row in self.outputs(job_id) if row.output is not None}
+
+    def count(self, state: str, job_id: int) -> int:
+        with self.database.read() as connection:
+            return int(
+                connection.exec_driver_sql(
+                    "SELECT count(*) FROM requests WHERE job_id = ? AND state = ?", (job_id, state)
+                ).scalar_one()
+            )
 
     def drain_all(self) -> None:
         while self.drain.step():
@@ -271,13 +279,8 @@ def test_stopping_in_the_middle_keeps_what_is_done_and_gives_back_the_rest(bench
     job = bench.job(job_id)
     assert 0 < job.num_done < 100
     assert job.state == "running"
-    with bench.database.read() as connection:
-        states = dict(
-            connection.exec_driver_sql(
-                f"SELECT state, count(*) FROM requests WHERE job_id = {job_id} GROUP BY state"
-            ).all()  # type: ignore[arg-type]
-        )
-    assert states == {"done": job.num_done, "pending": 100 - job.num_done}
+    assert bench.count("claimed", job_id) == 0
+    assert bench.count("pending", job_id) == 100 - job.num_done
     bench.bell = Bell()
     bench.new_worker()
     bench.drain_all()
@@ -362,3 +365,93 @@ def test_two_drains_share_a_job_and_each_row_is_done_once(bench: Bench, tiny_mod
     assert 0 < done_by_first < 200
     assert [row.index for row in bench.outputs(job_id)] == list(range(200))
     assert [worker.id for worker in list_workers(bench.database)] == [bench.worker_id]
+
+
+def test_a_model_that_is_found_damaged_in_the_middle_fails_its_job_and_the_worker_lives_on(
+    bench: Bench, tiny_model: Path, tmp_path: Path
+) -> None:
+    streamed = tmp_path / "streamed"
+    shutil.copytree(tiny_model, streamed)
+    bench.placement = replace(bench.placement, weights=Shares(0, 0, 100))
+    bench.drain.preload(str(streamed))
+    layer = streamed / "layer.1.bin"
+    whole = layer.read_bytes()
+    layer.write_bytes(bytes(len(whole)))
+    bad = bench.enqueue(streamed, prompts(40), priority=9)
+    good = bench.enqueue(tiny_model, prompts(3))
+
+    bench.drain_all()
+
+    assert bench.job(bad).state == "failed"
+    assert layer.name in str(bench.job(bad).message)
+    assert bench.job(good).state == "done"
+    layer.write_bytes(whole)
+    retry_job(bench.database, bad, now=bench.clock.now)
+    bench.drain_all()
+    assert (bench.job(bad).state, bench.job(bad).num_done) == ("done", 40)
+
+
+class FaultyEngine:
+    """The real engine, until a fault is injected after some passes."""
+
+    def __init__(self, engine: Engine, num_passes: int, fault: Exception) -> None:
+        self._engine = engine
+        self._num_passes = num_passes
+        self._fault = fault
+        self.drop = engine.drop
+        self.close = engine.close
+
+    def passes(self, requests: Iterator[Request | None]) -> Iterator[PassReport]:
+        for count, report in enumerate(self._engine.passes(requests)):
+            yield report
+            if count == self._num_passes:
+                raise self._fault
+
+
+def with_fault(bench: Bench, fault: Exception) -> None:
+    def load(model_dir: Path) -> FaultyEngine:
+        return FaultyEngine(Engine.load(model_dir, replace(bench.placement, disk_dir=bench.settings.home)), 12, fault)
+
+    bench.residency = Residency(load, bench.clock)
+    bench.new_worker()
+
+
+def mend(bench: Bench) -> None:
+    bench.residency = Residency(bench.load, bench.clock)
+    bench.new_worker()
+
+
+@pytest.mark.parametrize("fault", [LaneFailed("reading the disk failed"), RuntimeError("a fault of ours")])
+def test_a_device_that_fails_ends_the_worker_and_loses_nothing(
+    bench: Bench, tiny_model: Path, fault: Exception
+) -> None:
+    job_id = bench.enqueue(tiny_model, prompts(100))
+    with_fault(bench, fault)
+
+    with pytest.raises(type(fault)):
+        bench.drain_all()
+
+    job = bench.job(job_id)
+    assert job.state == "running"
+    assert 0 < job.num_done < 100
+    assert bench.count("claimed", job_id) == 0
+    bench.residency.unload()
+    mend(bench)
+    bench.drain_all()
+    assert (bench.job(job_id).state, bench.job(job_id).num_done) == ("done", 100)
+
+
+def test_a_full_disk_fails_the_jobs_in_flight_and_keeps_their_outputs(bench: Bench, tiny_model: Path) -> None:
+    job_id = bench.enqueue(tiny_model, prompts(100))
+    with_fault(bench, DiskFull("no room left for the KV cache in /spill; free some space"))
+
+    bench.drain_all()
+
+    job = bench.job(job_id)
+    assert (job.state, job.message) == ("failed", "no room left for the KV cache in /spill; free some space")
+    assert 0 < job.num_done < 100
+    assert len(bench.outputs(job_id)) == job.num_done
+    mend(bench)
+    retry_job(bench.database, job_id, now=bench.clock.now)
+    bench.drain_all()
+    assert (bench.job(job_id).state, bench.job(job_id).num_done) == ("done", 100)
