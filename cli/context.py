@@ -29,6 +29,14 @@ class App:
 
         return load_settings(self.flags, os.environ)
 
+    @property
+    def database_name(self) -> str:
+        """The database for people: its file, or its URL without the password."""
+        from worker.settings import without_password
+
+        url = self.settings.database_url
+        return str(sqlite_path(url) or without_password(url))
+
     def make_home(self) -> None:
         """The folder of all state, for its user only."""
         self.settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)

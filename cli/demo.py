@@ -62,10 +62,10 @@ def command(app: App, as_json: bool) -> None:
     if as_json:
         result = {"accuracy": correct / len(labelled), "correct": correct, "rows": len(labelled)}
         more = {"throughput": report["throughput"], "seconds": report["seconds"], "tokens": report["tokens"]}
-        where = {"job": job.id, "model": str(model_dir), "tiers": tiers, "database": app.settings.database_url}
+        where = {"job": job.id, "model": str(model_dir), "tiers": tiers, "database": app.database_name}
         emit_json({**result, **more, **where})
         return
-    for line in _lines_for_people(labelled, report, tiers, app.settings.database_url):
+    for line in _lines_for_people(labelled, report, tiers, app.database_name):
         click.echo(line)
     click.echo(f"accuracy {correct / len(labelled):.3f} ({correct} of {len(labelled)})")
 
@@ -102,9 +102,7 @@ def _enqueue(app: App, database: "Database", sample: Path) -> "Job":
     options = JobOptions(model=_MODEL_NAME, task="choose", prompt=_PROMPT, choices=_CHOICES)
     submission = prepare(str(sample), options, app.settings)
     job = get_job(database, submission.store(database, f"{PRIVATE_QUEUE}{uuid.uuid4().hex[:8]}"))
-    say(
-        f"job {job.id}: {job.num_requests} reviews in {app.settings.database_url}; starting a Redis and a worker for it"
-    )
+    say(f"job {job.id}: {job.num_requests} reviews in {app.database_name}; starting a Redis and a worker for it")
     return job
 
 
@@ -151,7 +149,7 @@ def _join(sample: Path, database: "Database", job_id: int) -> Iterator[Labelled]
 
 
 def _lines_for_people(
-    labelled: list[Labelled], report: dict[str, Any], tiers: dict[str, str], database_url: str
+    labelled: list[Labelled], report: dict[str, Any], tiers: dict[str, str], database: str
 ) -> Iterator[str]:
     yield ""
     for row in labelled[:_SHOWN_ROWS]:
@@ -164,7 +162,7 @@ def _lines_for_people(
     yield f"speed      {speed}; {len(labelled)} reviews in {format_seconds(report['seconds'])}"
     for tier, what in tiers.items():
         yield f"tier       {tier}: {what}"
-    yield f"database   {database_url}"
+    yield f"database   {database}"
     yield f"next       overnight fetch {report['id']} --format csv -o labels.csv   the labels as a table"
     yield "           overnight models                                the model, ready for your own reviews"
     yield "           overnight run --help                            the same for your dataset and your model"

@@ -21,8 +21,8 @@ def warn(text: str) -> None:
 
 
 def emit_json(document: object) -> None:
-    """The one JSON document of a command, on stdout."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False).encode())
+    """The one JSON document of a command, on stdout; half a surrogate (of a file name) becomes its JSON escape."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
 
 
 def colour_wanted() -> bool:

@@ -3,6 +3,7 @@
 `overnight status` must answer at once, so nothing here imports more than click.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -92,11 +93,17 @@ class CommandGroup(click.Group):
             sys.exit(exit_codes.USAGE)
         except Exception as error:
             known = exit_codes.exit_code_of(error)
-            if known is None:
+            if known is None and not _is_refusal(error):
                 raise
             _print_error(str(error))
-            sys.exit(known)
+            sys.exit(exit_codes.FAILED if known is None else known)
         sys.exit(code if isinstance(code, int) else exit_codes.OK)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the file system refused a path or has no room: nothing that a traceback would explain."""
+    refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
+    return isinstance(error, OSError) and error.errno in refusals
 
 
 def _sentence(error: click.ClickException) -> str:

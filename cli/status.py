@@ -37,7 +37,7 @@ def command(app: App, job_id: int | None, watch: bool, as_json: bool) -> None:
         if as_json:
             emit_json({"jobs": [], "workers": []})
         else:
-            say(f"no jobs yet ({app.settings.database_url} does not exist); begin with: overnight demo")
+            say(f"no jobs yet ({app.database_name} does not exist); begin with: overnight demo")
         return
     with existing as database:
         newest = _newest_unfinished(database) if watch else None
@@ -109,7 +109,8 @@ def _show_all(database: "Database", *, as_json: bool) -> None:
     from storage.jobs import list_jobs
 
     now = time.time()
-    jobs, workers = list_jobs(database), list_workers(database, now)
+    jobs = list_jobs(database, limit=None if as_json else _SHOWN_JOBS + 1)
+    workers = list_workers(database, now)
     if as_json:
         emit_json({"jobs": [job_document(job, now) for job in jobs], "workers": [worker_document(w) for w in workers]})
         return
@@ -118,7 +119,7 @@ def _show_all(database: "Database", *, as_json: bool) -> None:
             ("JOB", "STATE", "DONE", "FAILED", "TOTAL", "TASK", "MODEL"), [_job_cells(j) for j in jobs[:_SHOWN_JOBS]]
         )
         if len(jobs) > _SHOWN_JOBS:
-            say(f"and older ones: overnight status --json shows {format_count(len(jobs))}")
+            say("and older ones: overnight status --json shows all")
     else:
         say("no jobs yet; begin with: overnight demo")
     if workers:

@@ -142,6 +142,20 @@ def test_a_setting_that_makes_no_sense_is_named_without_a_traceback(
     assert "Traceback" not in done.stderr
 
 
+def test_a_home_that_cannot_be_made_is_one_sentence(home: Path, command: Command, checkpoint: Path) -> None:
+    done = command("import", str(checkpoint), environ={"OVERNIGHT_HOME": "/sys/overnight"})  # not even for root
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "/sys/overnight" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_name_that_is_too_long_is_one_sentence(home: Path, run: Run) -> None:
+    done = run("enqueue", "x" * 5000, "--model", "m", "--task", "generate")
+    assert done.exit_code == 1
+    assert "too long" in done.stderr
+
+
 def test_a_worker_without_redis_is_unreachable(home: Path, command: Command) -> None:
     done = command("worker")
     assert done.returncode == 4
