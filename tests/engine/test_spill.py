@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import Engine, Generate, PlanOptions, Request, SamplingParams, Shares
 from engine.errors import DiskFull, LaneFailed, TierFull
 from engine.memory.spill import PAGE, DiskTier
 from engine.units import MIB
@@ -139,3 +140,31 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(LaneFailed, match=r"spill file in .*file/spill: Not a directory"):
         tier.allocate(1, "KV cache")
     assert tier.used == 0
+
+
+@pytest.mark.parametrize("others_run", [True, False])
+def test_sequences_wait_for_each_others_room_on_a_full_file_system(
+    others_run: bool, small_file_system: Path, tiny_model: Path
+) -> None:
+    """The budget promises 64 MiB, the file system has 1: a few sequences run at a time; if none can, it is an error."""
+    greedy = SamplingParams(max_new_tokens=100, ignore_eos=True)
+    requests = [Request(index, Generate("abc", greedy)) for index in range(24)]
+    chosen = PlanOptions(
+        device="cpu", device_memory=32 * MIB, weights=Shares(100, 0, 0), kv=Shares(0, 0, 100), disk_space=64 * MIB,
+        disk_dir=small_file_system,
+    )  # fmt: skip
+    with Engine.load(tiny_model, chosen) as engine:
+        if others_run:
+            reports = list(engine.passes(iter(requests)))
+            assert sorted(output.key for report in reports for output in report.outputs) == list(range(24))  # type: ignore[type-var]
+            assert 1 < max(report.stats.num_sequences for report in reports) < 24
+        else:
+            filler = small_file_system / "filler"
+            with filler.open("wb") as file:
+                free = os.statvfs(small_file_system).f_bavail * os.statvfs(small_file_system).f_frsize
+                os.posix_fallocate(file.fileno(), 0, free)
+            with pytest.raises(DiskFull, match="--disk-dir"):
+                list(engine.run(requests))
+            filler.unlink()
+            assert len(list(engine.run(requests[:3]))) == 3, "nothing was lost by it"
+        engine.check_integrity()
