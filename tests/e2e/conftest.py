@@ -75,7 +75,7 @@ class Station:
 
     def start_worker(self, *words: str | Path, ready: bool = True, **settings: object) -> WorkerProcess:
         """`overnight worker` with small passes, so that a job can be caught in the middle."""
-        command = [sys.executable, "-m", "cli", "worker", "--device", "cpu", "--micro-batch", "16"]
+        command = [sys.executable, "-m", "cli", "worker", "--device", "cpu", "--micro-batch", "8"]
         command += ["--micro-batches", "1", *map(str, words)]
         environ = self.environ | {f"OVERNIGHT_{name.upper()}": str(value) for name, value in settings.items()}
         known = {worker.id for worker in self.workers()}
