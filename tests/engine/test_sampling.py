@@ -96,6 +96,15 @@ def test_seed_index_and_step_name_a_number(names: list[tuple[int, int, int]]) ->
     assert all(uniform(*name) == number for name, number in numbers.items())
 
 
+def test_the_streams_never_change() -> None:
+    """A job that is taken up again, perhaps by a newer version, must go on with the same numbers."""
+    assert [uniform(*name) for name in ((0, 0, 0), (1, 2, 3), (-1, 0, 7))] == [
+        0.011546754286331562,
+        0.6527702009682942,
+        0.6865660636114761,
+    ]
+
+
 def test_large_seeds_are_told_apart() -> None:
     """Neither float64 nor int64 holds these."""
     names = [(2**63 + i, 2**63 + j, 0) for i in range(3) for j in range(3)] + [

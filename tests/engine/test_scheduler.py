@@ -250,6 +250,13 @@ def test_a_scored_sequence_is_not_split_over_micro_batches() -> None:
     assert run.next_pass() is None
 
 
+def test_scored_sequences_that_fill_a_micro_batch_exactly_share_it() -> None:
+    run = Run([[scored(3, 3)] for _ in range(4)], micro_batch=10, micro_batches=2, prefill_chunk=10, room=0)
+    first = run.next_pass()
+    assert first is not None
+    assert [batch.num_tokens for batch in first.micro_batches] == [10, 10]
+
+
 def test_what_never_fits_is_named_when_nothing_else_runs() -> None:
     large = generation(50, 10)
     run = Run(
