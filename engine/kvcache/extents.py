@@ -44,16 +44,16 @@ class MemoryExtent:
     def __init__(self, layout: ExtentLayout, block: Block, dtype: torch.dtype) -> None:
         self.layout = layout
         self._block = block
-        self._dtype = dtype
+        self._bytes = block.data[: layout.num_bytes].view(layout.num_layers, layout.layer_bytes)
+        self._layers = self._bytes.view(dtype).view(layout.num_layers, *layout.layer_shape)
 
     def layer_bytes(self, layer: int) -> Tensor:
         """One layer's bytes, contiguous."""
-        size = self.layout.layer_bytes
-        return self._block.data[layer * size : (layer + 1) * size]
+        return self._bytes[layer]
 
     def layer(self, layer: int) -> Tensor:
         """One layer as ``[k|v, head, token, dim]``."""
-        return self.layer_bytes(layer).view(self._dtype).view(self.layout.layer_shape)
+        return self._layers[layer]
 
     def release(self) -> None:
         """Free the memory."""

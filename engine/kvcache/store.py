@@ -6,7 +6,7 @@ address, attention reads it as it lies; else it passes, one extent of one layer 
 Shapes: T tokens of a micro-batch, t of one segment, N query heads, K key/value heads, H head size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from time import perf_counter
 
 import torch
@@ -18,7 +18,7 @@ from engine.kvcache.extents import DiskExtent, ExtentLayout, MemoryExtent
 from engine.memory.lane import LaneName, Traffic
 from engine.memory.spill import DiskTier
 from engine.memory.tier import Block, MemoryTier
-from engine.model.attention import attend, merge
+from engine.model.attention import attend, attend_alone, merge
 from engine.model.family import ModelShape
 from engine.passes import MicroBatch, Segment
 from engine.planner.default import kv_bytes_per_token, kv_scratch_bytes
@@ -146,27 +146,36 @@ class KVStore:
 
     def _attend_segment(self, layer: int, segment: Segment, q_NtH: Tensor, k_KtH: Tensor, v_KtH: Tensor) -> Tensor:
         if not segment.keeps_kv:
-            return attend(q_NtH, k_KtH, v_KtH, causal=True)[0]
+            return attend_alone(q_NtH, k_KtH, v_KtH, causal=True)
         held = self._sequences[segment.sequence]
         if segment.length == 1 and held.tier in self._addressable:
             # Stored first, a decode token's own key is read with the rest: one piece less to merge.
             self._store(layer, held, segment.start, k_KtH, v_KtH)
-            return merge(self._attend_past(layer, held, segment.start + 1, q_NtH))
-        pieces = self._attend_past(layer, held, segment.start, q_NtH)
-        pieces.append(attend(q_NtH, k_KtH, v_KtH, causal=True))
+            if segment.start < held.extents[0].layout.capacity:
+                ((k_KsH, v_KsH),) = self._past(layer, held, segment.start + 1)
+                return attend_alone(q_NtH, k_KsH, v_KsH, causal=False)
+            past = self._past(layer, held, segment.start + 1)
+            return merge([attend(q_NtH, k_KsH, v_KsH, causal=False) for k_KsH, v_KsH in past])
+        if segment.start == 0:
+            out_NtH = attend_alone(q_NtH, k_KtH, v_KtH, causal=True)
+        else:
+            past = self._past(layer, held, segment.start)
+            pieces = [attend(q_NtH, k_KsH, v_KsH, causal=False) for k_KsH, v_KsH in past]
+            out_NtH = merge([*pieces, attend(q_NtH, k_KtH, v_KtH, causal=True)])
         self._store(layer, held, segment.start, k_KtH, v_KtH)
-        return merge(pieces)
+        return out_NtH
 
-    def _attend_past(self, layer: int, held: SequenceKV, num_tokens: int, q_NtH: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Attention to the sequence's first ``num_tokens``, one piece an extent."""
-        pieces = []
+    def _past(self, layer: int, held: SequenceKV, num_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of the sequence's first ``num_tokens``, ``[K, s, H]`` each, one pair an extent.
+
+        One at a time: the next pair may come through the same scratch.
+        """
         for extent in held.extents:
             count = min(num_tokens - extent.layout.start, extent.layout.capacity)
             if count <= 0:
                 break
             kv_2KcH = self._load(layer, held.tier, extent)
-            pieces.append(attend(q_NtH, kv_2KcH[0, :, :count], kv_2KcH[1, :, :count], causal=False))
-        return pieces
+            yield kv_2KcH[0, :, :count], kv_2KcH[1, :, :count]
 
     def _load(self, layer: int, tier: TierName, extent: MemoryExtent | DiskExtent) -> Tensor:
         """One layer of an extent where compute can read it: ``[k|v, K, capacity, H]``."""

@@ -17,10 +17,7 @@ def attend(q_NtH: Tensor, k_KsH: Tensor, v_KsH: Tensor, *, causal: bool) -> tupl
 
     With ``causal``, the keys are the segment's own (t = s) and token i sees tokens 0..i.
     """
-    num_heads, num_kv_heads = q_NtH.shape[0], k_KsH.shape[0]
-    if num_heads != num_kv_heads:
-        k_KsH = k_KsH.repeat_interleave(num_heads // num_kv_heads, dim=0)
-        v_KsH = v_KsH.repeat_interleave(num_heads // num_kv_heads, dim=0)
+    k_KsH, v_KsH = _expand(q_NtH, k_KsH), _expand(q_NtH, v_KsH)
     scale = q_NtH.shape[-1] ** -0.5
     if q_NtH.device.type == "cpu":
         if q_NtH.shape[1] == 1 and q_NtH.dtype == torch.bfloat16:
@@ -47,6 +44,21 @@ def _attend_one(q_N1H: Tensor, k_NsH: Tensor, v_NsH: Tensor) -> tuple[Tensor, Te
     lse_N1 = scores_N1s.logsumexp(-1)
     weights_N1s = scores_N1s.sub_(lse_N1[..., None]).exp_().to(v_NsH.dtype)
     return torch.bmm(weights_N1s, v_NsH), lse_N1
+
+
+def attend_alone(q_NtH: Tensor, k_KsH: Tensor, v_KsH: Tensor, *, causal: bool) -> Tensor:
+    """``attend`` where there is nothing to merge with, ``out [N, t, H]``: one decode token then costs fewer steps."""
+    if q_NtH.shape[1] == 1 and q_NtH.dtype == torch.bfloat16 and q_NtH.device.type == "cpu":
+        k_NsH, v_NsH = _expand(q_NtH, k_KsH), _expand(q_NtH, v_KsH)
+        scores_N1s = torch.bmm(q_NtH.float().mul_(q_NtH.shape[-1] ** -0.5), k_NsH.float().transpose(1, 2))
+        return torch.bmm(scores_N1s.softmax(-1).to(v_NsH.dtype), v_NsH)
+    return attend(q_NtH, k_KsH, v_KsH, causal=causal)[0]
+
+
+def _expand(q_NtH: Tensor, x_KsH: Tensor) -> Tensor:
+    """Key/value heads repeated for the query heads that share them."""
+    repeats = q_NtH.shape[0] // x_KsH.shape[0]
+    return x_KsH if repeats == 1 else x_KsH.repeat_interleave(repeats, dim=0)
 
 
 def attend_plainly(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
