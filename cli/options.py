@@ -18,6 +18,7 @@ else:  # click 8.1 has no type argument
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DTYPES = ("bfloat16", "float16", "float32")
+SCHEDULES = ("mixed", "block")
 
 
 class Number(ParamType):
@@ -176,6 +177,11 @@ def placement_options(command: Command) -> Command:
         click.option("--activations", type=click.Choice(["device", "host", "disk"]), help="Tier of the activations."),
         click.option("--micro-batch", type=Number(minimum=1, whole=True), help="Tokens of one micro-batch."),
         click.option("--micro-batches", type=Number(minimum=1, whole=True), help="Micro-batches of a pass, at most."),
+        click.option(
+            "--schedule",
+            type=click.Choice(SCHEDULES),
+            help="New sequences join running ones in every pass, or a whole block before the next. Default: mixed.",
+        ),
     ]
     for option in reversed(group):
         command = option(command)

@@ -26,6 +26,8 @@ class Placement:
     micro_batch: int | None = None
     """Tokens."""
     micro_batches: int | None = None
+    schedule: str | None = None
+    """``mixed`` or ``block``."""
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> Self:

@@ -124,6 +124,7 @@ class Engine:
             micro_batch=self.plan.micro_batch,
             micro_batches=self.plan.micro_batches,
             prefill_chunk=self.plan.prefill_chunk,
+            by_block=self.plan.schedule == "block",
         )
         self._scheduler = scheduler
         rejections: list[Output] = []

@@ -2,6 +2,9 @@
 
 A sequence is admitted only when its KV cache is certain to fit until its end, so nothing is ever preempted. Scored
 sequences that fit into one micro-batch need no KV cache at all.
+
+The other schedule, by block, is FlexGen's two phases, there to compare with: admit a block, compute all of its prompts,
+then decode it until its last sequence has ended, and only then admit the next.
 """
 
 from collections import deque
@@ -73,8 +76,17 @@ class _Packer:
 class Scheduler:
     """Holds the waiting and the running; ``next_pass`` decides, ``retire`` forgets."""
 
-    def __init__(self, kv: KVReservations, *, micro_batch: int, micro_batches: int, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        kv: KVReservations,
+        *,
+        micro_batch: int,
+        micro_batches: int,
+        prefill_chunk: int,
+        by_block: bool = False,
+    ) -> None:
         self._kv = kv
+        self._by_block = by_block
         self._micro_batch = micro_batch
         self._micro_batches = micro_batches
         self._prefill_chunk = prefill_chunk
@@ -98,20 +110,10 @@ class Scheduler:
         not fit although nothing runs (``stuck`` returns it).
         """
         packer = _Packer(self._micro_batch, self._micro_batches)
-        for sequence in sorted(self._running, key=lambda running: not running.is_decoding):
-            if packer.left:
-                self._add_chunk(packer, sequence)
-        # Each running sequence wants a token a pass: no more of them than a pass has tokens.
-        while packer.left and len(self._running) < self._micro_batch * self._micro_batches:
-            if not self._waiting:
-                pulled = pull()
-                if pulled is None:
-                    break
-                self._waiting.extend(pulled)
-                continue
-            if not self._admit(packer, self._waiting[0]):
-                break
-            self._waiting.popleft()
+        if self._by_block:
+            self._fill_by_block(packer, pull)
+        else:
+            self._fill_mixed(packer, pull)
         return packer.finish()
 
     def needs_kv(self, sequence: Sequence) -> bool:
@@ -130,16 +132,53 @@ class Scheduler:
             self._waiting.remove(sequence)
         self._kv.release(sequence)
 
-    def _admit(self, packer: _Packer, sequence: Sequence) -> bool:
-        if not self.needs_kv(sequence):
-            if not packer.add_whole(sequence, sequence.num_to_compute):
-                return False
-        elif self._kv.admit(sequence):
-            self._add_chunk(packer, sequence)
-        else:
-            return False
+    def _fill_mixed(self, packer: _Packer, pull: Callable[[], list[Sequence] | None]) -> None:
+        """Whoever runs first, then whoever is admitted into the tokens that are left."""
+        for running in sorted(self._running, key=lambda sequence: not sequence.is_decoding):
+            if packer.left:
+                self._add_chunk(packer, running)
+        while packer.left and self._has_slot and (sequence := self._first_waiting(pull)) is not None:
+            if self.needs_kv(sequence):
+                if not self._kv.admit(sequence):
+                    return
+                self._add_chunk(packer, sequence)
+            elif not packer.add_whole(sequence, sequence.num_to_compute):
+                return
+            self._start(sequence)
+
+    def _fill_by_block(self, packer: _Packer, pull: Callable[[], list[Sequence] | None]) -> None:
+        """Prompts alone while any is unfinished, decode tokens alone after that; a new block when nobody runs."""
+        if not self._running:
+            while self._has_slot and (sequence := self._first_waiting(pull)) is not None:
+                if self.needs_kv(sequence) and not self._kv.admit(sequence):
+                    break
+                self._start(sequence)
+        prompts = [running for running in self._running if not running.is_decoding]
+        for running in prompts or self._running:
+            if not packer.left:
+                return
+            if self.needs_kv(running):
+                self._add_chunk(packer, running)
+            elif not packer.add_whole(running, running.num_to_compute):
+                return
+
+    @property
+    def _has_slot(self) -> bool:
+        # Each running sequence wants a token a pass: no more of them than a pass has tokens.
+        return len(self._running) < self._micro_batch * self._micro_batches
+
+    def _first_waiting(self, pull: Callable[[], list[Sequence] | None]) -> Sequence | None:
+        while not self._waiting:
+            pulled = pull()
+            if pulled is None:
+                return None
+            self._waiting.extend(pulled)
+        return self._waiting[0]
+
+    def _start(self, sequence: Sequence) -> None:
+        """The first waiting sequence was admitted."""
+        self._waiting.popleft()
         self._running[sequence] = None
-        return True
 
     def _add_chunk(self, packer: _Packer, sequence: Sequence) -> None:
         start = sequence.num_computed

@@ -10,7 +10,7 @@ from pathlib import Path
 from engine.errors import PlanDoesNotFit
 from engine.model.family import EMBED, HEAD, ModelShape, layer_name
 from engine.planner.machine import MachineFacts, free_disk_space
-from engine.planner.plan import DTYPE_BYTES, Plan, PlanOptions, Shares, TierName
+from engine.planner.plan import DTYPE_BYTES, SCHEDULES, Plan, PlanOptions, Shares, TierName
 from engine.units import KIB, MIB, align_up, format_bytes
 
 MICRO_BATCH_TOKENS = 512
@@ -153,6 +153,7 @@ def resolve_plan(
         logits_rows=logits_rows,
         staging_slots=slots,
         workspace_bytes=workspace,
+        schedule=options.schedule or SCHEDULES[0],
     )
 
 

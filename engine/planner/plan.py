@@ -9,6 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 
 DTYPES = ("bfloat16", "float16", "float32")
+SCHEDULES = ("mixed", "block")
+"""Every pass with decode and prefill tokens both; or FlexGen's two phases, a block of sequences after the other."""
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -78,12 +80,16 @@ class PlanOptions:
     """Prompt tokens of one sequence a pass, at most; ``None``: whatever fits."""
     extent_tokens: int | None = None
     """Tokens of one piece of KV cache, at most."""
+    schedule: str | None = None
+    """``mixed`` (the default) or ``block``."""
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if self.activations is not None and self.activations not in tuple(TierName):
             raise ValueError(f"activations must be device, host or disk, not {self.activations!r}")
+        if self.schedule is not None and self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be {' or '.join(SCHEDULES)}, not {self.schedule!r}")
         for name in ("micro_batch", "micro_batches", "prefill_chunk", "extent_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -119,6 +125,8 @@ class Plan:
     """Device buffers that streamed layers pass through; 0 where every layer is resident."""
     workspace_bytes: int
     """Device bytes reserved for what lives no longer than one operation."""
+    schedule: str = SCHEDULES[0]
+    """``mixed`` or ``block``."""
 
     @property
     def tokens_per_pass(self) -> int:

@@ -29,7 +29,7 @@ FROZEN = {
 """Every command's options; all but `completion` also take --database and --redis."""
 PLACEMENT = (
     "--device --dtype --device-memory --host-memory --disk-space --disk-dir --weights --kv --activations --micro-batch "
-    "--micro-batches"
+    "--micro-batches --schedule"
 )
 JOB = (
     "--model --task --prompt --choices --max-new-tokens --temperature --top-p --top-k --seed --stop --priority "
@@ -120,6 +120,7 @@ def test_a_wrong_word_is_usage_with_a_hint(home: Path, run: Run, words: list[str
         ("--activations", "cloud"),
         ("--micro-batch", "0"),
         ("--micro-batches", "-3"),
+        ("--schedule", "static"),
     ],
 )
 def test_a_placement_that_makes_no_sense_is_refused_by_name(home: Path, run: Run, option: str, value: str) -> None:
