@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from worker.settings import load_settings
 
 NEVER = 3600
 """A scan interval at which only the doorbell can wake a worker."""
-ALL = bool(os.environ.get("OVERNIGHT_ALL_TESTS"))
 
 
 def write_dataset(folder: Path, num_rows: int) -> Path:
@@ -91,13 +89,11 @@ def test_a_polite_stop_in_the_middle_gives_back_what_is_not_done(
     assert list_workers(station.database) == []
 
 
-@pytest.mark.parametrize(
-    "num_rows", [400, pytest.param(2000, marks=pytest.mark.skipif(not ALL, reason="OVERNIGHT_ALL_TESTS is not set"))]
-)
 def test_a_killed_workers_job_is_finished_with_one_output_a_row_equal_to_an_undisturbed_run(
-    station: Station, tiny_model: Path, num_rows: int
+    station: Station, tiny_model: Path
 ) -> None:
-    job_id = station.enqueue(tiny_model, num_rows, max_new_tokens=60)
+    num_rows, new_tokens = 2000, 20
+    job_id = station.enqueue(tiny_model, num_rows, max_new_tokens=new_tokens)
     victim = station.start_worker(lease_s=3600)
     station.wait_half_done(job_id)
     victim.signal(signal.SIGKILL)
@@ -105,7 +101,7 @@ def test_a_killed_workers_job_is_finished_with_one_output_a_row_equal_to_an_undi
 
     successor = station.start_worker(scan_s=0.3, lease_s=3600)
     job = station.wait_done(job_id, timeout_s=200)
-    undisturbed = station.enqueue(tiny_model, num_rows, max_new_tokens=60)
+    undisturbed = station.enqueue(tiny_model, num_rows, max_new_tokens=new_tokens)
     station.wait_done(undisturbed, timeout_s=200)
 
     assert (job.state, job.num_done, job.num_failed) == ("done", num_rows, 0)
