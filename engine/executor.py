@@ -129,7 +129,9 @@ class Executor:
                 greedy_row = sequence.sampling.temperature == 0
                 numbers.append(0.0 if greedy_row else uniform(sequence.sampling.seed, sequence.sample_index, step))
                 params.append(sequence.sampling)
-            chosen = self._device.download(next_tokens(self._rows(logits_RV, sampled), params, numbers)).tolist()
+            chosen = self._device.download(
+                next_tokens(self._rows(logits_RV, sampled), params, numbers, self._device.upload)
+            ).tolist()
             for row, token in zip(sampled, chosen, strict=True):
                 tokens[owners[row][0]] = token
 
