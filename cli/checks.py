@@ -112,7 +112,7 @@ def check_redis(redis_url: str) -> Check:
         ping(redis_url)
     except RedisUnreachable:
         detail = f"nothing answers at {shown}; `enqueue` and `worker` need it{server}"
-        return Check("redis", "warn", detail, "start one: redis-server --daemonize yes, or docker compose up -d redis")
+        return Check("redis", "warn", detail, "start one: redis-server --daemonize yes")
     if not server:
         return Check("redis", "warn", f"{shown} answers, but `run` and `demo` cannot start their own", missing)
     return Check("redis", "ok", f"{shown} answers{server}")
