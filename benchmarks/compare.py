@@ -1,0 +1,236 @@
+"""The comparison: ours and the peers in turn, each measurement in a process of its own."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+
+from benchmarks.bound import Bound, Limits, PassWork, bound_of
+from benchmarks.caps import Cap, CapUnavailable, cap
+from benchmarks.checkpoints import Checkpoint
+from benchmarks.jobs import Finished, Job, JobFailed, measure
+from benchmarks.shapes import Flops, shape_of
+from benchmarks.workload import Range, Work, Workload
+
+Say = Callable[[str], None]
+BATCHES_TIMED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """Medians over the repetitions."""
+
+    tok_s: float
+    peak_bytes: int
+    bound_fraction: float
+    peak_fraction: float
+    bound_by: str
+    tok_s_each: tuple[float, ...]
+    budget_bytes: int
+    """Of the plan, device and host together."""
+    num_passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerResult:
+    """A peer at its best batch size; no figures where it could not run."""
+
+    tok_s: float | None
+    batch: int | None
+    error: str | None
+    tok_s_each: tuple[float, ...] = ()
+    failed: tuple[str, ...] = ()
+    """Batch sizes that could not run, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All that one call found out."""
+
+    limits: Limits
+    ours: Ours
+    peers: dict[str, PeerResult]
+    tokens_agree: bool | None
+    """``None``: there was no peer to compare with."""
+    disagreements: tuple[str, ...]
+    cap_missing: str | None
+    """Why a cap that was asked for could not be enforced."""
+
+    @property
+    def ratio(self) -> dict[str, float | None]:
+        """Ours over each peer."""
+        return {name: self.ours.tok_s / peer.tok_s if peer.tok_s else None for name, peer in self.peers.items()}
+
+
+class Runner:
+    """Starts measuring processes, each in a memory group of its own if there is a cap."""
+
+    def __init__(self, memory_cap: int | None, timeout_s: float, say: Say) -> None:
+        self.memory_cap = memory_cap
+        self.cap_missing: str | None = None
+        self._timeout_s = timeout_s
+        self._say = say
+        if memory_cap is not None:
+            try:
+                with cap(memory_cap):
+                    pass
+            except CapUnavailable as error:
+                self.cap_missing = str(error)
+                say(f"the memory cap is NOT enforced: {error}")
+
+    def run(self, job: Job, what: str) -> Finished:
+        """One measurement."""
+        self._say(what)
+        with contextlib.ExitStack() as stack:
+            group: Cap | None = None
+            if self.memory_cap is not None and self.cap_missing is None:
+                group = stack.enter_context(cap(self.memory_cap))
+            finished = measure(replace(job, memory_cap=self.memory_cap), group, timeout_s=self._timeout_s)
+        if finished.error:
+            self._say(f"  {finished.error}")
+        return finished
+
+
+def compare(
+    runner: Runner,
+    job: Job,
+    *,
+    small: Checkpoint | None,
+    peers: tuple[str, ...],
+    batches: tuple[int, ...],
+    repeat: int,
+    say: Say,
+) -> Comparison:
+    """Everything, in turn.
+
+    Args:
+        runner: starts the processes.
+        job: ours; what the peers are asked is derived from it.
+        small: a float32 checkpoint to compare tokens on; ``None``: they are not compared.
+        peers: names of ``peers.PEERS``.
+        batches: sizes from which each peer takes its best.
+        repeat: how often everything is timed.
+        say: told what happens.
+
+    Raises:
+        JobFailed: ours could not run.
+    """
+    wrong = _disagreements(runner, job, small, peers) if small else ()
+    best = {peer: _best_batch(runner, job, peer, batches) for peer in peers}
+    limits: list[Limits] = []
+    ours: list[Finished] = []
+    timed: dict[str, list[Finished]] = {peer: [] for peer in peers}
+    for turn in range(1, repeat + 1):
+        found = runner.run(replace(job, role="limits", num_requests=1), f"measuring limits, {turn} of {repeat}")
+        limits.append(Limits(found.of("alone"), found.of("busy")))
+        ours.append(runner.run(job, f"ours, {turn} of {repeat}: {job.num_requests} requests"))
+        ours[-1].of("seconds")
+        say(f"  {ours[-1].of('num_tokens') / ours[-1].of('seconds'):.2f} token/s")
+        for peer in peers:
+            batch = best[peer].batch
+            if batch is not None:
+                what = f"{peer}, {turn} of {repeat}: {BATCHES_TIMED} batches of {batch}"
+                timed[peer].append(runner.run(_peer_job(job, peer, batch, BATCHES_TIMED), what))
+    limit = Limits.best(limits)
+    return Comparison(
+        limits=limit,
+        ours=_ours(job, ours, limit),
+        peers={peer: _peer_result(best[peer], timed[peer]) for peer in peers},
+        tokens_agree=not wrong if small and peers else None,
+        disagreements=wrong,
+        cap_missing=runner.cap_missing,
+    )
+
+
+def _peer_job(job: Job, peer: str, batch: int, num_batches: int) -> Job:
+    return replace(job, role=peer, batch=batch, num_requests=batch * num_batches)
+
+
+def _best_batch(runner: Runner, job: Job, peer: str, batches: tuple[int, ...]) -> PeerResult:
+    """The fastest size on one batch each; with a single size there is nothing to find out."""
+    if len(batches) == 1:
+        return PeerResult(None, batches[0], None)
+    speeds: dict[int, float] = {}
+    failed = []
+    for batch in sorted(batches):
+        found = runner.run(_peer_job(job, peer, batch, 1), f"{peer}: is {batch} its best batch?")
+        if found.error is None:
+            speeds[batch] = found.of("num_tokens") / found.of("seconds")
+        else:
+            failed.append(f"batch {batch}: {found.error}")
+    if not speeds:
+        return PeerResult(None, None, "; ".join(failed), failed=tuple(failed))
+    return PeerResult(None, max(speeds, key=lambda each: speeds[each]), None, failed=tuple(failed))
+
+
+def _peer_result(best: PeerResult, runs: list[Finished]) -> PeerResult:
+    errors = [run.error for run in runs if run.error]
+    if best.batch is None or not runs:
+        return best
+    if errors:
+        return replace(best, error=f"batch {best.batch}: {errors[0]}")
+    each = tuple(run.of("num_tokens") / run.of("seconds") for run in runs)
+    return replace(best, tok_s=median(each), tok_s_each=each)
+
+
+def _ours(job: Job, runs: list[Finished], limits: Limits) -> Ours:
+    work = job.workload.work(job.items(), Flops.of(shape_of(job.shape)))
+    for run in runs:
+        _check(run, work)
+    bounds = [_bound(run, work, limits) for run in runs]
+    seconds = [float(run.of("seconds")) for run in runs]
+    each = tuple(work.num_out / taken for taken in seconds)
+    peak = limits.alone["device_compute"]
+    return Ours(
+        tok_s=median(each),
+        peak_bytes=int(median(run.of("peak_bytes") for run in runs)),
+        bound_fraction=median(bound.seconds / taken for bound, taken in zip(bounds, seconds, strict=True)),
+        peak_fraction=median(work.flops / (taken * peak) for taken in seconds),
+        bound_by=bounds[-1].lane,
+        tok_s_each=each,
+        budget_bytes=sum(runs[-1].of("plan")["budgets"][tier] for tier in ("device", "host")),
+        num_passes=len(runs[-1].of("passes")),
+    )
+
+
+def _bound(run: Finished, work: Work, limits: Limits) -> Bound:
+    passes = run.of("passes")
+    return bound_of(
+        (
+            PassWork(each["lane_bytes"], work.pass_flops(each["prefill_tokens"], each["decode_tokens"]))
+            for each in passes
+        ),
+        limits,
+    )
+
+
+def _check(run: Finished, work: Work) -> None:
+    """That the passes computed exactly what the bound is made of."""
+    passes = run.of("passes")
+    tokens = sum(each["prefill_tokens"] + each["decode_tokens"] for each in passes)
+    expected = work.prefill_tokens + work.decode_tokens
+    if run.of("num_tokens") != work.num_out or tokens != expected:
+        raise JobFailed(
+            f"ours gave {run.of('num_tokens')} tokens of {work.num_out} and computed {tokens} of {expected}: "
+            "the run is not what was asked for"
+        )
+
+
+def _disagreements(runner: Runner, job: Job, small: Checkpoint, peers: tuple[str, ...]) -> tuple[str, ...]:
+    """Greedy tokens in float32 on a small shape, prompts of several lengths in one batch: where a peer's differ."""
+    if not peers:
+        return ()
+    tiny = Workload(task="generate", prompt=Range(3, 60), out=Range(8, 24), vocabulary=shape_of("tiny").vocab_size)
+    ours = replace(
+        job, shape="tiny", dtype="float32", folder=str(small.folder), model_dir=str(small.model_dir), workload=tiny,
+        num_requests=6, batch=6, keep_tokens=True, device_memory=None, micro_batch=None, micro_batches=None,
+    )  # fmt: skip
+    expected = runner.run(ours, "comparing greedy tokens in float32 on a small shape: ours").of("tokens")
+    wrong = []
+    for peer in peers:
+        found = runner.run(replace(ours, role=peer), f"comparing greedy tokens: {peer}")
+        if found.error:
+            wrong.append(f"{peer}: {found.error}")
+        elif found.of("tokens") != expected:
+            wrong.append(f"{peer}: other tokens than ours")
+    return tuple(wrong)

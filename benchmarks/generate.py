@@ -1,0 +1,154 @@
+"""``python -m benchmarks.generate``: ours against the peers on one machine, under one memory cap, in one call."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from benchmarks.checkpoints import default_cache, make_checkpoint
+from benchmarks.compare import Runner, compare
+from benchmarks.jobs import Job, JobFailed
+from benchmarks.machine import describe_machine
+from benchmarks.peers import PEERS
+from benchmarks.report import to_json, to_text
+from benchmarks.shapes import SHAPES, shape_of
+from benchmarks.workload import Range, Workload
+from engine.errors import EngineError
+from engine.units import parse_bytes
+
+T = TypeVar("T")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, and return an exit code: 0, or 1 where ours could not run or tokens disagree."""
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    try:
+        vocabulary, positions = shape_of(asked.shape).vocab_size, shape_of(asked.shape).max_positions
+        if asked.prompt_len.high + asked.gen_len.high > positions + 1:
+            raise ValueError(f"prompt and output together have at most {positions + 1} tokens")
+    except ValueError as error:
+        parser.error(str(error))
+    peers: tuple[str, ...] = asked.peers or (("transformers",) if asked.weights == "device" else ("accelerate",))
+    try:
+        checkpoint = make_checkpoint(asked.shape, asked.dtype, asked.cache_dir, _say)
+        small = make_checkpoint("tiny", "float32", asked.cache_dir, _say)
+        job = Job(
+            role="ours",
+            shape=asked.shape,
+            dtype=asked.dtype,
+            device=asked.device,
+            weights=asked.weights,
+            folder=str(checkpoint.folder),
+            model_dir=str(checkpoint.model_dir),
+            workload=Workload(
+                task=asked.task, prompt=asked.prompt_len, out=asked.gen_len, vocabulary=vocabulary, seed=asked.seed
+            ),
+            num_requests=asked.requests,
+            schedule=asked.schedule,
+            device_memory=asked.device_memory,
+            micro_batch=asked.micro_batch,
+            micro_batches=asked.micro_batches,
+        )
+        machine = describe_machine(asked.cache_dir)
+        runner = Runner(asked.memory_cap, asked.timeout, _say)
+        none = peers == ("none",)
+        comparison = compare(
+            runner,
+            job,
+            small=None if none else small,
+            peers=() if none else peers,
+            batches=asked.peer_batches,
+            repeat=asked.repeat,
+            say=_say,
+        )
+    except (JobFailed, EngineError, OSError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    if asked.json:
+        print(json.dumps(to_json(comparison, machine), indent=1))
+        for name, peer in comparison.peers.items():
+            for failure in peer.failed:
+                _say(f"{name}, {failure}")
+    else:
+        print(to_text(comparison, machine, asked.task))
+    return 1 if comparison.tokens_agree is False else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.generate", description=__doc__)
+    add = parser.add_argument
+    add("--shape", required=True, help=", ".join(SHAPES))
+    add("--requests", type=_positive, required=True, metavar="N")
+    add("--prompt-len", type=_as(Range.parse), required=True, metavar="N|LO-HI", help="tokens, the BOS among them")
+    add("--gen-len", type=_as(Range.parse), required=True, metavar="N|LO-HI", help="tokens generated (or scored)")
+    add("--weights", choices=("device", "host", "disk"), required=True, help="where the layers live")
+    add("--memory-cap", type=_as(parse_bytes), metavar="SIZE", help="of each process, page cache included")
+    add("--peers", type=_as(_peers), metavar="NAME,…", help=f"{', '.join(PEERS)}, or none")
+    add(
+        "--peer-batches",
+        type=_as(_batches),
+        default=(8, 16),
+        metavar="N,…",
+        help="a peer is timed at its best of these",
+    )
+    add("--repeat", type=_positive, default=1, metavar="N", help="time all in turn N times; medians are given")
+    add("--schedule", choices=("mixed", "block"), help="ours: mixed passes, or FlexGen's two phases")
+    add("--task", choices=("generate", "score"), default="generate")
+    add("--json", action="store_true", help="one JSON document on standard output")
+    add("--device", default=_default_device())
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--device-memory", type=_as(parse_bytes), metavar="SIZE", help="ours: by default what the cap leaves")
+    add("--micro-batch", type=_positive, metavar="N", help="ours: tokens computed together")
+    add("--micro-batches", type=_positive, metavar="N", help="ours: of a pass, at most")
+    add("--seed", type=int, default=0)
+    add("--timeout", type=_positive, default=3600, metavar="SECONDS", help="for each process")
+    add("--cache-dir", type=Path, default=default_cache(), help="where checkpoints are kept (default: %(default)s)")
+    return parser
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if names != ("none",) and not set(names) <= set(PEERS):
+        raise ValueError(f"{text!r}: peers are {', '.join(PEERS)}; or none")
+    return names
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_positive(part) for part in text.split(",")}))
+
+
+def _as(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """``argparse`` shows the sentence of an ``ArgumentTypeError``, but not that of a ``ValueError``."""
+
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

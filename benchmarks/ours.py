@@ -1,0 +1,112 @@
+"""Ours, timed: one engine, one run over all requests, after a warm-up."""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks.jobs import Job, PeakMemory
+from benchmarks.workload import Item, as_text
+from engine.engine import Engine
+from engine.passes import PassStats
+from engine.planner.plan import PlanOptions, Shares
+from engine.request import Generate, Generation, Output, Rejection, Request, SamplingParams, Score
+from engine.tokenizer import Tokenizer
+from engine.units import MIB
+from engine.weights.manifest import read_manifest
+
+_SHARES = {"device": Shares(100, 0, 0), "host": Shares(0, 100, 0), "disk": Shares(0, 0, 100)}
+_MARGIN = 1.05, 100 * MIB
+"""How far the process may go beyond its plan's budgets: an engine that is told what a capped process may use leaves
+as much to the interpreter's allocators."""
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Seconds, peak memory and what each pass did.
+
+    Raises:
+        EngineError: the plan does not fit, or a tier, a lane or the device failed.
+    """
+    items = job.items()
+    tokenizer = Tokenizer.load(Path(job.model_dir), None)
+    tokenizer.encode("w4")
+    torch.ones(64, 64) @ torch.ones(64, 64)  # the thread pool belongs to the idle process
+    gc.collect()
+    memory = PeakMemory()
+    with Engine.load(Path(job.model_dir), _options(job, memory.idle_bytes)) as engine:
+        warm_up = Item(items[0].prompt[:8], items[0].continuation[:2])
+        for output in engine.run([_request(job, -1, warm_up)]):
+            _check(output.result)
+        reports: list[PassStats] = []
+        outputs: list[Output] = []
+        start = perf_counter()
+        for report in engine.passes(_requests(job, items)):
+            reports.append(report.stats)
+            outputs += report.outputs
+        seconds = perf_counter() - start
+        plan = engine.plan.to_json()
+    for output in outputs:
+        _check(output.result)
+    result: dict[str, Any] = {
+        "seconds": seconds,
+        "peak_bytes": memory.bytes(),
+        "idle_bytes": memory.idle_bytes,
+        "plan": {name: plan[name] for name in ("budgets", "layers", "kv_bytes", "micro_batch", "micro_batches")},
+        "num_tokens": sum(output.completion_tokens for output in outputs),
+        "passes": [
+            {
+                "seconds": stats.seconds,
+                "prefill_tokens": stats.prefill_tokens,
+                "decode_tokens": stats.decode_tokens,
+                "lane_bytes": {str(lane): num_bytes for lane, num_bytes in stats.lane_bytes.items()},
+            }
+            for stats in reports
+        ],
+    }
+    if job.keep_tokens:
+        found = {out.key: list(out.result.token_ids) for out in outputs if isinstance(out.result, Generation)}
+        result["tokens"] = [found[index] for index in range(len(items))]
+    return result
+
+
+def _requests(job: Job, items: list[Item]) -> Iterator[Request]:
+    return (_request(job, index, item) for index, item in enumerate(items))
+
+
+def _request(job: Job, index: int, item: Item) -> Request:
+    if job.workload.task == "score":
+        return Request(index, Score(item.prompt_text, " " + as_text(item.continuation)))
+    sampling = SamplingParams(max_new_tokens=len(item.continuation), ignore_eos=True)
+    return Request(index, Generate(item.prompt_text, sampling))
+
+
+def _options(job: Job, idle_bytes: int) -> PlanOptions:
+    """The placement that was asked for; all the memory that a cap leaves, and every other choice the engine's own."""
+    device_memory = job.device_memory
+    host_memory = None
+    if job.device == "cpu" and device_memory is None and job.memory_cap is not None:
+        factor, slack = _MARGIN
+        device_memory = max(0, int((job.memory_cap - idle_bytes - slack) / factor))
+    if job.device == "cpu" and job.weights == "host" and device_memory is not None:
+        # Device and host are one memory here: what the layers take of it is not there twice.
+        units = read_manifest(Path(job.model_dir)).units
+        host_memory = sum(unit.num_bytes for unit in units if unit.name.startswith("layer."))
+        device_memory -= host_memory
+    return PlanOptions(
+        device=job.device,
+        dtype=job.dtype,
+        weights=_SHARES[job.weights],
+        device_memory=device_memory,
+        host_memory=host_memory,
+        micro_batch=job.micro_batch,
+        micro_batches=job.micro_batches,
+        schedule=job.schedule,
+    )
+
+
+def _check(result: object) -> None:
+    if isinstance(result, Rejection):
+        raise RuntimeError(f"a request was rejected: {result.message}")
