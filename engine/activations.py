@@ -1,15 +1,15 @@
 """Where a pass's hidden states wait between layers: device, host or disk memory, one place for all micro-batches."""
 
 from collections.abc import Mapping
-from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from engine.devices.base import Device
-from engine.memory.lane import LaneName, Traffic
+from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier, Extent
 from engine.memory.tier import Block, MemoryTier
+from engine.memory.traffic import Traffic
 from engine.planner.plan import Plan, TierName
 
 ACTIVATIONS = "activations"
@@ -54,16 +54,16 @@ class Activations:
         on_device = self._device.allocate(size)
         if self._extent is not None:
             host = on_device if self._bounce is None else self._bounce.data[:size]
-            start = perf_counter()
-            self._extent.read(index * self._batch_bytes, host)
-            self._traffic.add(LaneName.DISK_READ, size, perf_counter() - start)
+            with self._traffic.waiting(), self._traffic.moving(LaneName.DISK_READ, size, ACTIVATIONS):
+                self._extent.read(index * self._batch_bytes, host)
         else:
             assert self._memory is not None
             host = self._place(self._memory, index, size)
         if host is not on_device:
-            start = perf_counter()
-            self._device.compute_after(self._device.copy(LaneName.HOST_TO_DEVICE, on_device, host))
-            self._traffic.add(LaneName.HOST_TO_DEVICE, size, perf_counter() - start)
+            with self._traffic.waiting():
+                copied = self._device.copy(LaneName.HOST_TO_DEVICE, on_device, host)
+                self._device.compute_after(copied)
+            self._traffic.follow(LaneName.HOST_TO_DEVICE, copied, size, ACTIVATIONS)
         return self._shaped(on_device)
 
     def store(self, index: int, hidden_TD: Tensor) -> None:
@@ -79,14 +79,14 @@ class Activations:
             block = self._memory or self._bounce
             assert block is not None
             host = self._place(block, index, size) if block is self._memory else block.data[:size]
-            start = perf_counter()
-            self._device.copy(LaneName.DEVICE_TO_HOST, host, data).wait()
-            self._traffic.add(LaneName.DEVICE_TO_HOST, size, perf_counter() - start)
+            with self._traffic.waiting():
+                copied = self._device.copy(LaneName.DEVICE_TO_HOST, host, data)
+                copied.wait()
+            self._traffic.follow(LaneName.DEVICE_TO_HOST, copied, size, ACTIVATIONS)
             data = host
         if self._extent is not None:
-            start = perf_counter()
-            self._extent.write(index * self._batch_bytes, data)
-            self._traffic.add(LaneName.DISK_WRITE, size, perf_counter() - start)
+            with self._traffic.waiting(), self._traffic.moving(LaneName.DISK_WRITE, size, ACTIVATIONS):
+                self._extent.write(index * self._batch_bytes, data)
 
     def close(self) -> None:
         """Free the room."""

@@ -12,9 +12,10 @@ from engine.devices.open import facts_of, open_device
 from engine.errors import EngineError
 from engine.executor import Executor
 from engine.kvcache.store import KVStore
-from engine.memory.lane import Traffic
 from engine.memory.spill import DiskTier
 from engine.memory.tier import MemoryTier, Tier
+from engine.memory.traffic import Span, Traffic
+from engine.model.family import EMBED
 from engine.model.registry import family_for
 from engine.passes import Pass, PassReport, PassStats
 from engine.planner.default import StoredWeights, resolve_plan
@@ -24,6 +25,7 @@ from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.tasks import InProgress, begin, rejected
 from engine.tokenizer import Tokenizer
+from engine.trace import Recorder
 from engine.units import format_bytes
 from engine.weights.files import WeightFiles
 from engine.weights.manifest import read_manifest
@@ -35,9 +37,10 @@ REJECTIONS_A_PASS = 256
 class Engine:
     """One model over the tiers of one machine. Not thread-safe: one thread runs it."""
 
-    def __init__(self, model_dir: Path, options: PlanOptions, device: Device) -> None:
+    def __init__(self, model_dir: Path, options: PlanOptions, device: Device, recorder: Recorder | None) -> None:
         """Use ``Engine.load``."""
         self._device = device
+        self._recorder = recorder
         self._closers: list[Callable[[], None]] = [device.close]
         self._broken = False
         try:
@@ -47,13 +50,21 @@ class Engine:
             raise
 
     @classmethod
-    def load(cls, model_dir: Path, options: PlanOptions | None = None, *, device: Device | None = None) -> "Engine":
+    def load(
+        cls,
+        model_dir: Path,
+        options: PlanOptions | None = None,
+        *,
+        device: Device | None = None,
+        recorder: Recorder | None = None,
+    ) -> "Engine":
         """Place a model directory's weights over the tiers, and keep them until ``close``.
 
         Args:
             model_dir: made by ``overnight import``.
             options: what the caller fixes of the plan; the rest is chosen.
             device: an open device to use (and close) instead of the one ``options`` names.
+            recorder: is told what the lanes and passes do; stays the caller's to close.
 
         Raises:
             CheckpointError: the model directory is absent, half-written or damaged.
@@ -61,9 +72,10 @@ class Engine:
             PlanDoesNotFit: the plan needs more than a tier's budget; nothing was allocated.
         """
         options = options or PlanOptions()
-        return cls(model_dir, options, device or open_device(options.device))
+        return cls(model_dir, options, device or open_device(options.device), recorder)
 
     def _open(self, model_dir: Path, options: PlanOptions) -> None:
+        start = perf_counter()
         manifest = read_manifest(model_dir)
         family = family_for(manifest.config)
         self._shape = family.shape
@@ -78,7 +90,7 @@ class Engine:
             facts=facts_of(self._device),
             disk_dir=model_dir,
         )
-        self._traffic = Traffic()
+        self._traffic = Traffic(self._device.compute_mark, self._recorder)
         memory = {
             TierName.DEVICE: MemoryTier(TierName.DEVICE, self.plan.budgets[TierName.DEVICE], self._device.allocate),
             TierName.HOST: MemoryTier(TierName.HOST, self.plan.budgets[TierName.HOST], self._device.allocate_host),
@@ -98,6 +110,9 @@ class Engine:
         self._executor = Executor(self.plan, family, self._device, weights, self._kv, activations)
         self._running: dict[Sequence, InProgress] = {}
         self._scheduler: Scheduler | None = None
+        self._loaded_bytes = self._traffic.take().weight_bytes
+        if self._recorder is not None:
+            self._recorder.loaded((start, perf_counter()))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Outputs as sequences finish, in any order; requests are pulled as room appears.
@@ -156,7 +171,7 @@ class Engine:
                 outputs = self._compute(this_pass) if this_pass.micro_batches else []
                 outputs += rejections
                 rejections.clear()
-                yield PassReport(tuple(outputs), self._stats(this_pass, scheduler, perf_counter() - start))
+                yield PassReport(tuple(outputs), self._stats(this_pass, scheduler, (start, perf_counter())))
         finally:
             for sequence in list(self._running):
                 self._retire(sequence)
@@ -190,7 +205,9 @@ class Engine:
 
     def _compute(self, this_pass: Pass) -> list[Output]:
         self._broken = True  # unless the pass comes to its end
+        self._traffic.computes(EMBED)
         results = self._executor.run(this_pass)
+        self._traffic.computes(None)
         self._broken = False
         for segment in this_pass.segments:
             segment.sequence.num_computed += segment.length
@@ -232,17 +249,22 @@ class Engine:
         assert self._scheduler is not None
         return self._scheduler
 
-    def _stats(self, this_pass: Pass, scheduler: Scheduler, seconds: float) -> PassStats:
+    def _stats(self, this_pass: Pass, scheduler: Scheduler, span: Span) -> PassStats:
         segments = this_pass.segments
         decode = sum(segment.is_decode for segment in segments)
-        traffic = self._traffic.take()
-        return PassStats(
-            seconds=seconds,
+        moved = self._traffic.take()
+        loaded, self._loaded_bytes = self._loaded_bytes, 0
+        stats = PassStats(
+            seconds=span[1] - span[0],
             prefill_tokens=sum(segment.length for segment in segments) - decode,
             decode_tokens=decode,
             num_sequences=len({segment.sequence for segment in segments}),
             num_waiting=scheduler.num_waiting,
-            lane_bytes=traffic.num_bytes,
-            lane_seconds=traffic.seconds,
-            weight_bytes=traffic.weight_bytes,
+            lane_bytes=moved.num_bytes,
+            lane_seconds=moved.seconds,
+            weight_bytes=moved.weight_bytes + loaded,
+            bound_by=moved.busiest,
         )
+        if self._recorder is not None:
+            self._recorder.passed(span, stats)
+        return stats

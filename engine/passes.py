@@ -65,8 +65,13 @@ class PassStats:
     """Sequences that wait for room."""
     lane_bytes: dict[str, int]
     lane_seconds: dict[str, float]
+    """How long each lane was busy. ``device_compute`` leaves out what it waited for; lanes that run ahead into the next
+    pass count where their work ends."""
     weight_bytes: int
-    """How many of the bytes moved were weights: 0 where all are resident."""
+    """How many weight bytes were moved: 0 where all are resident. A first pass counts those of loading, too, which are
+    in no lane's figures."""
+    bound_by: str
+    """The lane that was busy for longest."""
 
 
 @dataclass(frozen=True, slots=True)

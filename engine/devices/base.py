@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.memory.lane import Event, LaneName, Traffic
+from engine.memory.lane import Event, LaneName
 
 
 class Device(Protocol):
@@ -44,4 +44,4 @@ class Device(Protocol):
         """End the lanes."""
 
 
-__all__ = ["Device", "Event", "LaneName", "Traffic"]
+__all__ = ["Device", "Event", "LaneName"]

@@ -7,7 +7,6 @@ Shapes: T tokens of a micro-batch, t of one segment, N query heads, K key/value 
 """
 
 from collections.abc import Iterator, Mapping
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -15,9 +14,10 @@ from torch import Tensor
 from engine.devices.base import Device
 from engine.errors import DiskFull, TierFull
 from engine.kvcache.extents import DiskExtent, ExtentLayout, MemoryExtent
-from engine.memory.lane import LaneName, Traffic
+from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
 from engine.memory.tier import Block, MemoryTier
+from engine.memory.traffic import Traffic
 from engine.model.attention import attend, attend_alone, merge
 from engine.model.family import ModelShape
 from engine.passes import MicroBatch, Segment
@@ -186,18 +186,17 @@ class KVStore:
         scratch = self._device.allocate(layout.layer_bytes)
         if isinstance(extent, DiskExtent):
             host = scratch if self._host_scratch is None else self._host_scratch.data[: layout.layer_bytes]
-            start = perf_counter()
-            extent.read_layer(layer, host)
-            self._traffic.add(LaneName.DISK_READ, layout.layer_bytes, perf_counter() - start)
+            with self._traffic.waiting(), self._traffic.moving(LaneName.DISK_READ, layout.layer_bytes, KV):
+                extent.read_layer(layer, host)
         else:
             host = extent.layer_bytes(layer)
         if host is not scratch:
-            start = perf_counter()
-            copied = self._device.copy(LaneName.HOST_TO_DEVICE, scratch, host)
-            if isinstance(extent, DiskExtent):
-                copied.wait()  # the next extent is read into the same host scratch
-            self._device.compute_after(copied)
-            self._traffic.add(LaneName.HOST_TO_DEVICE, layout.layer_bytes, perf_counter() - start)
+            with self._traffic.waiting():
+                copied = self._device.copy(LaneName.HOST_TO_DEVICE, scratch, host)
+                if isinstance(extent, DiskExtent):
+                    copied.wait()  # the next extent is read into the same host scratch
+                self._device.compute_after(copied)
+            self._traffic.follow(LaneName.HOST_TO_DEVICE, copied, layout.layer_bytes, KV)
         return scratch.view(self._dtype).view(layout.layer_shape)
 
     def _store(self, layer: int, held: SequenceKV, start: int, k_KtH: Tensor, v_KtH: Tensor) -> None:
@@ -218,14 +217,14 @@ class KVStore:
             kv_2KtH = torch.stack((k_KtH[:, piece], v_KtH[:, piece]))
             num_bytes = kv_2KtH.numel() * kv_2KtH.element_size()
             if not self._device.shares_host_memory:
-                started = perf_counter()
                 on_host = self._device.allocate_host(num_bytes).view(self._dtype).view(kv_2KtH.shape)
-                self._device.copy(LaneName.DEVICE_TO_HOST, on_host, kv_2KtH).wait()
-                self._traffic.add(LaneName.DEVICE_TO_HOST, num_bytes, perf_counter() - started)
+                with self._traffic.waiting():
+                    copied = self._device.copy(LaneName.DEVICE_TO_HOST, on_host, kv_2KtH)
+                    copied.wait()
+                self._traffic.follow(LaneName.DEVICE_TO_HOST, copied, num_bytes, KV)
                 kv_2KtH = on_host
             if isinstance(extent, DiskExtent):
-                started = perf_counter()
-                extent.write_tokens(layer, place.start, kv_2KtH)
-                self._traffic.add(LaneName.DISK_WRITE, num_bytes, perf_counter() - started)
+                with self._traffic.waiting(), self._traffic.moving(LaneName.DISK_WRITE, num_bytes, KV):
+                    extent.write_tokens(layer, place.start, kv_2KtH)
             else:
                 extent.layer(layer)[:, :, place] = kv_2KtH

@@ -1,10 +1,9 @@
 """A lane: a FIFO of asynchronous work on one resource, whose failure reaches whoever waits."""
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from enum import StrEnum
+from time import perf_counter
 from typing import Protocol
 
 from engine.errors import EngineError, LaneFailed
@@ -21,49 +20,37 @@ class LaneName(StrEnum):
     HOST_COMPUTE = "host_compute"
 
 
-@dataclass(slots=True)
-class Traffic:
-    """Bytes moved and seconds busy, by lane, since the last ``take``; safe to add to from any lane."""
-
-    num_bytes: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    weight_bytes: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(self, lane: LaneName, num_bytes: int, seconds: float, *, weights: bool = False) -> None:
-        """Count one transfer."""
-        with self._lock:
-            self.num_bytes[lane] = self.num_bytes.get(lane, 0) + num_bytes
-            self.seconds[lane] = self.seconds.get(lane, 0.0) + seconds
-            if weights:
-                self.weight_bytes += num_bytes
-
-    def take(self) -> "Traffic":
-        """What was counted so far; counting starts anew."""
-        with self._lock:
-            taken = Traffic(self.num_bytes, self.seconds, self.weight_bytes)
-            self.num_bytes, self.seconds, self.weight_bytes = {}, {}, 0
-        return taken
-
-
 class Event(Protocol):
     """A point in a lane's work."""
 
     def wait(self) -> None:
         """Block the calling thread until the point is reached; raise what the work raised."""
 
+    def span(self) -> tuple[float, float] | None:
+        """When the work before the point began and ended, on ``perf_counter``'s clock; ``None`` until it has ended.
+
+        Where the point ends no piece of work in particular, it begins there, too.
+        """
+
 
 class Reached:
-    """An event that has happened."""
+    """An event that has happened: now."""
+
+    def __init__(self) -> None:
+        self._at = perf_counter()
 
     def wait(self) -> None:
         """Return at once."""
+
+    def span(self) -> tuple[float, float] | None:
+        """A point in time."""
+        return self._at, self._at
 
 
 class LaneEvent:
     """The end of one piece of work on a ``ThreadLane``."""
 
-    def __init__(self, future: "Future[None]") -> None:
+    def __init__(self, future: "Future[tuple[float, float]]") -> None:
         self._future = future
 
     def wait(self) -> None:
@@ -79,6 +66,11 @@ class LaneEvent:
         except Exception as error:
             raise LaneFailed(f"{type(error).__name__}: {error}") from error
 
+    def span(self) -> tuple[float, float] | None:
+        """When the lane was at it; ``None`` too for work that failed, which moved nothing that counts."""
+        over = self._future.done() and not self._future.cancelled() and self._future.exception() is None
+        return self._future.result() if over else None
+
 
 class ThreadLane:
     """A lane run by one thread of its own."""
@@ -88,8 +80,14 @@ class ThreadLane:
 
     def submit(self, work: Callable[[], None]) -> LaneEvent:
         """Queue ``work``; it starts when all that was queued before has ended."""
-        return LaneEvent(self._executor.submit(work))
+        return LaneEvent(self._executor.submit(_timed, work))
 
     def close(self) -> None:
         """Drop what has not started and wait for what has."""
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _timed(work: Callable[[], None]) -> tuple[float, float]:
+    start = perf_counter()
+    work()
+    return start, perf_counter()

@@ -6,15 +6,15 @@ The ring runs on across the end of a pass: while the last layers are computed, t
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from engine.devices.base import Device
 from engine.errors import EngineError
-from engine.memory.lane import Event, LaneEvent, LaneName, Reached, ThreadLane, Traffic
+from engine.memory.lane import Event, LaneEvent, LaneName, Reached, ThreadLane
 from engine.memory.tier import Block, MemoryTier
+from engine.memory.traffic import Traffic
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
 from engine.planner.plan import Plan, TierName
 from engine.weights.files import WeightFiles
@@ -59,10 +59,12 @@ class WeightStream:
 
     def embedding(self) -> NamedWeights:
         """The embedding's tensors, always on the device."""
+        self._traffic.computes(EMBED)
         return self._resident[EMBED]
 
     def head(self) -> NamedWeights:
         """The head's tensors, always on the device."""
+        self._traffic.computes(HEAD)
         return self._resident[HEAD]
 
     @contextmanager
@@ -70,9 +72,11 @@ class WeightStream:
         """One layer's tensors on the device, in the compute dtype, for as long as the context lasts."""
         name = layer_name(index)
         if name in self._resident:
+            self._traffic.computes(name)
             yield self._resident[name]
             return
         if self._device.shares_host_memory and name in self._host:
+            self._traffic.computes(name)
             yield self._cast(name, self._files.tensors(name, self._host[name].data))
             return
         if self._streamed[self._entered % len(self._streamed)] != name:
@@ -80,8 +84,9 @@ class WeightStream:
         slot = self._slots[self._entered % len(self._slots)]
         if slot.filled is None:
             raise EngineError(f"{name} was never begun")
-        slot.filled.wait()
-        self._device.compute_after(slot.copied)
+        with self._traffic.waiting(then=name):
+            slot.filled.wait()
+            self._device.compute_after(slot.copied)
         weights = self._cast(name, self._files.tensors(name, slot.device.data))
         yield weights
         slot.freed = self._device.compute_mark()
@@ -146,7 +151,7 @@ class WeightStream:
         raw = self._device.allocate_host(self._files.num_bytes(name))
         self._read(name, raw)
         if not self._casts:
-            self._copy_in(block.data, raw).wait()
+            self._copy_in(name, block.data, raw).wait()
             return self._files.tensors(name, block.data)
         # Cast on the host: the device budget has no room for a second copy of the largest unit.
         views = self._views(name, block.data)
@@ -154,7 +159,7 @@ class WeightStream:
             if self._device.shares_host_memory:
                 views[tensor_name].copy_(stored)
             else:
-                self._copy_in(views[tensor_name], stored.to(self._dtype)).wait()
+                self._copy_in(name, views[tensor_name], stored.to(self._dtype)).wait()
         return views
 
     def _views(self, name: str, data: Tensor) -> dict[str, Tensor]:
@@ -190,7 +195,7 @@ class WeightStream:
         size = self._files.num_bytes(name)
         if name in self._host:
             slot.freed.wait()
-            slot.copied = self._copy_in(slot.device.data[:size], self._host[name].data)
+            slot.copied = self._copy_in(name, slot.device.data[:size], self._host[name].data)
         elif slot.host is None:
             slot.freed.wait()
             self._read(name, slot.device.data)
@@ -199,14 +204,14 @@ class WeightStream:
             slot.copied.wait()
             self._read(name, slot.host.data)
             slot.freed.wait()
-            slot.copied = self._copy_in(slot.device.data[:size], slot.host.data[:size])
+            slot.copied = self._copy_in(name, slot.device.data[:size], slot.host.data[:size])
 
     def _read(self, name: str, out: Tensor) -> None:
-        start = perf_counter()
-        num_bytes = self._files.read_unit(name, out)
-        self._traffic.add(LaneName.DISK_READ, num_bytes, perf_counter() - start, weights=True)
+        with self._traffic.moving(LaneName.DISK_READ, self._files.num_bytes(name), name, weights=True):
+            self._files.read_unit(name, out)
 
-    def _copy_in(self, destination: Tensor, source: Tensor) -> Event:
+    def _copy_in(self, name: str, destination: Tensor, source: Tensor) -> Event:
+        copied = self._device.copy(LaneName.HOST_TO_DEVICE, destination, source)
         num_bytes = source.numel() * source.element_size()
-        self._traffic.add(LaneName.HOST_TO_DEVICE, num_bytes, 0.0, weights=True)
-        return self._device.copy(LaneName.HOST_TO_DEVICE, destination, source)
+        self._traffic.follow(LaneName.HOST_TO_DEVICE, copied, num_bytes, name, weights=True)
+        return copied

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from engine.errors import CheckpointError, LaneFailed
-from engine.memory.lane import LaneName, ThreadLane, Traffic
+from engine.memory.lane import LaneName, ThreadLane
 
 
 def test_work_is_done_in_order() -> None:
@@ -65,30 +65,3 @@ def test_closing_drops_what_has_not_started_and_wakes_who_waits_for_it() -> None
     closer.join()
     running.wait()
     assert done == ["first"]
-
-
-def test_traffic_is_counted_by_lane_and_taken_once() -> None:
-    traffic = Traffic()
-    traffic.add(LaneName.DISK_READ, 100, 0.5, weights=True)
-    traffic.add(LaneName.DISK_READ, 10, 0.25)
-    traffic.add(LaneName.HOST_TO_DEVICE, 1, 1.0)
-    taken = traffic.take()
-    assert taken.num_bytes == {"disk_read": 110, "host_to_device": 1}
-    assert taken.seconds == {"disk_read": 0.75, "host_to_device": 1.0}
-    assert taken.weight_bytes == 100
-    assert (traffic.take().num_bytes, traffic.take().weight_bytes) == ({}, 0)
-
-
-def test_traffic_loses_nothing_between_threads() -> None:
-    traffic, total = Traffic(), 0
-
-    def add() -> None:
-        for _ in range(2000):
-            traffic.add(LaneName.DISK_READ, 1, 0.0)
-
-    threads = [threading.Thread(target=add) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        total += traffic.take().num_bytes.get("disk_read", 0)
-    assert total + traffic.take().num_bytes.get("disk_read", 0) == 8000

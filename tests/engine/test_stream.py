@@ -15,8 +15,9 @@ from engine.devices.open import facts_of
 from engine.devices.simulated import SimulatedDevice
 from engine.errors import CheckpointError, EngineError, LaneFailed, TierFull
 from engine.memory.aligned import aligned_empty
-from engine.memory.lane import LaneName, Traffic
+from engine.memory.lane import LaneName
 from engine.memory.tier import MemoryTier
+from engine.memory.traffic import Traffic
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
 from engine.model.registry import family_for
 from engine.planner.default import StoredWeights, resolve_plan
