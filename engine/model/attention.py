@@ -7,6 +7,7 @@ Shapes: N query heads, K key/value heads, t query tokens, s key tokens, H head s
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,12 +27,23 @@ def attend(q_NtH: Tensor, k_KsH: Tensor, v_KsH: Tensor, *, causal: bool) -> tupl
             q_NtH[None], k_KsH[None], v_KsH[None], 0.0, causal, scale=scale
         )
         return out[0], lse[0]
-    if q_NtH.dtype != torch.float32 and q_NtH.shape[-1] % 8 == 0:
+    if q_NtH.shape[-1] % 8 or q_NtH.shape[-1] > 256:
+        return attend_plainly(q_NtH, k_KsH, v_KsH, causal=causal)
+    if q_NtH.dtype != torch.float32 and _has_flash(q_NtH.device):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
             q_NtH[None], k_KsH[None], v_KsH[None], 0.0, causal, False, scale=scale
         )[:2]
         return out[0], lse[0]
-    return attend_plainly(q_NtH, k_KsH, v_KsH, causal=causal)
+    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q_NtH[None], k_KsH[None], v_KsH[None], None, True, 0.0, causal, scale=scale
+    )[:2]
+    return out[0], lse[0, :, : q_NtH.shape[1]]  # its rows are padded to whole tiles
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    """Ampere and later."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attend_one(q_N1H: Tensor, k_NsH: Tensor, v_NsH: Tensor) -> tuple[Tensor, Tensor]:
