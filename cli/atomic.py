@@ -12,7 +12,7 @@ from typing import BinaryIO
 from cli.errors import FileAbsent, OutputNotWritten, OutputRefused
 
 
-def check_output(name: str, *, keep: Iterable[Path]) -> None:
+def check_output(name: str, *, keep: Iterable[Path], option: str = "-o") -> None:
     """Refuses an output path before any work is done for it; ``-`` is stdout and always fine.
 
     Raises:
@@ -23,12 +23,12 @@ def check_output(name: str, *, keep: Iterable[Path]) -> None:
         return
     path = Path(name)
     if path.is_dir():
-        raise OutputRefused(f"-o {name} is a folder; name a file in it")
+        raise OutputRefused(f"{option} {name} is a folder; name a file in it")
     if not path.parent.is_dir():
-        raise FileAbsent(f"the folder {path.parent} of -o {name} does not exist; make it first")
+        raise FileAbsent(f"the folder {path.parent} of {option} {name} does not exist; make it first")
     for kept in keep:
         if _same_file(path, kept):
-            raise OutputRefused(f"-o {name} would overwrite {kept}, which the job needs; choose another name")
+            raise OutputRefused(f"{option} {name} would overwrite {kept}, which the job needs; choose another name")
 
 
 @contextmanager

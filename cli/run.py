@@ -2,8 +2,9 @@
 
 import shlex
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,11 +33,26 @@ if TYPE_CHECKING:
     metavar="JOB",
     help="Go on with a run that was interrupted, instead of a DATASET.",
 )
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write what each lane and pass did, for ui.perfetto.dev.",
+)
 @job_options(required=False)
 @placement_options
 @settings_options
 @click.pass_obj
-def command(app: App, /, dataset: str | None, output: str, file_format: str, resume: int | None, **values: Any) -> None:
+def command(
+    app: App,
+    /,
+    dataset: str | None,
+    output: str,
+    file_format: str,
+    resume: int | None,
+    trace: Path | None,
+    **values: Any,
+) -> None:
     """Run DATASET through a model and write the outputs: enqueue, work and fetch in one.
 
     It brings a Redis and a worker of its own, which end with it. Interrupted (Ctrl-C), it keeps what is done and says
@@ -52,11 +68,13 @@ def command(app: App, /, dataset: str | None, output: str, file_format: str, res
     from cli.serving import work_off
 
     placement = Placement.take(values)
-    with _job(app, dataset, output, resume, values) as (database, submitted):
+    with _job(app, dataset, output, trace, resume, values) as (database, submitted):
         again = f"overnight run --resume {submitted.id} -o {shlex.quote(output)}"
-        job = work_off(database, app.settings, submitted, placement, resume=again)
+        job = work_off(database, app.settings, submitted, placement, resume=again, trace=trace)
         if job.state == "done" or job.num_done:
             _write(database, job, output, file_format)
+    if trace is not None and trace.exists():
+        say(f"trace in {trace}; open it with https://ui.perfetto.dev or chrome://tracing")
     problem = outcome_of(job)
     if problem:
         raise JobUnfinished(problem)
@@ -64,14 +82,16 @@ def command(app: App, /, dataset: str | None, output: str, file_format: str, res
 
 @contextmanager
 def _job(
-    app: App, dataset: str | None, output: str, resume: int | None, values: dict[str, Any]
+    app: App, dataset: str | None, output: str, trace: Path | None, resume: int | None, values: dict[str, Any]
 ) -> "Iterator[tuple[Database, Job]]":
     """The database and the job to run: a new one, or the one to go on with."""
     if (dataset is None) == (resume is None):
         raise click.UsageError("name either a DATASET or, to go on with an interrupted run, --resume JOB")
     if resume is not None:
         with app.job_database(resume) as database:
-            yield database, _resumed(database, resume, output, app)
+            job = _resumed(database, resume)
+            _check_outputs(app, output, trace, job.params)
+            yield database, job
         return
     from cli.submission import prepare
     from storage.jobs import get_job
@@ -83,18 +103,24 @@ def _job(
     for sentence in options.warnings():
         warn(sentence)
     assert dataset is not None
-    check_output(output, keep=app.files_to_keep({"dataset": dataset}))
+    _check_outputs(app, output, trace, {"dataset": dataset})
     submission = prepare(dataset, options, app.settings)
     with app.open_database() as database:
         job_id = submission.store(database, f"{PRIVATE_QUEUE}{uuid.uuid4().hex[:8]}")
         yield database, get_job(database, job_id)
 
 
-def _resumed(database: "Database", job_id: int, output: str, app: App) -> "Job":
+def _check_outputs(app: App, output: str, trace: Path | None, job_params: Mapping[str, object]) -> None:
+    keep = app.files_to_keep(job_params)
+    check_output(output, keep=keep)
+    if trace is not None:
+        check_output(str(trace.absolute()), keep=[*keep, Path(output)], option="--trace")
+
+
+def _resumed(database: "Database", job_id: int) -> "Job":
     from storage.jobs import get_job
 
     job = get_job(database, job_id)
-    check_output(output, keep=app.files_to_keep(job.params))
     if not job.queue.startswith(PRIVATE_QUEUE):
         raise click.UsageError(
             f"job {job_id} waits in the queue {job.queue!r}, not for `overnight run`; start: overnight worker --queue "

@@ -17,6 +17,7 @@ from cli.errors import WorkerDied
 from cli.placement import Placement
 from cli.progress import follow, job_progress
 from cli.reports import FINISHED
+from cli.workers import TRACE_VARIABLE
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -31,10 +32,11 @@ _LAST_LINES = 5
 class OwnWorker:
     """A worker process on a private Redis. Use as a context manager; start it from the main thread."""
 
-    def __init__(self, settings: "Settings", queue: str, placement: Placement) -> None:
+    def __init__(self, settings: "Settings", queue: str, placement: Placement, trace: Path | None = None) -> None:
         self._settings = settings
         self._queue = queue
         self._placement = placement
+        self._trace = trace
         self._stack = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
         self._log = Path()
@@ -98,18 +100,28 @@ class OwnWorker:
     def _environment(self) -> dict[str, str]:
         packages = str(Path(__file__).resolve().parent.parent)
         path = os.environ.get("PYTHONPATH")
+        environ = {**os.environ, TRACE_VARIABLE: str(self._trace.absolute())} if self._trace else os.environ
         return {
-            **os.environ,
+            **environ,
             "PYTHONPATH": os.pathsep.join([packages, path] if path else [packages]),
             # Not on its command line: the URL may hold a password, which `ps` would show to everybody.
             "OVERNIGHT_DATABASE": self._settings.database_url,
         }
 
 
-def work_off(database: "Database", settings: "Settings", job: "Job", placement: Placement, *, resume: str) -> "Job":
+def work_off(
+    database: "Database",
+    settings: "Settings",
+    job: "Job",
+    placement: Placement,
+    *,
+    resume: str,
+    trace: Path | None = None,
+) -> "Job":
     """Runs a job with a worker of our own, shows its progress, and returns it as it ended.
 
-    ``resume``: the command that goes on with the job, shown when it is interrupted.
+    ``resume``: the command that goes on with the job, shown when it is interrupted. ``trace``: what the worker's lanes
+    did, as a file.
 
     A job that has ended already starts nothing.
 
@@ -120,7 +132,7 @@ def work_off(database: "Database", settings: "Settings", job: "Job", placement: 
     if job.state in FINISHED:
         return job
     try:
-        with _signals_interrupt(), OwnWorker(settings, job.queue, placement) as worker:
+        with _signals_interrupt(), OwnWorker(settings, job.queue, placement, trace) as worker:
             try:
                 with job_progress(f"job {job.id}") as progress:
                     for snapshot in follow(database, job.id, watch=worker.check):

@@ -1,5 +1,7 @@
 """`overnight worker`: takes jobs from a queue until it is told to stop."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import click
@@ -7,6 +9,7 @@ import click
 from cli.context import App
 from cli.options import Text, placement_options, queue_option, settings_options
 from cli.placement import Placement
+from cli.workers import TRACE_VARIABLE
 
 
 @click.command("worker", short_help="Work on the jobs of a queue.")
@@ -26,5 +29,7 @@ def command(app: App, /, model: str | None, **values: Any) -> None:
     from worker.daemon import WorkerOptions, run_worker
 
     placement = Placement.take(values).plan_options()
-    code = run_worker(app.settings, WorkerOptions(model=model, placement=placement))
+    trace = os.environ.get(TRACE_VARIABLE)
+    options = WorkerOptions(model=model, placement=placement, trace=Path(trace) if trace else None)
+    code = run_worker(app.settings, options)
     raise click.exceptions.Exit(code)

@@ -6,6 +6,8 @@ from cli.reports import FINISHED
 
 PRIVATE_QUEUE = "run-"
 """How the queues begin that a worker of our own serves for one job."""
+TRACE_VARIABLE = "_OVERNIGHT_TRACE"
+"""How `overnight run --trace` tells its worker where the trace goes; a worker of a queue has no such option."""
 
 if TYPE_CHECKING:
     from storage.database import Database

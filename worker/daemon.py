@@ -11,7 +11,8 @@ import signal
 import socket
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from celery import Celery, signals
 from celery.exceptions import SecurityWarning
 
 from engine.planner.plan import PlanOptions
+from engine.trace import TraceFile
 from storage.database import Database
 from worker.app import make_app
 from worker.bell import Bell
 from worker.doorbell import ping
+from worker.errors import TraceNotWritten
 from worker.lifecycle import DrainStep, DrainThread, Stop
 from worker.locks import device_lock
 from worker.logs import configure, get_logger
@@ -45,6 +48,8 @@ class WorkerOptions:
     model: str | None = None
     """Loaded before any job asks for it."""
     placement: PlanOptions = field(default_factory=PlanOptions)
+    trace: Path | None = None
+    """Where to write what lanes and passes did."""
 
 
 def run_worker(settings: Settings, options: WorkerOptions) -> int:
@@ -53,7 +58,7 @@ def run_worker(settings: Settings, options: WorkerOptions) -> int:
     Call it on the main thread: it takes over the signals.
 
     Raises:
-        RedisUnreachable, DatabaseUnreachable, ModelNotFound, DeviceBusy: before anything starts.
+        RedisUnreachable, DatabaseUnreachable, ModelNotFound, DeviceBusy, TraceNotWritten: before anything starts.
         EngineError, DatabaseUnreachable: the drain ended on its own; nothing is lost.
     """
     configure(settings.log_level)
@@ -68,12 +73,34 @@ def run_worker(settings: Settings, options: WorkerOptions) -> int:
         with device_lock(settings.home, device) as is_alone:
             if not is_alone:
                 get_logger().warning("another worker uses %s too: both will be slower", device)
-            return _work(database, settings, options, device)
+            with _trace(options.trace) as recorder:
+                return _work(database, settings, options, device, recorder)
 
 
-def _work(database: Database, settings: Settings, options: WorkerOptions, device: str) -> int:
+@contextmanager
+def _trace(path: Path | None) -> Iterator[TraceFile | None]:
+    if path is None:
+        yield None
+        return
+
+    def broken(error: OSError) -> None:
+        get_logger().warning("the trace ends early: %s: %s", path, error.strerror or error)
+
+    try:
+        trace = TraceFile(path, broken)
+    except OSError as error:
+        raise TraceNotWritten(f"the trace {path} cannot be written: {error.strerror or error}") from error
+    try:
+        yield trace
+    finally:
+        trace.close()
+
+
+def _work(
+    database: Database, settings: Settings, options: WorkerOptions, device: str, recorder: TraceFile | None
+) -> int:
     bell = Bell()
-    residency = Residency(_loader(settings, options.placement, device), time.time)
+    residency = Residency(_loader(settings, options.placement, device, recorder), time.time)
 
     def drain() -> None:
         importlib.import_module("engine.engine")  # torch takes seconds: now, not when the first job waits for it
@@ -142,13 +169,15 @@ def exit_code(error: BaseException | None, celery_code: int | None, stopped_by: 
     return celery_code or 0
 
 
-def _loader(settings: Settings, placement: PlanOptions, device: str) -> Callable[[Path], Engine]:
+def _loader(
+    settings: Settings, placement: PlanOptions, device: str, recorder: TraceFile | None
+) -> Callable[[Path], Engine]:
     def load(model_dir: Path) -> Engine:
         from engine.engine import Engine as RealEngine
 
         disk_dir = placement.disk_dir or settings.spill_dir
         disk_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return RealEngine.load(model_dir, replace(placement, device=device, disk_dir=disk_dir))
+        return RealEngine.load(model_dir, replace(placement, device=device, disk_dir=disk_dir), recorder=recorder)
 
     return load
 

@@ -6,6 +6,7 @@ WorkerError
 ├── RedisUnreachable         no answer from the doorbell
 ├── RedisUnavailable         no redis-server to start privately, or it did not start
 ├── DeviceBusy               another worker on this machine holds the device
+├── TraceNotWritten          the file of ``run --trace`` cannot be written
 └── WorkerStopped            the drain ended on its own; its cause is chained
 
 The texts are for people: what is wrong, where, and what to do.
@@ -34,6 +35,10 @@ class RedisUnavailable(WorkerError):
 
 class DeviceBusy(WorkerError):
     """Another worker on this machine already uses the device."""
+
+
+class TraceNotWritten(WorkerError):
+    """The trace cannot be begun; later on, a trace that cannot grow only ends."""
 
 
 class WorkerStopped(WorkerError):

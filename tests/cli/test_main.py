@@ -21,7 +21,7 @@ FROZEN = {
     "fetch": "--output --format --errors",
     "cancel": "",
     "retry": "",
-    "run": "--output --format --resume JOB-OPTIONS PLACEMENT",
+    "run": "--output --format --resume --trace JOB-OPTIONS PLACEMENT",
     "demo": "--json",
     "doctor": "--json",
     "completion": "",

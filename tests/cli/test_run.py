@@ -14,6 +14,7 @@ import pytest
 from cli.main import main
 from storage.database import Database
 from storage.jobs import Job, list_jobs
+from storage.results import list_passes
 from tests.cli.conftest import ROOT, Command, Run, write_rows
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -180,8 +181,8 @@ def test_redis_and_worker_end_with_their_owner_on_kill_9(home: Path, start: Star
 def test_a_worker_that_is_killed_ends_the_run_and_says_how_to_go_on(home: Path, start: Start, model: str) -> None:
     dataset = write_rows(Path("d.jsonl"), *({"prompt": "ab"} for _ in range(120)))
     slow = ("--max-new-tokens", "60", "--micro-batch", "4", "--micro-batches", "1")
-    process = start("run", dataset, "--model", model, *GENERATE, *slow, "-o", "out.jsonl")
-    until("the job to run", lambda: begun(home))
+    process = start("run", dataset, "--model", model, *GENERATE, *slow, "-o", "out.jsonl", "--trace", "trace.json")
+    until("a pass", lambda: Path("trace.json").exists() and '"pass 1"' in Path("trace.json").read_text())
     worker = next(
         pid for pid in children(process.pid) if b"redis-server" not in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
@@ -190,6 +191,39 @@ def test_a_worker_that_is_killed_ends_the_run_and_says_how_to_go_on(home: Path, 
     assert process.returncode == 1
     assert "signal 9" in stderr
     assert "--resume 1" in stderr
+    assert len(json.loads(Path("trace.json").read_text())) > 20, "a whole array, as far as it has come"
+
+
+def test_a_trace_tells_what_lanes_and_passes_did(home: Path, command: Command, model: str) -> None:
+    dataset = write_rows(Path("d.jsonl"), *({"prompt": "ab" * i} for i in range(1, 6)))
+    words = ("--max-new-tokens", "5", "--weights", "0/0/100", "-o", "out.jsonl", "--trace", "trace.json")
+    done = command("run", dataset, "--model", model, *GENERATE, *words)
+    assert done.returncode == 0, done.stderr
+    assert "trace in trace.json" in done.stderr
+    events = json.loads(Path("trace.json").read_text())
+    threads = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    rows = {name: [event for event in events if threads[event["tid"]] == name] for name in threads.values()}
+    passes = [event["args"] for event in rows["passes"] if event["name"].startswith("pass ")]
+    with Database.open(f"sqlite:///{home / 'overnight.db'}") as database:
+        recorded = [row.totals for row in list_passes(database)]
+    assert len(passes) == sum(totals.num_passes for totals in recorded)
+    for tokens in ("prefill_tokens", "decode_tokens"):
+        assert sum(each[tokens] for each in passes) == sum(getattr(totals, tokens) for totals in recorded) > 0
+    assert {event["name"] for event in rows["device_compute"]} >= {"layer.0", "layer.1", "head"}
+    assert any(event.get("args", {}).get("bytes") for event in rows["disk_read"])
+
+
+@pytest.mark.parametrize(("trace", "code"), [("d.jsonl", 2), ("out.jsonl", 2), (".", 2), ("no/trace.json", 3)], ids=str)
+def test_a_trace_that_would_be_in_the_way_is_refused_before_anything_starts(
+    home: Path, run: Run, model: str, trace: str, code: int
+) -> None:
+    dataset = write_rows(Path("d.jsonl"), {"prompt": "a"})
+    content = Path(dataset).read_text()
+    done = run("run", dataset, "--model", model, *GENERATE, "-o", "out.jsonl", "--trace", trace)
+    assert done.exit_code == code
+    assert "--trace" in done.stderr
+    assert only_job(home) is None
+    assert Path(dataset).read_text() == content
 
 
 def test_a_folder_named_like_our_package_is_not_taken_for_it(home: Path, command: Command, model: str) -> None:

@@ -1,11 +1,15 @@
 import logging
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
+from engine.planner.plan import PlanOptions
 from storage.errors import DatabaseLocked
-from worker.daemon import exit_code
-from worker.errors import WorkerError
+from worker.daemon import WorkerOptions, exit_code, run_worker
+from worker.errors import TraceNotWritten, WorkerError
+from worker.settings import Settings
 
 
 def test_a_polite_stop_is_a_success_and_ctrl_c_says_so() -> None:
@@ -31,3 +35,13 @@ def test_a_fault_of_ours_is_one_sentence(caplog: pytest.LogCaptureFixture) -> No
     (record,) = caplog.records
     assert "RuntimeError: shapes differ" in record.getMessage()
     assert "OVERNIGHT_LOG_LEVEL=debug" in record.getMessage()
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_any_work(settings: Settings, tmp_path: Path) -> None:
+    options = WorkerOptions(placement=PlanOptions(device="cpu"), trace=tmp_path / "no" / "trace.json")
+    umask = os.umask(0o077)
+    try:
+        with pytest.raises(TraceNotWritten, match=r"trace\.json cannot be written: No such file"):
+            run_worker(settings, options)
+    finally:
+        os.umask(umask)
