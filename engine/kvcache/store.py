@@ -6,7 +6,7 @@ address, attention reads it as it lies; else it passes, one extent of one layer 
 Shapes: T tokens of a micro-batch, t of one segment, N query heads, K key/value heads, H head size.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.devices.base import Device
 from engine.errors import DiskFull, TierFull
 from engine.kvcache.extents import DiskExtent, ExtentLayout, MemoryExtent
+from engine.kvcache.workers import AttentionWorkers
 from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
 from engine.memory.tier import Block, MemoryTier
@@ -62,8 +63,11 @@ class KVStore:
         self._scratch_bytes = kv_scratch_bytes(shape, plan.dtype, plan.extent_tokens)
         self._addressable = {TierName.DEVICE} | ({TierName.HOST} if device.shares_host_memory else set())
         self._sequences: dict[Sequence, SequenceKV] = {}
+        self._workers: AttentionWorkers | None = None
+        if device.shares_host_memory and torch.get_num_threads() > 1:
+            self._workers = AttentionWorkers(torch.get_num_threads())
         self._host_scratch: Block | None = None
-        if plan.kv_bytes[TierName.DISK] and not device.shares_host_memory:
+        if (plan.kv_bytes[TierName.HOST] or plan.kv_bytes[TierName.DISK]) and not device.shares_host_memory:
             self._host_scratch = tiers[TierName.HOST].allocate(self._scratch_bytes, "KV scratch")
 
     @property
@@ -110,13 +114,44 @@ class KVStore:
     def attend(self, layer: int, batch: MicroBatch, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Store a micro-batch's keys and values and attend, segment by segment: ``[T, N, H]``."""
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
-        begin = 0
-        for segment in batch.segments:
+
+        def attend_rows(placed: tuple[int, Segment]) -> None:
+            begin, segment = placed
             rows = slice(begin, begin + segment.length)
             q_NtH, k_KtH, v_KtH = (x[rows].transpose(0, 1) for x in (q_TNH, k_TKH, v_TKH))
             out_TNH[rows] = self._attend_segment(layer, segment, q_NtH, k_KtH, v_KtH).transpose(0, 1)
-            begin += segment.length
+
+        for run in self._runs(batch.segments):
+            if self._workers is not None and len(run) > 1:
+                self._workers.each(attend_rows, run, [s.length * (s.start + s.length) for _, s in run])
+            else:
+                for placed in run:
+                    attend_rows(placed)
         return out_TNH
+
+    def _runs(self, segments: Iterable[Segment]) -> Iterator[list[tuple[int, Segment]]]:
+        """Segments with their first rows, gathered as far as they may be computed side by side.
+
+        Not: two of one sequence, since the second looks back at the first; nor those whose cache passes through
+        scratch, of which the workspace holds one.
+        """
+        run: list[tuple[int, Segment]] = []
+        sequences: set[Sequence] = set()
+        begin = 0
+        for segment in segments:
+            held = self._sequences.get(segment.sequence)
+            alone = held is not None and held.tier not in self._addressable
+            if run and (alone or segment.sequence in sequences):
+                yield run
+                run, sequences = [], set()
+            run.append((begin, segment))
+            sequences.add(segment.sequence)
+            begin += segment.length
+            if alone:
+                yield run
+                run, sequences = [], set()
+        if run:
+            yield run
 
     def close(self) -> None:
         """Free everything."""
@@ -124,6 +159,8 @@ class KVStore:
             self.release(sequence)
         if self._host_scratch is not None:
             self._host_scratch.release()
+        if self._workers is not None:
+            self._workers.close()
 
     def _layouts(self, num_tokens: int) -> list[ExtentLayout]:
         shape = self._shape
@@ -192,7 +229,7 @@ class KVStore:
             host = extent.layer_bytes(layer)
         if host is not scratch:
             with self._traffic.waiting():
-                copied = self._device.copy(LaneName.HOST_TO_DEVICE, scratch, host)
+                copied = self._device.copy(LaneName.HOST_TO_DEVICE, scratch, host, self._device.compute_mark())
                 if isinstance(extent, DiskExtent):
                     copied.wait()  # the next extent is read into the same host scratch
                 self._device.compute_after(copied)
@@ -216,10 +253,10 @@ class KVStore:
                 continue
             kv_2KtH = torch.stack((k_KtH[:, piece], v_KtH[:, piece]))
             num_bytes = kv_2KtH.numel() * kv_2KtH.element_size()
-            if not self._device.shares_host_memory:
-                on_host = self._device.allocate_host(num_bytes).view(self._dtype).view(kv_2KtH.shape)
+            if self._host_scratch is not None:
+                on_host = self._host_scratch.data[:num_bytes].view(self._dtype).view(kv_2KtH.shape)
                 with self._traffic.waiting():
-                    copied = self._device.copy(LaneName.DEVICE_TO_HOST, on_host, kv_2KtH)
+                    copied = self._device.copy(LaneName.DEVICE_TO_HOST, on_host, kv_2KtH, self._device.compute_mark())
                     copied.wait()
                 self._traffic.follow(LaneName.DEVICE_TO_HOST, copied, num_bytes, KV)
                 kv_2KtH = on_host

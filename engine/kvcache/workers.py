@@ -1,0 +1,57 @@
+"""Threads that attend to segments side by side on the CPU.
+
+A segment's attention is a handful of short operations. Left to one thread after another, each operation would be split
+over all cores and end in a barrier, which costs more than it saves; so each core takes whole segments instead.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from heapq import heappop, heappush
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def balanced(costs: Sequence[int], num_groups: int) -> list[list[int]]:
+    """Indexes in at most ``num_groups`` groups of nearly equal cost: the costliest first, to the lightest group."""
+    loads = [(0, group) for group in range(num_groups)]
+    groups: list[list[int]] = [[] for _ in range(num_groups)]
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        load, group = heappop(loads)
+        groups[group].append(index)
+        heappush(loads, (load + costs[index], group))
+    return [group for group in groups if group]
+
+
+class AttentionWorkers:
+    """One thread a core, each computing on that core alone."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._num_threads = num_threads
+        # The setting is the calling thread's own: compute elsewhere keeps all cores.
+        self._pool = ThreadPoolExecutor(
+            num_threads, thread_name_prefix="overnight-attention", initializer=torch.set_num_threads, initargs=(1,)
+        )
+
+    def each(self, work: Callable[[T], None], items: Sequence[T], costs: Sequence[int]) -> None:
+        """Do ``work`` on every item; returns when all is done, raises the first failure."""
+        if len(items) < 2 or self._num_threads < 2:
+            for item in items:
+                work(item)
+            return
+
+        def run(group: list[int]) -> None:
+            with torch.inference_mode():
+                for index in group:
+                    work(items[index])
+
+        futures = [self._pool.submit(run, group) for group in balanced(costs, self._num_threads)]
+        wait(futures)
+        for future in futures:
+            future.result()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
