@@ -1,15 +1,20 @@
 """The measuring process: ``python -m benchmarks.child JOB.json RESULT.json``; started by ``jobs.measure``."""
 
+import ctypes
 import json
+import signal
 import sys
 from pathlib import Path
 
 from benchmarks.jobs import Job
 from engine.errors import EngineError
 
+_PR_SET_PDEATHSIG = 1
+
 
 def main(asked: Path, answer: Path) -> int:
     """Do the job; a result file, or one with the reason why not."""
+    _end_with_parent()
     job = Job.from_json(asked.read_text())
     try:
         if job.role == "ours":
@@ -26,6 +31,13 @@ def main(asked: Path, answer: Path) -> int:
         answer.with_suffix(".error").write_text(f"{type(error).__name__}: {error}"[:500])
         raise
     return 0
+
+
+def _end_with_parent() -> None:
+    """However the parent ends: a measurement that nobody waits for would only spoil the next."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "prctl"):
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from engine.errors import EngineError
 from engine.units import parse_bytes
 
 T = TypeVar("T")
+_BUSY = 0.5
+"""Load average a core above which nothing can be timed."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,6 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
             micro_batches=asked.micro_batches,
         )
         machine = describe_machine(asked.cache_dir)
+        if os.getloadavg()[0] > _BUSY * (os.cpu_count() or 1):
+            _say(
+                f"this machine is busy (load average {os.getloadavg()[0]:.1f}): figures will say more of that than of us"
+            )
         runner = Runner(asked.memory_cap, asked.timeout, _say)
         none = peers == ("none",)
         comparison = compare(
