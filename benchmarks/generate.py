@@ -56,10 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
             micro_batches=asked.micro_batches,
         )
         machine = describe_machine(asked.cache_dir)
-        if os.getloadavg()[0] > _BUSY * (os.cpu_count() or 1):
-            _say(
-                f"this machine is busy (load average {os.getloadavg()[0]:.1f}): figures will say more of that than of us"
-            )
+        load = os.getloadavg()[0]
+        if load > _BUSY * (os.cpu_count() or 1):
+            _say(f"load average {load:.1f}: this machine is busy, and that is what the figures will show")
         runner = Runner(asked.memory_cap, asked.timeout, _say)
         none = peers == ("none",)
         comparison = compare(
