@@ -61,7 +61,7 @@ class Activations:
             host = self._place(self._memory, index, size)
         if host is not on_device:
             with self._traffic.waiting():
-                copied = self._device.copy(LaneName.HOST_TO_DEVICE, on_device, host)
+                copied = self._device.copy(LaneName.HOST_TO_DEVICE, on_device, host, self._device.compute_mark())
                 self._device.compute_after(copied)
             self._traffic.follow(LaneName.HOST_TO_DEVICE, copied, size, ACTIVATIONS)
         return self._shaped(on_device)
@@ -80,7 +80,7 @@ class Activations:
             assert block is not None
             host = self._place(block, index, size) if block is self._memory else block.data[:size]
             with self._traffic.waiting():
-                copied = self._device.copy(LaneName.DEVICE_TO_HOST, host, data)
+                copied = self._device.copy(LaneName.DEVICE_TO_HOST, host, data, self._device.compute_mark())
                 copied.wait()
             self._traffic.follow(LaneName.DEVICE_TO_HOST, copied, size, ACTIVATIONS)
             data = host

@@ -48,6 +48,10 @@ class Executor:
     @torch.inference_mode()
     def run(self, this_pass: Pass) -> list[SegmentResult]:
         """Compute a pass; results in the order of its segments, for those with rows that were wanted."""
+        with self._device.computing():
+            return self._run(this_pass)
+
+    def _run(self, this_pass: Pass) -> list[SegmentResult]:
         batches = this_pass.micro_batches
         for index, batch in enumerate(batches):
             self._activations.store(index, self._embed(batch))

@@ -1,5 +1,6 @@
 """What the engine asks of a device. Compute is ordered as it is issued; copies run on lanes beside it."""
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -14,7 +15,8 @@ class Device(Protocol):
     name: str
     torch_device: torch.device
     shares_host_memory: bool
-    """Host memory is device memory: no copy is ever needed, and the bytes are charged to the tier that owns them."""
+    """Host memory is device memory: no copy is ever needed, and the bytes are charged to the tier that owns them.
+    Its compute is the calling thread's: done when it returns."""
 
     def allocate(self, num_bytes: int) -> Tensor:
         """Device memory, ``uint8 [num_bytes]``, uninitialised."""
@@ -22,10 +24,12 @@ class Device(Protocol):
     def allocate_host(self, num_bytes: int) -> Tensor:
         """Host memory that copies to and from the device may use: page-aligned, pinned where that matters."""
 
-    def copy(self, lane: LaneName, destination: Tensor, source: Tensor) -> Event:
-        """Begin a copy between host and device on its lane, after all compute issued so far.
+    def copy(self, lane: LaneName, destination: Tensor, source: Tensor, after: Event) -> Event:
+        """Begin a copy between host and device on its lane, once ``after`` has happened; does not block.
 
-        Both stay untouched by the caller until the event has been waited for.
+        ``after`` covers whatever compute still does with either side. Memory that was allocated just now was perhaps
+        compute's a moment ago, so it takes ``compute_mark()``, too. Both sides stay untouched by the caller until the
+        event has been waited for.
         """
 
     def compute_after(self, event: Event) -> None:
@@ -33,6 +37,14 @@ class Device(Protocol):
 
     def compute_mark(self) -> Event:
         """The end of all compute issued so far."""
+
+    def computing(self) -> AbstractContextManager[None]:
+        """While it lasts, the calling thread's operations are this device's compute, in order as they are issued.
+
+        Raises:
+            TierFull: the device ran out of memory.
+            LaneFailed: the device failed.
+        """
 
     def upload(self, values: Tensor) -> Tensor:
         """A small host tensor (ids, positions) for compute to use."""

@@ -1,31 +1,25 @@
-"""An NVIDIA GPU: streams for lanes, events for order, pinned host memory. Compute runs on the current stream."""
+"""An NVIDIA GPU: streams for lanes, events for order, pinned host memory."""
 
+import mmap
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from engine.errors import DeviceUnavailable
+from engine.errors import DeviceUnavailable, LaneFailed, TierFull
 from engine.memory.lane import Event, LaneName
 
-
-class CudaClock:
-    """Places the GPU's time on ``perf_counter``'s clock."""
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._zero = timed_event(stream)
-        self._zero.synchronize()
-        self._zero_s = perf_counter()
-
-    def seconds(self, event: torch.cuda.Event) -> float:
-        """When the GPU reached an event that it has passed."""
-        milliseconds: float = self._zero.elapsed_time(event)
-        return self._zero_s + milliseconds / 1000
+_Zero = tuple[torch.cuda.Event, float]
+"""A point that the GPU has passed, and ``perf_counter`` at it."""
 
 
 def timed_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
     """The end of what the stream was given so far."""
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
     event.record(stream)
     return event
 
@@ -33,10 +27,10 @@ def timed_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
 class CudaEvent:
     """A point on a CUDA stream, and where the work before it began."""
 
-    def __init__(self, stream: torch.cuda.Stream, clock: CudaClock, began: torch.cuda.Event | None = None) -> None:
+    def __init__(self, stream: torch.cuda.Stream, zero: _Zero, began: torch.cuda.Event | None = None) -> None:
         self.event = timed_event(stream)
         self._began = began or self.event
-        self._clock = clock
+        self._zero = zero
 
     def wait(self) -> None:
         """Block the host until the stream has passed the point."""
@@ -46,11 +40,23 @@ class CudaEvent:
         """Never blocks."""
         if not self.event.query():  # type: ignore[no-untyped-call]
             return None
-        return self._clock.seconds(self._began), self._clock.seconds(self.event)
+        event, seconds = self._zero
+        return seconds + event.elapsed_time(self._began) / 1000, seconds + event.elapsed_time(self.event) / 1000
+
+
+class _Pinned(mmap.mmap):
+    """Pages locked for the GPU until their last view is gone; PyTorch's own pinned memory is rounded up to a power of
+    two, and kept."""
+
+    address = 0
+
+    def __del__(self) -> None:
+        if self.address:
+            torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[no-untyped-call]
 
 
 class CudaDevice:
-    """Implements ``engine.devices.base.Device`` for one GPU."""
+    """Implements ``engine.devices.base.Device`` for one GPU. Nothing here counts on the calling thread's stream."""
 
     shares_host_memory = False
 
@@ -62,55 +68,80 @@ class CudaDevice:
             raise DeviceUnavailable(f"there is no cuda:{index}; this machine has {count} CUDA device(s)")
         self.name = f"cuda:{index}"
         self.torch_device = torch.device("cuda", index)
-        torch.cuda.set_device(self.torch_device)
-        self._compute = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        torch.cuda.set_stream(self._compute)
-        self._clock = CudaClock(self._compute)
-        self._lanes = {
-            lane: torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-            for lane in (LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
-        }
+        self._streams: defaultdict[tuple[LaneName, int], torch.cuda.Stream] = defaultdict(
+            lambda: torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        )
+        self._compute = self._streams[LaneName.DEVICE_COMPUTE, 0]
+        zero = timed_event(self._compute)
+        zero.synchronize()
+        self._zero: _Zero = zero, perf_counter()
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """From PyTorch's caching allocator."""
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        """From PyTorch's caching allocator, which hands memory out in the order of the compute stream."""
+        with torch.cuda.stream(self._compute):
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
 
     def allocate_host(self, num_bytes: int) -> Tensor:
-        """Pinned, so that copies are asynchronous and at full link speed; pinned pages are aligned for direct reads."""
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        """Pinned, so that copies are asynchronous and at full link speed, and page-aligned for direct reads."""
+        pages = _Pinned(-1, max(num_bytes, 1))
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
+        with torch.cuda.device(self.torch_device):
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            failed = int(runtime.cudaHostRegister(memory.data_ptr(), len(pages), 0))
+        if failed:
+            raise MemoryError(f"CUDA could not pin {num_bytes} bytes (error {failed})")
+        pages.address = memory.data_ptr()
+        return memory[:num_bytes]
 
-    def copy(self, lane: LaneName, destination: Tensor, source: Tensor) -> Event:
-        """An asynchronous copy on the lane's stream, after the compute issued so far."""
-        stream = self._lanes[lane]
-        stream.wait_stream(self._compute)
+    def copy(self, lane: LaneName, destination: Tensor, source: Tensor, after: Event) -> Event:
+        """Asynchronous, on a stream of the lane's. Threads have streams of their own: a layer's weights that wait for
+        a free buffer hold up no keys and values that compute needs first."""
+        stream = self._streams[lane, get_ident()]
+        self._order(stream, after)
         began = timed_event(stream)
         with torch.cuda.stream(stream):
             destination.copy_(source, non_blocking=True)
-        for tensor in (destination, source):
-            if tensor.is_cuda:
-                # The allocator must not hand the memory to compute again before this stream is done with it.
-                tensor.record_stream(stream)
-        return CudaEvent(stream, self._clock, began)
+        # The allocator must not hand the memory to compute again before this stream is done with it.
+        (destination if destination.is_cuda else source).record_stream(stream)
+        return CudaEvent(stream, self._zero, began)
 
     def compute_after(self, event: Event) -> None:
         """The compute stream waits on the GPU; the host goes on. Work of the host itself is waited for here."""
+        self._order(self._compute, event)
+
+    def _order(self, stream: torch.cuda.Stream, event: Event) -> None:
         if isinstance(event, CudaEvent):
-            self._compute.wait_event(event.event)
+            stream.wait_event(event.event)
         else:
             event.wait()
 
     def compute_mark(self) -> Event:
         """A point on the compute stream."""
-        return CudaEvent(self._compute, self._clock)
+        return CudaEvent(self._compute, self._zero)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The thread's operations go to the compute stream; failures of the GPU become errors for people."""
+        try:
+            with torch.cuda.stream(self._compute):
+                yield
+        except torch.OutOfMemoryError as error:
+            raise TierFull(f"{self.name} has too little memory left for a pass; lower --device-memory") from error
+        except getattr(torch, "AcceleratorError", torch.OutOfMemoryError) as error:
+            raise LaneFailed(f"{self.name}: {str(error).splitlines()[0]}") from error
 
     def upload(self, values: Tensor) -> Tensor:
         """Through pinned memory, in order with compute."""
-        return values.pin_memory().to(self.torch_device, non_blocking=True)
+        with torch.cuda.stream(self._compute):
+            return values.pin_memory(self.torch_device).to(self.torch_device, non_blocking=True)
 
     def download(self, values: Tensor) -> Tensor:
         """Blocks the host until compute has made the values."""
-        return values.cpu()
+        with torch.cuda.stream(self._compute):
+            return values.cpu()
 
     def close(self) -> None:
-        """Wait for what is under way."""
-        torch.cuda.synchronize(self.torch_device)
+        """Wait for what is under way, and give what is free back to whoever uses the GPU next."""
+        with torch.cuda.device(self.torch_device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()

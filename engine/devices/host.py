@@ -1,5 +1,7 @@
 """Compute on the CPU: device memory is host memory, so nothing is ever copied."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,9 @@ class HostDevice:
         """The same memory under its other name."""
         return aligned_empty(num_bytes)
 
-    def copy(self, lane: LaneName, destination: Tensor, source: Tensor) -> Event:
+    def copy(self, lane: LaneName, destination: Tensor, source: Tensor, after: Event) -> Event:
         """Only ever between two tensors that are distinct for a reason, so at once."""
+        after.wait()
         destination.copy_(source)
         return Reached()
 
@@ -36,6 +39,10 @@ class HostDevice:
     def compute_mark(self) -> Event:
         """Compute is done when it returns."""
         return Reached()
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Nothing to set."""
+        return nullcontext()
 
     def upload(self, values: Tensor) -> Tensor:
         """Nothing to do."""

@@ -5,6 +5,7 @@ forgets to copy, or to wait, gets a wrong result instead of a lucky one.
 """
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +15,11 @@ from engine.memory.lane import Event, LaneName, Reached, ThreadLane
 
 POISON = 0xFF
 """Every floating-point type reads all ones as NaN."""
+
+
+def poison(memory: Tensor) -> None:
+    """Make whoever reads it compute NaN."""
+    memory.view(torch.uint8).fill_(POISON) if memory.is_contiguous() else memory.fill_(float("nan"))
 
 
 class SimulatedDevice:
@@ -36,18 +42,19 @@ class SimulatedDevice:
         """Poisoned too: what was never read from disk must not look like data."""
         return aligned_empty(num_bytes).fill_(POISON)
 
-    def copy(self, lane: LaneName, destination: Tensor, source: Tensor) -> Event:
-        """Poison now, copy later."""
-        if destination.is_floating_point():
-            destination.fill_(float("nan"))
-        else:
-            destination.fill_(POISON)
+    def copy(self, lane: LaneName, destination: Tensor, source: Tensor, after: Event) -> Event:
+        """Poison as soon as the destination is free, copy later."""
         seconds = self._delay_s + source.numel() * source.element_size() / self._bytes_per_second
+        if isinstance(after, Reached):
+            poison(destination)
 
         def work() -> None:
-            if seconds:
-                time.sleep(seconds)
             with torch.inference_mode():
+                if not isinstance(after, Reached):
+                    after.wait()
+                    poison(destination)
+                if seconds:
+                    time.sleep(seconds)
                 destination.copy_(source)
 
         return self._lanes[lane].submit(work)
@@ -59,6 +66,10 @@ class SimulatedDevice:
     def compute_mark(self) -> Event:
         """Compute is done when it returns."""
         return Reached()
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Nothing to set."""
+        return nullcontext()
 
     def upload(self, values: Tensor) -> Tensor:
         """A copy, so that the host's can change."""

@@ -123,7 +123,7 @@ def resolve_plan(
     if not facts.shares_host_memory:
         if TierName.DISK in layers:
             fixed[TierName.HOST] += slots * largest_layer
-        if options.kv is not None and options.kv.disk:
+        if options.kv is not None and options.kv.host + options.kv.disk:
             fixed[TierName.HOST] += kv_scratch_bytes(shape, dtype, extent_tokens)
         if activations is TierName.DISK:
             fixed[TierName.HOST] += batch_bytes
@@ -138,6 +138,8 @@ def resolve_plan(
         if fixed[tier] > budgets[tier]:
             raise PlanDoesNotFit(_too_small(tier, fixed[tier], budgets[tier]))
     room = {tier: budgets[tier] - fixed[tier] for tier in TierName}
+    if options.kv is None and not facts.shares_host_memory:
+        room[TierName.HOST] = max(0, room[TierName.HOST] - kv_scratch_bytes(shape, dtype, extent_tokens))
     return Plan(
         device=device,
         dtype=dtype,

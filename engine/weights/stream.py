@@ -194,24 +194,20 @@ class WeightStream:
         """On the lane: bring one layer into its slot."""
         size = self._files.num_bytes(name)
         if name in self._host:
-            slot.freed.wait()
-            slot.copied = self._copy_in(name, slot.device.data[:size], self._host[name].data)
+            slot.copied = self._copy_in(name, slot.device.data[:size], self._host[name].data, slot.freed)
         elif slot.host is None:
-            slot.freed.wait()
-            self._read(name, slot.device.data)
+            self._read(name, slot.device.data)  # compute on host memory is over when the layer is left
         else:
-            # Before a buffer is overwritten, the last copy must have left the host's and compute the device's.
-            slot.copied.wait()
+            slot.copied.wait()  # the buffer's last contents have left it
             self._read(name, slot.host.data)
-            slot.freed.wait()
-            slot.copied = self._copy_in(name, slot.device.data[:size], slot.host.data[:size])
+            slot.copied = self._copy_in(name, slot.device.data[:size], slot.host.data[:size], slot.freed)
 
     def _read(self, name: str, out: Tensor) -> None:
         with self._traffic.moving(LaneName.DISK_READ, self._files.num_bytes(name), name, weights=True):
             self._files.read_unit(name, out)
 
-    def _copy_in(self, name: str, destination: Tensor, source: Tensor) -> Event:
-        copied = self._device.copy(LaneName.HOST_TO_DEVICE, destination, source)
+    def _copy_in(self, name: str, destination: Tensor, source: Tensor, after: Event = _REACHED) -> Event:
+        copied = self._device.copy(LaneName.HOST_TO_DEVICE, destination, source, after)
         num_bytes = source.numel() * source.element_size()
         self._traffic.follow(LaneName.HOST_TO_DEVICE, copied, num_bytes, name, weights=True)
         return copied

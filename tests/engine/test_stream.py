@@ -150,8 +150,8 @@ class Impatient(SimulatedDevice):
 class Hasty(SimulatedDevice):
     """Says that copies are done as soon as they are begun, to the host too."""
 
-    def copy(self, lane: LaneName, destination: torch.Tensor, source: torch.Tensor) -> Event:
-        super().copy(lane, destination, source)
+    def copy(self, lane: LaneName, destination: torch.Tensor, source: torch.Tensor, after: Event) -> Event:
+        super().copy(lane, destination, source, after)
         return self.compute_mark()
 
 
