@@ -1,0 +1,361 @@
+"""Every compute operation on a GPU that is not there: fake tensors have a shape and a device, and no values.
+
+What this holds: no host tensor is mixed into compute, nothing makes the host wait inside a pass, kernels of CUDA take
+what they are given, and shapes come out right. Copies, streams and events cannot be faked; ``tests/gpu`` has those.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.activations import Activations
+from engine.devices.base import Device
+from engine.executor import Executor
+from engine.kvcache.store import KVStore
+from engine.memory.lane import Reached
+from engine.memory.spill import DiskTier
+from engine.memory.tier import MemoryTier
+from engine.memory.traffic import Traffic
+from engine.model import attention
+from engine.model.attention import attend, attend_alone, merge
+from engine.model.family import EMBED, HEAD, Family, NamedWeights, layer_name
+from engine.model.registry import family_for
+from engine.model.sampling import next_tokens, score_tokens
+from engine.passes import MicroBatch, Pass, Segment
+from engine.planner.default import StoredWeights, resolve_plan
+from engine.planner.machine import MachineFacts
+from engine.planner.plan import DTYPE_BYTES, Plan, PlanOptions, Shares, TierName
+from engine.request import SamplingParams
+from engine.sequence import Sequence as Tokens
+from engine.units import MIB
+from tests.engine.checkpoints import SMALL, VARIANTS
+
+GPU = torch.device("cuda:0")
+SYNCS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.is_nonzero.default,
+}
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations over host and device tensors, and those that make the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        devices = {tensor.device.type for tensor in tensors}
+        if "cuda" in devices:
+            assert func not in SYNCS, f"{func}: the host waits for the device"
+            masks = [x for x in tensors if x.dtype == torch.bool]
+            assert not (func.overloadpacket is torch.ops.aten.index and masks), f"{func}: the shape hangs on values"
+            self.seen.add(func.overloadpacket.__name__)
+        result = func(*args, **kwargs)
+        if tensors:
+            devices |= {x.device.type for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, Tensor)}
+        assert len(devices) <= 1, f"{func}: host and device tensors"
+        return result
+
+
+class PlainIndexing(TorchFunctionMode):
+    """Indexing by views and ``index_select``: Python's own asks for a CUDA that this build of PyTorch may not have."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__:
+            return self.at(*args)
+        if func is Tensor.__setitem__:
+            target, index, value = args
+            return torch.ops.aten.copy_(self.at(target, index), value)
+        if func is Tensor.copy_:
+            return torch.ops.aten.copy_(*args)
+        if getattr(func, "__name__", "") == "data_ptr":
+            return id(args[0])  # no two lie at one place
+        return func(*args, **(kwargs or {}))
+
+    def at(self, x: Tensor, index: Any) -> Tensor:
+        items = index if isinstance(index, tuple) else (index,)
+        dim = 0
+        for place, item in enumerate(items):
+            if item is None:
+                x, dim = x.unsqueeze(dim), dim + 1
+            elif item is Ellipsis:
+                dim = x.dim() - sum(later is not None for later in items[place + 1 :])
+            elif isinstance(item, slice):
+                assert item.step is None
+                x, dim = torch.ops.aten.slice(x, dim, item.start, item.stop), dim + 1
+            elif isinstance(item, Tensor):
+                assert item.device == x.device, "an index on the host would be copied, and the host would wait"
+                x, dim = x.index_select(dim, item), dim + 1
+            else:
+                x = x.select(dim, item)
+        return x
+
+
+class Downloaded:
+    """Values on the host, as far as they matter here."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def tolist(self) -> list[int]:
+        return [0] * self.count
+
+
+class FakeCuda:
+    """What compute asks of a device, with fake memory; what moves between memories is refused."""
+
+    name = "cuda:0"
+    shares_host_memory = False
+    torch_device = GPU
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=GPU)
+
+    def upload(self, values: Tensor) -> Tensor:
+        assert values.device.type == "cpu"
+        return torch.empty(values.shape, dtype=values.dtype, device=GPU)
+
+    def download(self, values: Tensor) -> "Downloaded":
+        """Fake tensors have no values."""
+        assert values.device == GPU
+        assert values.dim() == 1
+        return Downloaded(len(values))
+
+    def compute_mark(self) -> Reached:
+        return Reached()
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        yield
+
+
+@pytest.fixture
+def guard() -> Iterator[OneDevice]:
+    one = OneDevice()
+    with ExitStack() as stack:
+        for mode in (torch.inference_mode(), FakeTensorMode(), one, PlainIndexing()):
+            stack.enter_context(mode)
+        yield one
+
+
+@pytest.fixture(params=[True, False], ids=["flash", "before-flash"])
+def has_flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(attention, "_has_flash", lambda device: request.param)
+    return bool(request.param)
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=GPU)
+
+
+def assert_like(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert (x.device, tuple(x.shape), x.dtype) == (GPU, shape, dtype)
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def config(**changes: object) -> dict[str, object]:
+    return {"model_type": "opt", **SMALL, **changes}
+
+
+def unit_weights(family: Family, dtype: torch.dtype) -> dict[str, NamedWeights]:
+    return {
+        unit.name: {spec.name: on_gpu(*spec.shape, dtype=dtype) for spec in unit.tensors} for unit in family.units()
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_embeds_computes_layers_and_ends_in_logits(
+    variant: str, dtype: torch.dtype, guard: OneDevice
+) -> None:
+    family = family_for(config(**VARIANTS[variant]))
+    shape = family.shape
+    weights = unit_weights(family, dtype)
+    ids = torch.empty(11, dtype=torch.int64, device=GPU)
+    hidden = family.embed(weights[EMBED], ids, ids)
+    assert_like(hidden, (11, shape.hidden_size), dtype)
+
+    def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for x, heads in ((q, shape.num_heads), (k, shape.num_kv_heads), (v, shape.num_kv_heads)):
+            assert_like(x, (11, heads, shape.head_size), dtype)
+        return torch.empty_like(q)
+
+    hidden = family.layer(weights[layer_name(1)], hidden, attended)
+    assert_like(hidden, (11, shape.hidden_size), dtype)
+    table = weights[EMBED] if family.head_needs_embedding() else None
+    assert_like(family.head(weights[HEAD], table, hidden), (11, shape.vocab_size), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "kv_heads"), [(64, 4), (20, 4), (320, 4), (64, 2)])
+@pytest.mark.parametrize(("queries", "keys", "causal"), [(1, 300, False), (33, 33, True), (33, 300, False)])
+def test_attention_in_every_branch(
+    queries: int,
+    keys: int,
+    causal: bool,
+    size: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+    has_flash: bool,
+    guard: OneDevice,
+) -> None:
+    q = on_gpu(queries, 3, 4, size, dtype=dtype)[:, 0].transpose(0, 1)  # as it lies in the fused product
+    kv = on_gpu(2, kv_heads, keys + 5, size, dtype=dtype)[:, :, :keys]
+    pieces = [attend(q, kv[0], kv[1], causal=causal) for _ in range(2)]
+    for out, lse in pieces:
+        assert_like(out, (4, queries, size), dtype)
+        assert_like(lse, (4, queries), torch.float32)
+    assert_like(merge(pieces), (4, queries, size), dtype)
+    assert_like(attend_alone(q, kv[0], kv[1], causal=causal), (4, queries, size), dtype)
+    fits = size % 8 == 0 and size <= 256
+    kernels = {
+        "_scaled_dot_product_flash_attention": fits and has_flash and dtype != torch.float32,
+        "_scaled_dot_product_efficient_attention": fits and not (has_flash and dtype != torch.float32),
+    }
+    assert {name for name, runs in kernels.items() if runs} == {name for name in kernels if name in guard.seen}
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_sampling_makes_no_host_wait(rows: int, guard: OneDevice) -> None:
+    logits = on_gpu(rows, 500)
+    mixed = [SamplingParams(temperature=row % 3 / 2, top_k=row % 7, top_p=0.9) for row in range(rows)]
+    device = FakeCuda()
+    for params in (mixed, [SamplingParams()] * rows, [SamplingParams(temperature=1.0)] * rows):
+        assert_like(next_tokens(logits, params, [0.5] * rows, device.upload), (rows,), torch.int64)
+    logprobs, greedy = score_tokens(logits, torch.empty(rows, dtype=torch.int64, device=GPU))
+    assert_like(logprobs, (rows,), torch.float32)
+    assert_like(greedy, (rows,), torch.bool)
+
+
+class Resident:
+    """Fake weights, all on the device."""
+
+    def __init__(self, family: Family, dtype: torch.dtype) -> None:
+        self.units = unit_weights(family, dtype)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[NamedWeights]:
+        yield self.units[layer_name(index)]
+
+    def embedding(self) -> NamedWeights:
+        return self.units[EMBED]
+
+    def head(self) -> NamedWeights:
+        return self.units[HEAD]
+
+
+def plan_for(family: Family, dtype: str, disk_dir: Path) -> Plan:
+    sizes = {
+        unit.name: sum(torch.Size(spec.shape).numel() for spec in unit.tensors) * DTYPE_BYTES[dtype]
+        for unit in family.units()
+    }
+    options = PlanOptions(
+        dtype=dtype, device_memory=64 * MIB, kv=Shares(100, 0, 0), micro_batch=48, micro_batches=3, extent_tokens=32
+    )
+    return resolve_plan(
+        options,
+        shape=family.shape,
+        stored=StoredWeights(dtype, sizes),
+        device="cuda:0",
+        facts=MachineFacts(64 * MIB, 64 * MIB, shares_host_memory=False),
+        disk_dir=disk_dir,
+    )
+
+
+def sequences() -> dict[str, Tokens]:
+    drawn = SamplingParams(temperature=0.7, top_k=5, top_p=0.9)
+    return {
+        "decoding": Tokens([5] * 41, 40, 60, SamplingParams(), num_computed=40),
+        "drawn": Tokens([5] * 41, 40, 60, drawn, num_computed=40),
+        "young": Tokens([5] * 11, 10, 60, drawn, num_computed=10),
+        "prefilled": Tokens([5] * 90, 90, 110, SamplingParams(), num_computed=50),
+        "new": Tokens([5] * 30, 30, 50, drawn),
+        "scored": Tokens([5] * 20, 20, 20, score_from=12),
+        "scored long": Tokens([5] * 90, 90, 90, score_from=55, num_computed=60),
+    }
+
+
+def one_pass(running: Mapping[str, Tokens]) -> Pass:
+    def segment(name: str, length: int, *, keeps_kv: bool = True) -> Segment:
+        return Segment(running[name], running[name].num_computed, length, keeps_kv=keeps_kv)
+
+    first = MicroBatch((segment("decoding", 1), segment("drawn", 1), segment("young", 1), segment("prefilled", 40)))
+    second = MicroBatch((segment("new", 20), segment("scored", 19, keeps_kv=False)))
+    third = MicroBatch((replace(segment("new", 10), start=20), segment("scored long", 29)))
+    return Pass((first, second, third))
+
+
+Make = Callable[[Family, str], tuple[Executor, KVStore, FakeCuda]]
+
+
+@pytest.fixture
+def make(guard: OneDevice, tmp_path: Path) -> Make:
+    def make_one(family: Family, dtype: str) -> tuple[Executor, KVStore, FakeCuda]:
+        device = FakeCuda()
+        plan = plan_for(family, dtype, tmp_path)
+        as_device: Device = device  # type: ignore[assignment]
+        tiers = {TierName.DEVICE: MemoryTier(TierName.DEVICE, 256 * MIB, device.allocate)}
+        disk = DiskTier(0, tmp_path)
+        traffic = Traffic(device.compute_mark)
+        kv = KVStore(plan, family.shape, as_device, tiers, disk, traffic)
+        activations = Activations(plan, family.shape.hidden_size, as_device, tiers, disk, traffic)
+        weights: Any = Resident(family, getattr(torch, dtype))
+        return Executor(plan, family, as_device, weights, kv, activations), kv, device
+
+    return make_one
+
+
+def run_fake(executor: Executor, kv: KVStore, running: Mapping[str, Tokens]) -> Sequence[Any]:
+    for sequence in running.values():
+        assert kv.admit(sequence)
+    return executor.run(one_pass(running))
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("variant", ["125m-like", "350m-like", "odd-heads"])
+def test_a_whole_pass_stays_on_the_device(
+    variant: str, dtype: str, has_flash: bool, make: Make, guard: OneDevice
+) -> None:
+    """Decode, prefill over extents, chunked prefill, scoring with and without a cache: what a pass may hold."""
+    family = family_for(config(**VARIANTS[variant]))
+    executor, kv, _ = make(family, dtype)
+    running = sequences()
+    results = run_fake(executor, kv, running)
+    found = {name: result for result in results for name, one in running.items() if result.segment.sequence is one}
+    assert set(found) == set(running)
+    assert all(found[name].next_token == 0 for name in ("decoding", "drawn", "young", "prefilled", "new"))
+    assert len(found["scored"].scores) == 8
+    assert len(found["scored long"].scores) == 29
+
+
+def test_the_guard_sees_what_it_should(guard: OneDevice) -> None:
+    """Each of these would be slow or wrong on a GPU, and the checks above rest on their being refused."""
+    x, host = on_gpu(4, 4), torch.zeros(4, 4)
+    faults: list[Callable[[], object]] = [
+        lambda: x + host,
+        lambda: x[torch.tensor([1, 2])],
+        x[0, 0].item,
+        lambda: x.masked_select(x > 0),
+        x.cpu,
+        lambda: bool((x > 0).all()),
+    ]
+    for fault in faults:
+        with pytest.raises(Exception, match=r"host|device|_local_scalar_dense"):
+            fault()
