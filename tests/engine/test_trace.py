@@ -91,9 +91,30 @@ def test_slices_add_up_to_the_passes_and_never_overlap(
         assert 0 < figures.lane_seconds["device_compute"] <= figures.seconds
     moves = name == "disk" or (name == "host" and not device.shares_host_memory)
     assert any(figures.lane_bytes for figures in passes) == moves
-    whats = {event["name"] for group in groups for event in group}
-    assert {"embed", "layer.0", "layer.1", "head"} <= whats
+    computed = {event["name"] for group in groups for event in group if event["thread"] == "device_compute"}
+    assert computed == {"embed", "layer.0", "layer.1", "head"}
+    whats = {event["name"] for group in groups for event in group if event["thread"] != "device_compute"}
     assert ("KV cache" in whats) == ("activations" in whats) == moves
+
+
+@pytest.mark.parametrize("what", ["activations", "KV cache"])
+def test_every_byte_over_a_link_counts(what: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Two layers of 32 float32 values a token: hidden states go away three times; keys and values once a layer."""
+    home = {"activations": "host"} if what == "activations" else {}
+    kv = Shares(0, 100, 0) if what == "KV cache" else Shares(100, 0, 0)
+    options = PlanOptions(
+        device_memory=16 * MIB, host_memory=16 * MIB, disk_dir=tmp_path, weights=Shares(100, 0, 0), kv=kv, **home
+    )
+    stored = 3 * 32 * 4 if what == "activations" else 2 * 2 * 32 * 4
+    with Engine.load(tiny_model, options, device=SimulatedDevice()) as engine:
+        for report in engine.passes(iter(requests()[:6])):
+            figures = report.stats
+            tokens = figures.prefill_tokens + figures.decode_tokens
+            assert figures.lane_bytes["device_to_host"] == tokens * stored
+            if what == "activations":  # each layer's, and the head's where it is needed
+                assert figures.lane_bytes["host_to_device"] in (tokens * stored, tokens * stored * 2 // 3)
+            else:
+                assert (figures.lane_bytes.get("host_to_device", 0) > 0) == (figures.decode_tokens > 0)
 
 
 def test_a_slow_link_is_what_binds(tiny_model: Path, tmp_path: Path) -> None:
