@@ -41,12 +41,12 @@ def open_output(name: str) -> Iterator[BinaryIO]:
     Raises:
         OutputNotWritten: the file system refused; an existing file is as it was.
     """
-    if name == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
     path = Path(name).resolve()
     try:
+        if name == "-":
+            yield sys.stdout.buffer
+            sys.stdout.buffer.flush()
+            return
         if path.exists() and not path.is_file():
             with path.open("wb") as stream:
                 yield stream
@@ -57,8 +57,8 @@ def open_output(name: str) -> Iterator[BinaryIO]:
         raise
     except OSError as error:
         raise OutputNotWritten(
-            f"{name} could not be written: {error.strerror or error}; the outputs are safe in the database, "
-            "fetch them again to another place"
+            f"{'stdout' if name == '-' else name} could not be written: {error.strerror or error}; the outputs are "
+            "safe in the database, fetch them again to another place"
         ) from error
 
 

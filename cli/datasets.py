@@ -172,19 +172,29 @@ def _csv_row(line: int, names: list[str], cells: list[str]) -> Row | BadLine:
 
 def _parse_line(number: int, line: bytes) -> Row | BadLine:
     try:
-        value = json.loads(line.decode(), parse_constant=_refuse_constant)
+        # Without its line end, so that a fault at the end of the line has a column of this line.
+        value = json.loads(line.decode().rstrip("\r\n"), parse_constant=_refuse_constant, parse_int=_whole)
     except UnicodeDecodeError as error:
         return BadLine(number, f"it is not valid UTF-8 (byte {error.start + 1} of the line)")
     except json.JSONDecodeError as error:
         hint = "; it looks like a JSON array: write one object a line" if line.lstrip()[:1] == b"[" else ""
         return BadLine(number, f"it is not JSON ({error.msg}, column {error.colno}){hint}")
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return BadLine(number, "it is not JSON (nested too deep)")
+    except ValueError as error:
         return BadLine(number, f"it is not JSON ({error})")
     if not isinstance(value, dict):
         return BadLine(number, f'it is {_kind(value)}, not a JSON object such as {{"prompt": "…"}}')
     if _SURROGATE_ESCAPE.search(line) and not _is_unicode(value):
         return BadLine(number, "it holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     return Row(number, value)
+
+
+def _whole(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:
+        raise ValueError(f"a number has {len(digits)} digits; write it as a string") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -34,7 +34,7 @@ def command(app: App, job_id: int, output: str, file_format: str, errors: bool) 
         with open_output(output) as stream:
             rows = stream_outputs(database, job_id, errors_only=errors)
             count = write_rows(rows, stream, file_format=file_format, task=job.task)
-    if job.state not in FINISHED:
+    if job.state not in FINISHED and (errors or count < job.num_requests):
         say(
             f"job {job.id} is still {job.state}: these are {format_count(count)} of {format_count(job.num_requests)} "
             f"rows; for all of them: overnight wait {job.id}, then fetch again"

@@ -79,6 +79,8 @@ class CommandGroup(click.Group):
         **extra: Any,
     ) -> NoReturn:
         """Runs the command line and exits; a fault of ours leaves as its traceback."""
+        if sys.stdout is None:  # closed by the shell (`>&-`): nobody wants to read it
+            _close_stdout_quietly()
         try:
             code = super().main(args, prog_name or "overnight", complete_var, standalone_mode=False, **extra)
         except (click.exceptions.Abort, KeyboardInterrupt):
@@ -93,17 +95,23 @@ class CommandGroup(click.Group):
             sys.exit(exit_codes.USAGE)
         except Exception as error:
             known = exit_codes.exit_code_of(error)
-            if known is None and not _is_refusal(error):
+            if known is None and (refusal := _refusal(error)):
+                _print_error(refusal)
+                sys.exit(exit_codes.FAILED)
+            if known is None:
                 raise
             _print_error(str(error))
-            sys.exit(exit_codes.FAILED if known is None else known)
+            sys.exit(known)
         sys.exit(code if isinstance(code, int) else exit_codes.OK)
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether the file system refused a path or has no room: nothing that a traceback would explain."""
+def _refusal(error: Exception) -> str | None:
+    """A sentence where the file system refused a path or has no room: nothing that a traceback would explain."""
     refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
-    return isinstance(error, OSError) and error.errno in refusals
+    if not isinstance(error, OSError) or error.errno not in refusals:
+        return None
+    # Only what is written to a stream that was open already has no name: of ours, that is stdout.
+    return f"{error.filename or 'stdout'} cannot be used: {error.strerror}; mend that, or choose another place"
 
 
 def _sentence(error: click.ClickException) -> str:
@@ -117,7 +125,7 @@ def _print_error(text: str) -> None:
 
 
 def _close_stdout_quietly() -> None:
-    """The reader of our output has left (``| head``); without this, Python complains once more at its end."""
+    """Nobody reads our output (``| head`` has left); without this, Python complains once more at its end."""
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
 
 

@@ -38,14 +38,15 @@ class Number(ParamType):
         except ValueError:
             self.fail(f"{value!r} is not {self._wanted()}", param, ctx)
         too_small = number <= self.minimum if self.above else number < self.minimum
-        if not math.isfinite(number) or too_small or number > self.maximum:
+        # A whole number is never compared as a float: one of 400 digits has none.
+        if (isinstance(number, float) and not math.isfinite(number)) or too_small or number > self.maximum:
             self.fail(f"{value} is not {self._wanted()}", param, ctx)
         return number
 
     def _wanted(self) -> str:
         kind = "a whole number" if self.whole else "a number"
-        low = f"above {self.minimum:g}" if self.above else f"of at least {self.minimum:.12g}"
-        return f"{kind} {low}" + (f" and at most {self.maximum:.20g}" if math.isfinite(self.maximum) else "")
+        low = f"above {self.minimum}" if self.above else f"of at least {self.minimum}"
+        return f"{kind} {low}" + (f" and at most {self.maximum}" if self.maximum != math.inf else "")
 
 
 class Size(ParamType):
@@ -158,6 +159,10 @@ def job_argument(command: Command) -> Command:
     return click.argument("job_id", metavar="JOB", type=Number(minimum=1, maximum=2**63 - 1, whole=True))(command)
 
 
+def _count() -> Number:
+    return Number(minimum=1, maximum=2**31 - 1, whole=True)
+
+
 def placement_options(command: Command) -> Command:
     """PLACEMENT: where weights, KV cache and activations live; see `cli.placement` for the values."""
     group = [
@@ -175,8 +180,8 @@ def placement_options(command: Command) -> Command:
         click.option("--weights", type=SharesText(), help="Percent of the weights on each tier: 20/80/0."),
         click.option("--kv", type=SharesText(), help="Percent of the KV cache on each tier: 0/100/0."),
         click.option("--activations", type=click.Choice(["device", "host", "disk"]), help="Tier of the activations."),
-        click.option("--micro-batch", type=Number(minimum=1, whole=True), help="Tokens of one micro-batch."),
-        click.option("--micro-batches", type=Number(minimum=1, whole=True), help="Micro-batches of a pass, at most."),
+        click.option("--micro-batch", type=_count(), help="Tokens of one micro-batch."),
+        click.option("--micro-batches", type=_count(), help="Micro-batches of a pass, at most."),
         click.option(
             "--schedule",
             type=click.Choice(SCHEDULES),

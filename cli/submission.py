@@ -55,16 +55,20 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
 
     Raises:
         FileAbsent, DatasetFault, TemplateFault, ModelNotFound: what is wrong, and where.
+        CheckpointError: the model directory is half-written, or its files have other sizes than it says.
     """
+    from engine.weights.manifest import read_manifest
     from worker.models import resolve_model
 
     dataset = Dataset(dataset_name)
     dataset.check()
     spec = TaskSpec(options.task, PromptTemplate(read_template(options.prompt)), options.choices or ())
-    model = resolve_model(options.model, settings).reference
+    model = resolve_model(options.model, settings)
+    if model.is_imported:
+        read_manifest(model.path)
     rows = requests(dataset.rows(), spec, label=dataset.label, keep_going=options.keep_going)
     first = next(rows)
-    return Submission(options, model, dataset, itertools.chain([first], rows))
+    return Submission(options, model.reference, dataset, itertools.chain([first], rows))
 
 
 def _then(rows: "Iterator[NewRequest]", last: Callable[[], None] | None) -> "Iterator[NewRequest]":

@@ -20,13 +20,14 @@ from typing import Any
 from celery import Celery, signals
 from celery.exceptions import SecurityWarning
 
+from engine.errors import DeviceUnavailable
 from engine.planner.plan import PlanOptions
 from engine.trace import TraceFile
 from storage.database import Database
 from worker.app import make_app
 from worker.bell import Bell
 from worker.doorbell import ping
-from worker.errors import TraceNotWritten
+from worker.errors import SettingsError, TraceNotWritten
 from worker.lifecycle import DrainStep, DrainThread, Stop
 from worker.locks import device_lock
 from worker.logs import configure, get_logger
@@ -58,7 +59,8 @@ def run_worker(settings: Settings, options: WorkerOptions) -> int:
     Call it on the main thread: it takes over the signals.
 
     Raises:
-        RedisUnreachable, DatabaseUnreachable, ModelNotFound, DeviceBusy, TraceNotWritten: before anything starts.
+        RedisUnreachable, DatabaseUnreachable, ModelNotFound, DeviceUnavailable, SettingsError, TraceNotWritten: before
+            anything starts.
         EngineError, DatabaseUnreachable: the drain ended on its own; nothing is lost.
     """
     configure(settings.log_level)
@@ -69,7 +71,8 @@ def run_worker(settings: Settings, options: WorkerOptions) -> int:
     if options.model is not None:
         resolve_model(options.model, settings)
     with Database.open(settings.database_url) as database:
-        device = _device_name(options.placement)
+        device = _open_device_name(options.placement)
+        _make_spill_dir(_disk_dir(settings, options.placement))
         with device_lock(settings.home, device) as is_alone:
             if not is_alone:
                 get_logger().warning("another worker uses %s too: both will be slower", device)
@@ -175,19 +178,44 @@ def _loader(
     def load(model_dir: Path) -> Engine:
         from engine.engine import Engine as RealEngine
 
-        disk_dir = placement.disk_dir or settings.spill_dir
-        disk_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        disk_dir = _disk_dir(settings, placement)
+        _make_spill_dir(disk_dir)
         return RealEngine.load(model_dir, replace(placement, device=device, disk_dir=disk_dir), recorder=recorder)
 
     return load
 
 
-def _device_name(placement: PlanOptions) -> str:
-    if placement.device is not None:
-        return "cuda:0" if placement.device == "cuda" else placement.device
-    import torch
+def _open_device_name(placement: PlanOptions) -> str:
+    """The device's full name. A GPU is opened once: one that is not there is said now, not by the first job."""
+    if placement.device is not None and not placement.device.startswith("cuda"):
+        return placement.device
+    from engine.devices.open import open_device
 
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = open_device(placement.device)
+    except RuntimeError as error:
+        raise DeviceUnavailable(
+            f"{placement.device or 'the GPU'} cannot be opened: {str(error).splitlines()[0]}; look at nvidia-smi, or "
+            "use --device cpu"
+        ) from error
+    try:
+        return device.name
+    finally:
+        device.close()
+
+
+def _disk_dir(settings: Settings, placement: PlanOptions) -> Path:
+    return placement.disk_dir or settings.spill_dir
+
+
+def _make_spill_dir(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"the folder for spill files {path} cannot be made: {error.strerror or error}; name another with "
+            "--disk-dir or OVERNIGHT_SPILL"
+        ) from error
 
 
 def _leave_logging_alone(**_: object) -> None:

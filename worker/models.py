@@ -48,6 +48,11 @@ def resolve_model(name_or_path: str, settings: Settings) -> ModelRef:
             f"{path} is not a model: it has neither {MANIFEST_NAME} (a model directory that was imported whole) "
             f"nor {_HF_CONFIG} (a Hugging Face folder); run 'overnight import' again"
         )
+    if not given_as_path and named.is_dir():
+        raise ModelNotFound(
+            f"{named} is not a model: it has no {MANIFEST_NAME}, so its import did not finish; remove it, and import "
+            "the model again"
+        )
     if path.exists():
         raise ModelNotFound(f"{path} is a file; --model wants the folder of a model")
     known = ", ".join(known_models(settings)) or "none yet"

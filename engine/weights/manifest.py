@@ -92,7 +92,7 @@ class Manifest:
         try:
             fields = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"it is not JSON ({error})") from error
+            raise ValueError(f"it is not JSON ({error}); import the model again") from error
         if not isinstance(fields, dict):
             raise ValueError("it is not a JSON object")
         version = fields.get("format_version")

@@ -63,7 +63,9 @@ def test_a_blank_line_in_the_middle_is_named(tmp_path: Path) -> None:
         (b'{"a": "\xff"}', "UTF-8 (byte 8"),
         (b'{"a": "\\ud83d"}', "surrogate"),
         (b'{"a": {"b": ["\\uDE00"]}}', "surrogate"),
-        (b"[" * 100_000, "not JSON"),
+        (b"[" * 100_000, "not JSON (nested too deep)"),
+        (b'{"a": 1', "column 8"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "5000 digits; write it as a string"),
     ],
 )
 def test_a_line_that_is_no_row_is_named_with_its_reason(tmp_path: Path, line: bytes, reason: str) -> None:

@@ -161,6 +161,15 @@ def test_an_unknown_model_names_those_that_are_known(with_redis: Path, run: Run)
     assert "none yet" in done.stderr
 
 
+def test_a_half_written_model_is_absent_before_anything_is_stored(with_redis: Path, run: Run, model: str) -> None:
+    assert run("import", model, "half").exit_code == 0
+    (with_redis / "models" / "half" / "layer.1.bin").unlink()
+    done = run("enqueue", write_rows(Path("d.jsonl"), {"prompt": "a"}), "--model", "half", *GENERATE)
+    assert done.exit_code == 3
+    assert "layer.1.bin is missing; import the model again" in done.stderr
+    assert jobs_in(with_redis) == 0
+
+
 @pytest.mark.parametrize("template", ["{{ broken", "{{ text | nofilter }}"])
 def test_a_template_that_cannot_be_compiled_is_refused(with_redis: Path, run: Run, model: str, template: str) -> None:
     done = run("enqueue", write_rows(Path("d.jsonl"), {"text": "a"}), "--model", model, *GENERATE, "--prompt", template)

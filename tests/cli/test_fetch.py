@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import ROOT, Run, work, write_rows
+from tests.cli.conftest import ROOT, Command, Run, work, write_rows
 
 
 @pytest.fixture
@@ -40,6 +40,14 @@ def test_a_file_is_replaced_whole_and_says_how_many_rows(run: Run, job: int) -> 
     lines = Path("out.csv").read_text().splitlines()
     assert len(lines) == 5
     assert lines[1].startswith("r0,0,ok,'=text 0,stop")
+
+
+def test_a_stdout_without_room_leaves_the_way_to_fetch_again(command: Command, job: int) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = command("fetch", str(job), capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert "stdout could not be written" in done.stderr
+    assert "fetch them again" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "./d.jsonl", "link"])

@@ -1,5 +1,8 @@
+import os
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,6 +158,28 @@ def test_a_name_that_is_too_long_is_one_sentence(home: Path, run: Run) -> None:
     done = run("enqueue", "x" * 5000, "--model", "m", "--task", "generate")
     assert done.exit_code == 1
     assert "too long" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--seed", "--micro-batch", "--max-new-tokens"])
+def test_a_number_beyond_all_numbers_is_refused_and_the_limit_named(home: Path, run: Run, option: str) -> None:
+    done = run("run", "d.jsonl", "--model", "m", "--task", "generate", "-o", "x", option, "1" + 400 * "0")
+    assert done.exit_code == 2
+    limit = 2**63 - 1 if option == "--seed" else 2**31 - 1
+    assert f"at most {limit};" in done.stderr
+
+
+def test_a_stdout_without_room_is_named(home: Path, command: Command) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = command("models", "--json", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: stdout cannot be used: No space left")
+
+
+def test_a_closed_stdout_is_no_fault(home: Path) -> None:
+    script = f"{shlex.quote(sys.executable)} -P -m cli models --json >&-"
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", script], env=environ, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_worker_without_redis_is_unreachable(home: Path, command: Command) -> None:

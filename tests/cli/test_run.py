@@ -113,7 +113,7 @@ def test_rows_too_long_for_the_model_are_error_rows_with_both_lengths(home: Path
     ("spoil", "code", "word"),
     [
         (lambda folder: (folder / "manifest.json").unlink(), 3, "not a model"),
-        (lambda folder: next(folder.glob("*layer*")).write_bytes(b"\0" * 10), 1, "bytes instead of"),
+        (lambda folder: next(folder.glob("*layer*")).write_bytes(b"\0" * 10), 3, "bytes instead of"),
         (lambda folder: _flip_a_byte(next(folder.glob("*layer*"))), 1, "checksum"),
     ],
 )

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from engine.errors import DeviceUnavailable
 from engine.planner.plan import PlanOptions
 from storage.errors import DatabaseLocked
 from worker.daemon import WorkerOptions, exit_code, run_worker
-from worker.errors import TraceNotWritten, WorkerError
+from worker.errors import SettingsError, TraceNotWritten, WorkerError
 from worker.settings import Settings
 
 
@@ -43,5 +44,23 @@ def test_a_trace_that_cannot_be_written_is_refused_before_any_work(settings: Set
     try:
         with pytest.raises(TraceNotWritten, match=r"trace\.json cannot be written: No such file"):
             run_worker(settings, options)
+    finally:
+        os.umask(umask)
+
+
+@pytest.mark.parametrize(
+    ("placement", "error", "says"),
+    [
+        (PlanOptions(device="cuda:99"), DeviceUnavailable, "CUDA device"),
+        (PlanOptions(device="cpu", disk_dir=Path("/proc/spill")), SettingsError, "/proc/spill .*--disk-dir"),
+    ],
+)
+def test_what_no_job_could_run_on_is_refused_before_any_work(
+    settings: Settings, placement: PlanOptions, error: type[Exception], says: str
+) -> None:
+    umask = os.umask(0o077)
+    try:
+        with pytest.raises(error, match=says):
+            run_worker(settings, WorkerOptions(placement=placement))
     finally:
         os.umask(umask)

@@ -65,6 +65,13 @@ def test_an_unfinished_model_directory_is_no_model(settings: Settings, tmp_path:
         resolve_model(str(folder), settings)
 
 
+def test_an_unfinished_import_in_the_model_folder_is_named(settings: Settings) -> None:
+    (settings.models_dir / "half").mkdir(parents=True)
+
+    with pytest.raises(ModelNotFound, match=r"models/half is not a model: it has no manifest\.json"):
+        resolve_model("half", settings)
+
+
 def test_a_file_is_no_model(settings: Settings, tmp_path: Path) -> None:
     file = tmp_path / "model.bin"
     file.write_bytes(b"x")
