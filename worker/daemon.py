@@ -37,6 +37,8 @@ from worker.session import serve
 from worker.settings import Settings
 
 _FAILED = 1
+_PATIENCE_S = 60.0
+"""How long a worker waits for a locked database: a nightly backup should not end a night's work."""
 _KNOWN_ROOMS = ("engine.errors", "storage.errors", "worker.errors")
 
 
@@ -70,7 +72,7 @@ def run_worker(settings: Settings, options: WorkerOptions) -> int:
     ping(settings.redis_url)
     if options.model is not None:
         resolve_model(options.model, settings)
-    with Database.open(settings.database_url) as database:
+    with Database.open(settings.database_url, busy_timeout_s=_PATIENCE_S) as database:
         device = _open_device_name(options.placement)
         _make_spill_dir(_disk_dir(settings, options.placement))
         with device_lock(settings.home, device) as is_alone:
