@@ -133,7 +133,7 @@ class CudaDevice:
     def upload(self, values: Tensor) -> Tensor:
         """Through pinned memory, in order with compute."""
         with torch.cuda.stream(self._compute):
-            return values.pin_memory(self.torch_device).to(self.torch_device, non_blocking=True)
+            return values.pin_memory().to(self.torch_device, non_blocking=True)
 
     def download(self, values: Tensor) -> Tensor:
         """Blocks the host until compute has made the values."""
