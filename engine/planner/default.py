@@ -17,6 +17,9 @@ MICRO_BATCH_TOKENS = 512
 STREAMED_MICRO_BATCHES = 8
 EXTENT_TOKENS = 1024
 STAGING_SLOTS = 2
+"""One layer is computed while the next is brought."""
+BOUNCED_SLOTS = 3
+"""Where a layer is read to the host first and copied on from there: one is read, one copied, one computed."""
 LOGITS_BYTES = 64 * MIB
 DEVICE_SHARE, HOST_SHARE = 0.8, 0.7
 """Of the memory found free, how much a plan takes unasked: the rest is for the page cache and for other people."""
@@ -110,7 +113,8 @@ def resolve_plan(
     streamed = any(home is not TierName.DEVICE for home in layers)
     micro_batches = options.micro_batches or (STREAMED_MICRO_BATCHES if streamed else 1)
     staged = {TierName.DISK} if facts.shares_host_memory else {TierName.HOST, TierName.DISK}
-    slots = min(STAGING_SLOTS, sum(home in staged for home in layers))
+    bounced = TierName.DISK in layers and not facts.shares_host_memory
+    slots = min(BOUNCED_SLOTS if bounced else STAGING_SLOTS, sum(home in staged for home in layers))
     largest_layer = max(stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers))
 
     fixed = dict.fromkeys(TierName, 0)
@@ -206,13 +210,13 @@ def _place_layers(
     on_device = _how_many(sizes, room - batch_bytes * (options.micro_batches or 1))
     if on_device < shape.num_layers:
         # Stored and, where it is cast on the way, as computed: never less than what the ring will take.
-        room -= (STAGING_SLOTS + 1) * max(*sizes, *kept)
+        room -= ((BOUNCED_SLOTS if bounces else STAGING_SLOTS) + 1) * max(*sizes, *kept)
         room -= batch_bytes * (options.micro_batches or STREAMED_MICRO_BATCHES)
         on_device = _how_many(sizes, room)
     host_room = int(budgets[TierName.HOST] * (1 - KV_SHARE))
     on_host = _how_many(kept[on_device:], host_room)
     if bounces and on_device + on_host < shape.num_layers:
-        on_host = _how_many(kept[on_device:], host_room - STAGING_SLOTS * max(kept))
+        on_host = _how_many(kept[on_device:], host_room - BOUNCED_SLOTS * max(kept))
     on_disk = shape.num_layers - on_device - on_host
     return interleave({TierName.DEVICE: on_device, TierName.HOST: on_host, TierName.DISK: on_disk})
 

@@ -165,7 +165,7 @@ def test_with_little_memory_layers_go_to_the_host_and_then_to_disk() -> None:
     chosen = plan(PlanOptions(device_memory=512 * MIB, host_memory=80 * MIB))
     counts = [chosen.num_layers_in(tier) for tier in TierName]
     assert all(counts)
-    assert chosen.staging_slots == 2
+    assert chosen.staging_slots == 3
     assert chosen.micro_batches > 1, "streamed weights are worth more tokens a pass"
     assert chosen.kv_bytes[TierName.DEVICE] >= 100 * kv_bytes_per_token(SHAPE, "float16")
 

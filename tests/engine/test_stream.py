@@ -161,12 +161,13 @@ def test_a_missing_wait_shows(weights: str, model_dir: Path, open_stream: Open) 
     device = Impatient()
     opened = open_stream(model_dir, device, weights)
     gate = threading.Event()
-    opened.stream._lane.submit(lambda: None).wait()  # the first two layers are on their way
+    opened.stream._lane.submit(lambda: None).wait()  # the first layers are in the ring
     stopped = device._lanes[LaneName.HOST_TO_DEVICE].submit(lambda: assert_opened(gate))
-    for index in range(4):
+    num_slots = len(opened.stream._slots)
+    for index in range(2 * num_slots):
         with opened.stream.layer(index) as found:
             poisoned = [bool(tensor.isnan().all()) for tensor in found.values()]
-        assert index < 2 or all(poisoned)
+        assert index < num_slots or all(poisoned)
     gate.set()
     stopped.wait()
 
