@@ -19,7 +19,7 @@ from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
 from engine.memory.tier import Block, MemoryTier
 from engine.memory.traffic import Traffic
-from engine.model.attention import attend, attend_alone, merge
+from engine.model.attention import attend, attend_decode, merge
 from engine.model.family import ModelShape
 from engine.passes import MicroBatch, Segment
 from engine.planner.default import kv_bytes_per_token, kv_scratch_bytes
@@ -114,9 +114,18 @@ class KVStore:
     def attend(self, layer: int, batch: MicroBatch, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Store a micro-batch's keys and values and attend, segment by segment: ``[T, N, H]``."""
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+        scaled_TNH: Tensor | None = None
+        if q_TNH.device.type == "cpu" and q_TNH.shape == k_TKH.shape and any(s.length == 1 for s in batch.segments):
+            scaled_TNH = q_TNH.float() * q_TNH.shape[-1] ** -0.5
 
         def attend_rows(placed: tuple[int, Segment]) -> None:
             begin, segment = placed
+            extent = self._only_extent(segment)
+            if extent is not None and scaled_TNH is not None:
+                attend_decode(
+                    scaled_TNH[begin], k_TKH[begin], v_TKH[begin], extent.layer(layer), segment.start, out_TNH[begin]
+                )
+                return
             rows = slice(begin, begin + segment.length)
             q_NtH, k_KtH, v_KtH = (x[rows].transpose(0, 1) for x in (q_TNH, k_TKH, v_TKH))
             out_TNH[rows] = self._attend_segment(layer, segment, q_NtH, k_KtH, v_KtH).transpose(0, 1)
@@ -128,6 +137,16 @@ class KVStore:
                 for placed in run:
                     attend_rows(placed)
         return out_TNH
+
+    def _only_extent(self, segment: Segment) -> MemoryExtent | None:
+        """Where one token finds all its sequence's keys and values, if that is one extent that compute can address."""
+        if segment.length > 1 or not segment.keeps_kv:
+            return None
+        held = self._sequences[segment.sequence]
+        extent = held.extents[0]
+        if isinstance(extent, DiskExtent) or held.tier not in self._addressable:
+            return None
+        return extent if segment.start < extent.layout.capacity else None
 
     def _runs(self, segments: Iterable[Segment]) -> Iterator[list[tuple[int, Segment]]]:
         """Segments with their first rows, gathered as far as they may be computed side by side.
@@ -183,18 +202,15 @@ class KVStore:
 
     def _attend_segment(self, layer: int, segment: Segment, q_NtH: Tensor, k_KtH: Tensor, v_KtH: Tensor) -> Tensor:
         if not segment.keeps_kv:
-            return attend_alone(q_NtH, k_KtH, v_KtH, causal=True)
+            return attend(q_NtH, k_KtH, v_KtH, causal=True)[0]
         held = self._sequences[segment.sequence]
         if segment.length == 1 and held.tier in self._addressable:
             # Stored first, a decode token's own key is read with the rest: one piece less to merge.
             self._store(layer, held, segment.start, k_KtH, v_KtH)
-            if segment.start < held.extents[0].layout.capacity:
-                ((k_KsH, v_KsH),) = self._past(layer, held, segment.start + 1)
-                return attend_alone(q_NtH, k_KsH, v_KsH, causal=False)
             past = self._past(layer, held, segment.start + 1)
             return merge([attend(q_NtH, k_KsH, v_KsH, causal=False) for k_KsH, v_KsH in past])
         if segment.start == 0:
-            out_NtH = attend_alone(q_NtH, k_KtH, v_KtH, causal=True)
+            out_NtH, _ = attend(q_NtH, k_KtH, v_KtH, causal=True)
         else:
             past = self._past(layer, held, segment.start)
             pieces = [attend(q_NtH, k_KsH, v_KsH, causal=False) for k_KsH, v_KsH in past]

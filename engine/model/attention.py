@@ -58,13 +58,23 @@ def _attend_one(q_N1H: Tensor, k_NsH: Tensor, v_NsH: Tensor) -> tuple[Tensor, Te
     return torch.bmm(weights_N1s, v_NsH), lse_N1
 
 
-def attend_alone(q_NtH: Tensor, k_KsH: Tensor, v_KsH: Tensor, *, causal: bool) -> Tensor:
-    """``attend`` where there is nothing to merge with, ``out [N, t, H]``: one decode token then costs fewer steps."""
-    if q_NtH.shape[1] == 1 and q_NtH.dtype == torch.bfloat16 and q_NtH.device.type == "cpu":
-        k_NsH, v_NsH = _expand(q_NtH, k_KsH), _expand(q_NtH, v_KsH)
-        scores_N1s = torch.bmm(q_NtH.float().mul_(q_NtH.shape[-1] ** -0.5), k_NsH.float().transpose(1, 2))
-        return torch.bmm(scores_N1s.softmax(-1).to(v_NsH.dtype), v_NsH)
-    return attend(q_NtH, k_KsH, v_KsH, causal=causal)[0]
+def attend_decode(
+    scaled_NH: Tensor, k_NH: Tensor, v_NH: Tensor, kv_2NcH: Tensor, position: int, out_NH: Tensor
+) -> None:
+    """Store one decode token's key and value at ``position``, and attend to all up to it: in as few steps as it takes.
+
+    Args:
+        scaled_NH: the query in float32, times ``H ** -0.5``.
+        k_NH, v_NH: the token's own key and value.
+        kv_2NcH: the sequence's keys and values, ``[k|v, N, capacity, H]``; written at ``position``.
+        position: the token's place.
+        out_NH: receives the result.
+    """
+    kv_2NcH[0, :, position] = k_NH
+    kv_2NcH[1, :, position] = v_NH
+    k_NsH, v_NsH = kv_2NcH[:, :, : position + 1]
+    weights_N1s = torch.bmm(scaled_NH[:, None], k_NsH.float().mT).softmax(-1)
+    torch.bmm(weights_N1s.to(v_NsH.dtype), v_NsH, out=out_NH[:, None])
 
 
 def _expand(q_NtH: Tensor, x_KsH: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.model.attention import attend, attend_plainly, merge
+from engine.model.attention import attend, attend_decode, attend_plainly, merge
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -125,3 +125,22 @@ def test_narrow_pieces_merge_in_float32(dtype: torch.dtype) -> None:
     merged = merge([attend(q, k[:, i : i + 1], v[:, i : i + 1], causal=False) for i in range(200)])
     assert merged.dtype == dtype
     torch.testing.assert_close(merged.float(), whole, atol=1e-5, rtol=1.01 * torch.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("position", [0, 1, 30])
+def test_a_decode_token_is_stored_and_sees_all_up_to_itself(dtype: torch.dtype, position: int) -> None:
+    torch.manual_seed(position)
+    q_NH, k_NH, v_NH = torch.randn(3, 4, 16).to(dtype)
+    kv_2NcH = torch.randn(2, 4, 31, 16).to(dtype)
+    expected_kv = kv_2NcH.clone()
+    expected_kv[0, :, position], expected_kv[1, :, position] = k_NH, v_NH
+    past = expected_kv[:, :, : position + 1]
+    expected, _ = attend_plainly(q_NH[:, None], past[0], past[1], causal=False)
+    out_TNH = torch.full((2, 4, 16), float("nan"), dtype=dtype)
+
+    attend_decode(q_NH.float() * 16**-0.5, k_NH, v_NH, kv_2NcH, position, out_TNH[1])
+
+    assert torch.equal(kv_2NcH, expected_kv)
+    torch.testing.assert_close(out_TNH[1], expected[:, 0], atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
+    assert out_TNH[0].isnan().all()

@@ -26,7 +26,7 @@ from engine.memory.spill import DiskTier
 from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic
 from engine.model import attention
-from engine.model.attention import attend, attend_alone, merge
+from engine.model.attention import attend, merge
 from engine.model.family import EMBED, HEAD, Family, NamedWeights, layer_name
 from engine.model.registry import family_for
 from engine.model.sampling import next_tokens, score_tokens
@@ -223,7 +223,6 @@ def test_attention_in_every_branch(
         assert_like(out, (4, queries, size), dtype)
         assert_like(lse, (4, queries), torch.float32)
     assert_like(merge(pieces), (4, queries, size), dtype)
-    assert_like(attend_alone(q, kv[0], kv[1], causal=causal), (4, queries, size), dtype)
     fits = size % 8 == 0 and size <= 256
     kernels = {
         "_scaled_dot_product_flash_attention": fits and has_flash and dtype != torch.float32,
