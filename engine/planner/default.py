@@ -13,8 +13,9 @@ from engine.planner.machine import MachineFacts, free_disk_space
 from engine.planner.plan import DTYPE_BYTES, SCHEDULES, Plan, PlanOptions, Shares, TierName
 from engine.units import KIB, MIB, align_up, format_bytes
 
-MICRO_BATCH_TOKENS = 512
-STREAMED_MICRO_BATCHES = 8
+MICRO_BATCH_TOKENS = 2048
+"""Any OPT sequence fits whole, so that scoring it needs no KV cache."""
+STREAMED_MICRO_BATCHES = 2
 EXTENT_TOKENS = 1024
 STAGING_SLOTS = 2
 """One layer is computed while the next is brought."""
