@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Tried in this order; name one yourself with `make venv PYTHON=/path/to/python`.
 PYTHON ?=
-CANDIDATES := $(or $(PYTHON),python3.12 python3.11 python3)
+CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .PHONY: help venv demo test lint format coverage
