@@ -31,11 +31,6 @@ class Ledger:
         """The jobs with claimed rows that have no result yet."""
         return frozenset(self._claimed)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to commit."""
-        return not self._results and not self._passes
-
     def claim(self, keys: Sequence[RowKey]) -> None:
         """Rows were claimed, for the engine."""
         self._claimed.update(key.job_id for key in keys)

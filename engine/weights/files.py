@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError, LaneFailed
+from engine.planner.plan import DTYPE_BYTES
 from engine.units import MIB
-from engine.weights.manifest import DTYPE_BYTES, PAGE_BYTES, Manifest, TensorEntry, UnitEntry, read_manifest
+from engine.weights.manifest import PAGE_BYTES, Manifest, TensorEntry, UnitEntry, read_manifest
 
 READ_BYTES = 16 * MIB
 """One read request: large enough for a disk's full speed, small enough to be split over several soon."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import CheckpointError
+from engine.planner.plan import DTYPE_BYTES
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -20,7 +21,6 @@ PAGE_BYTES = 4096
 """Weight files are whole pages long, so that direct reads need no special last piece."""
 TENSOR_ALIGNMENT = 256
 """Where a tensor may begin within its file: what GPU kernels and host vector units like best."""
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 PARTIAL_NAME = re.compile(r"\..+\.partial-\d+")
 """Directories that an import is still writing, or left behind when it was killed."""
 

@@ -20,9 +20,9 @@ from typing import Self
 
 from engine.errors import CheckpointError, DiskFull
 from engine.model.family import UnitSpec
+from engine.planner.plan import DTYPE_BYTES
 from engine.units import align_up, format_bytes
 from engine.weights.manifest import (
-    DTYPE_BYTES,
     MANIFEST_NAME,
     PAGE_BYTES,
     PARTIAL_NAME,

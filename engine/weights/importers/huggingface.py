@@ -17,9 +17,10 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from engine.model.family import TensorSpec, UnitSpec
 from engine.model.registry import family_for
+from engine.planner.plan import DTYPE_BYTES
 from engine.weights.importers.sources import CheckpointFile, TensorInfo, open_checkpoint_file
 from engine.weights.importers.tokenizer_files import tokenizer_files
-from engine.weights.manifest import DTYPE_BYTES, MANIFEST_NAME, Manifest
+from engine.weights.manifest import MANIFEST_NAME, Manifest
 from engine.weights.writer import Buffer, ModelWriter, UnitLayout
 
 Progress = Callable[[int, int], None]
