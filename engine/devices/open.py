@@ -36,5 +36,5 @@ def facts_of(device: Device) -> MachineFacts:
         device_free, _ = torch.cuda.mem_get_info(device.torch_device)
         return MachineFacts(device_free, host_free, shares_host_memory=False)
     if device.shares_host_memory:
-        return MachineFacts(host_free, host_free, shares_host_memory=True)
+        return MachineFacts(host_free, host_free, shares_host_memory=True, attention_threads=torch.get_num_threads())
     return MachineFacts(host_free // 2, host_free // 2, shares_host_memory=False)

@@ -100,6 +100,7 @@ def resolve_plan(
     extent_tokens = min(options.extent_tokens or EXTENT_TOKENS, shape.max_positions + 1)
     logits_rows = _logits_rows(shape, micro_batch)
     workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows, extent_tokens)
+    workspace += facts.attention_threads * kv_scratch_bytes(shape, "float32", extent_tokens) // 2
     batch_bytes = micro_batch * shape.hidden_size * DTYPE_BYTES[dtype]
     layers = _place_layers(
         options,

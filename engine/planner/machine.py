@@ -15,6 +15,8 @@ class MachineFacts:
     device_free: int
     host_free: int
     shares_host_memory: bool
+    attention_threads: int = 0
+    """Threads that attend to segments side by side, each with keys of its own in float32; 0: none does."""
 
 
 def free_host_memory() -> int:

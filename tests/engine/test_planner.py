@@ -242,3 +242,12 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, object], says:
 def test_this_machines_free_memory_is_plausible(tmp_path: Path) -> None:
     assert 16 * MIB < free_host_memory() < 1 << 50
     assert free_disk_space(tmp_path) == pytest.approx(free_disk_space(tmp_path / "not" / "yet" / "there"), rel=0.1)
+
+
+def test_each_attention_thread_has_its_keys_in_the_workspace() -> None:
+    few, many = (
+        plan(PlanOptions(), MachineFacts(64 * GIB, 64 * GIB, shares_host_memory=True, attention_threads=threads))
+        for threads in (1, 5)
+    )
+    keys = SHAPE.num_kv_heads * few.extent_tokens * SHAPE.head_size * 4
+    assert many.workspace_bytes - few.workspace_bytes == 4 * keys
