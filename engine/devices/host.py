@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.memory.aligned import aligned_empty
 from engine.memory.lane import Event, LaneName, Reached
+from engine.memory.malloc import keep_freed_memory
 
 
 class HostDevice:
@@ -17,6 +18,7 @@ class HostDevice:
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
+        keep_freed_memory()
 
     def allocate(self, num_bytes: int) -> Tensor:
         """Page-aligned, so that disk reads can land in it."""

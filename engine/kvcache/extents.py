@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.memory.arena import Piece
 from engine.memory.spill import Extent
-from engine.memory.tier import Block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +41,10 @@ class ExtentLayout:
 class MemoryExtent:
     """An extent in device or host memory."""
 
-    def __init__(self, layout: ExtentLayout, block: Block, dtype: torch.dtype) -> None:
+    def __init__(self, layout: ExtentLayout, piece: Piece, dtype: torch.dtype) -> None:
         self.layout = layout
-        self._block = block
-        self._bytes = block.data[: layout.num_bytes].view(layout.num_layers, layout.layer_bytes)
+        self._piece = piece
+        self._bytes = piece.data[: layout.num_bytes].view(layout.num_layers, layout.layer_bytes)
         self._layers = self._bytes.view(dtype).view(layout.num_layers, *layout.layer_shape)
 
     def layer_bytes(self, layer: int) -> Tensor:
@@ -57,7 +57,7 @@ class MemoryExtent:
 
     def release(self) -> None:
         """Free the memory."""
-        self._block.release()
+        self._piece.release()
 
 
 class DiskExtent:

@@ -7,6 +7,8 @@ Shapes: T tokens of a micro-batch, t of one segment, N query heads, K key/value 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,11 +17,12 @@ from engine.devices.base import Device
 from engine.errors import DiskFull, TierFull
 from engine.kvcache.extents import DiskExtent, ExtentLayout, MemoryExtent
 from engine.kvcache.workers import AttentionWorkers
+from engine.memory.arena import Arena
 from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
 from engine.memory.tier import Block, MemoryTier
 from engine.memory.traffic import Traffic
-from engine.model.attention import attend, attend_decode, merge
+from engine.model.attention import attend, attend_decode, flash_decodes, merge
 from engine.model.family import ModelShape
 from engine.passes import MicroBatch, Segment
 from engine.planner.default import kv_bytes_per_token, kv_scratch_bytes
@@ -38,6 +41,22 @@ class SequenceKV:
         self.extents = extents
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one core attends to at a time: a segment, or some of its heads."""
+
+    begin: int
+    """The segment's first row."""
+    segment: Segment
+    kv_heads: slice
+
+    @property
+    def cost(self) -> int:
+        """In proportion to the time it takes: reading the keys costs as much as computing with a few dozen queries."""
+        queries = self.segment.length + 32
+        return queries * (self.segment.start + self.segment.length) * (self.kv_heads.stop - self.kv_heads.start)
+
+
 class KVStore:
     """Owns every sequence's keys and values; implements ``engine.scheduler.KVReservations``."""
 
@@ -52,11 +71,13 @@ class KVStore:
     ) -> None:
         self._shape = shape
         self._device = device
-        self._tiers = tiers
         self._disk = disk
         self._traffic = traffic
         self._dtype: torch.dtype = getattr(torch, plan.dtype)
         self._pools = plan.kv_bytes
+        self._arenas = {
+            tier: Arena(tiers[tier], pool, KV) for tier, pool in self._pools.items() if pool and tier in tiers
+        }
         self._used = dict.fromkeys(TierName, 0)
         self._extent_tokens = plan.extent_tokens
         self._token_bytes = kv_bytes_per_token(shape, plan.dtype)
@@ -115,11 +136,11 @@ class KVStore:
         """Store a micro-batch's keys and values and attend, segment by segment: ``[T, N, H]``."""
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
         scaled_TNH: Tensor | None = None
-        if q_TNH.device.type == "cpu" and q_TNH.shape == k_TKH.shape and any(s.length == 1 for s in batch.segments):
+        if self._decodes_by_products(q_TNH, k_TKH) and any(s.length == 1 for s in batch.segments):
             scaled_TNH = q_TNH.float() * q_TNH.shape[-1] ** -0.5
 
-        def attend_rows(placed: tuple[int, Segment]) -> None:
-            begin, segment = placed
+        def attend_rows(part: _Part) -> None:
+            begin, segment, kv_heads = part.begin, part.segment, part.kv_heads
             extent = self._only_extent(segment)
             if extent is not None and scaled_TNH is not None:
                 attend_decode(
@@ -127,16 +148,32 @@ class KVStore:
                 )
                 return
             rows = slice(begin, begin + segment.length)
-            q_NtH, k_KtH, v_KtH = (x[rows].transpose(0, 1) for x in (q_TNH, k_TKH, v_TKH))
-            out_TNH[rows] = self._attend_segment(layer, segment, q_NtH, k_KtH, v_KtH).transpose(0, 1)
+            group = q_TNH.shape[1] // k_TKH.shape[1]
+            heads = slice(kv_heads.start * group, kv_heads.stop * group)
+            q_NtH, k_KtH, v_KtH = (
+                x[rows, some].transpose(0, 1) for x, some in ((q_TNH, heads), (k_TKH, kv_heads), (v_TKH, kv_heads))
+            )
+            out_TNH[rows, heads] = self._attend_segment(layer, segment, kv_heads, q_NtH, k_KtH, v_KtH).transpose(0, 1)
 
         for run in self._runs(batch.segments):
-            if self._workers is not None and len(run) > 1:
-                self._workers.each(attend_rows, run, [s.length * (s.start + s.length) for _, s in run])
+            if self._workers is None or self._needs_scratch(run[0].segment):
+                for part in run:
+                    attend_rows(part)
             else:
-                for placed in run:
-                    attend_rows(placed)
+                parts = [part for whole in run for part in self._split(whole)]
+                self._workers.each(attend_rows, parts, [part.cost for part in parts])
         return out_TNH
+
+    def _split(self, whole: "_Part") -> "list[_Part]":
+        """A prompt's heads shared out over the cores: a pass has too few prompts to give each core as much to do."""
+        if whole.segment.length == 1:
+            return [whole]
+        num_heads, cores = self._shape.num_kv_heads, torch.get_num_threads()
+        borders = [num_heads * core // cores for core in range(cores + 1)]
+        return [_Part(whole.begin, whole.segment, slice(first, end)) for first, end in pairwise(borders) if first < end]
+
+    def _decodes_by_products(self, q_TNH: Tensor, k_TKH: Tensor) -> bool:
+        return q_TNH.device.type == "cpu" and q_TNH.shape == k_TKH.shape and not flash_decodes()
 
     def _only_extent(self, segment: Segment) -> MemoryExtent | None:
         """Where one token finds all its sequence's keys and values, if that is one extent that compute can address."""
@@ -148,22 +185,26 @@ class KVStore:
             return None
         return extent if segment.start < extent.layout.capacity else None
 
-    def _runs(self, segments: Iterable[Segment]) -> Iterator[list[tuple[int, Segment]]]:
-        """Segments with their first rows, gathered as far as they may be computed side by side.
+    def _needs_scratch(self, segment: Segment) -> bool:
+        held = self._sequences.get(segment.sequence)
+        return held is not None and held.tier not in self._addressable
+
+    def _runs(self, segments: Iterable[Segment]) -> "Iterator[list[_Part]]":
+        """Segments, gathered as far as they may be computed side by side.
 
         Not: two of one sequence, since the second looks back at the first; nor those whose cache passes through
         scratch, of which the workspace holds one.
         """
-        run: list[tuple[int, Segment]] = []
+        all_heads = slice(0, self._shape.num_kv_heads)
+        run: list[_Part] = []
         sequences: set[Sequence] = set()
         begin = 0
         for segment in segments:
-            held = self._sequences.get(segment.sequence)
-            alone = held is not None and held.tier not in self._addressable
+            alone = self._needs_scratch(segment)
             if run and (alone or segment.sequence in sequences):
                 yield run
                 run, sequences = [], set()
-            run.append((begin, segment))
+            run.append(_Part(begin, segment, all_heads))
             sequences.add(segment.sequence)
             begin += segment.length
             if alone:
@@ -176,6 +217,8 @@ class KVStore:
         """Free everything."""
         for sequence in list(self._sequences):
             self.release(sequence)
+        for arena in self._arenas.values():
+            arena.close()
         if self._host_scratch is not None:
             self._host_scratch.release()
         if self._workers is not None:
@@ -198,27 +241,28 @@ class KVStore:
     def _allocate(self, tier: TierName, layout: ExtentLayout) -> MemoryExtent | DiskExtent:
         if tier is TierName.DISK:
             return DiskExtent(layout, self._disk.allocate(layout.num_bytes, KV))
-        return MemoryExtent(layout, self._tiers[tier].allocate(layout.num_bytes, KV), self._dtype)
+        return MemoryExtent(layout, self._arenas[tier].allocate(layout.num_bytes), self._dtype)
 
-    def _attend_segment(self, layer: int, segment: Segment, q_NtH: Tensor, k_KtH: Tensor, v_KtH: Tensor) -> Tensor:
+    def _attend_segment(
+        self, layer: int, segment: Segment, heads: slice, q_NtH: Tensor, k_KtH: Tensor, v_KtH: Tensor
+    ) -> Tensor:
+        """Some key/value heads of a segment, and the query heads that share them."""
         if not segment.keeps_kv:
             return attend(q_NtH, k_KtH, v_KtH, causal=True)[0]
         held = self._sequences[segment.sequence]
-        if segment.length == 1 and held.tier in self._addressable:
-            # Stored first, a decode token's own key is read with the rest: one piece less to merge.
-            self._store(layer, held, segment.start, k_KtH, v_KtH)
-            past = self._past(layer, held, segment.start + 1)
-            return merge([attend(q_NtH, k_KsH, v_KsH, causal=False) for k_KsH, v_KsH in past])
-        if segment.start == 0:
-            out_NtH, _ = attend(q_NtH, k_KtH, v_KtH, causal=True)
-        else:
-            past = self._past(layer, held, segment.start)
-            pieces = [attend(q_NtH, k_KsH, v_KsH, causal=False) for k_KsH, v_KsH in past]
-            out_NtH = merge([*pieces, attend(q_NtH, k_KtH, v_KtH, causal=True)])
-        self._store(layer, held, segment.start, k_KtH, v_KtH)
+        end = segment.start + segment.length
+        if held.tier in self._addressable and (segment.length == 1 or end <= held.extents[0].layout.capacity):
+            # Stored first, the segment's own keys are read with the rest: one piece less to merge.
+            self._store(layer, held, segment.start, heads, k_KtH, v_KtH)
+            past = self._past(layer, held, end, heads)
+            return merge([attend(q_NtH, k_KsH, v_KsH, causal=True) for k_KsH, v_KsH in past])[0]
+        past = self._past(layer, held, segment.start, heads)
+        pieces = [attend(q_NtH, k_KsH, v_KsH, causal=False) for k_KsH, v_KsH in past]
+        out_NtH, _ = merge([*pieces, attend(q_NtH, k_KtH, v_KtH, causal=True)])
+        self._store(layer, held, segment.start, heads, k_KtH, v_KtH)
         return out_NtH
 
-    def _past(self, layer: int, held: SequenceKV, num_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _past(self, layer: int, held: SequenceKV, num_tokens: int, heads: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values of the sequence's first ``num_tokens``, ``[K, s, H]`` each, one pair an extent.
 
         One at a time: the next pair may come through the same scratch.
@@ -228,7 +272,7 @@ class KVStore:
             if count <= 0:
                 break
             kv_2KcH = self._load(layer, held.tier, extent)
-            yield kv_2KcH[0, :, :count], kv_2KcH[1, :, :count]
+            yield kv_2KcH[0, heads, :count], kv_2KcH[1, heads, :count]
 
     def _load(self, layer: int, tier: TierName, extent: MemoryExtent | DiskExtent) -> Tensor:
         """One layer of an extent where compute can read it: ``[k|v, K, capacity, H]``."""
@@ -252,8 +296,8 @@ class KVStore:
             self._traffic.follow(LaneName.HOST_TO_DEVICE, copied, layout.layer_bytes, KV)
         return scratch.view(self._dtype).view(layout.layer_shape)
 
-    def _store(self, layer: int, held: SequenceKV, start: int, k_KtH: Tensor, v_KtH: Tensor) -> None:
-        """Append a segment's keys and values."""
+    def _store(self, layer: int, held: SequenceKV, start: int, heads: slice, k_KtH: Tensor, v_KtH: Tensor) -> None:
+        """Append a segment's keys and values: those of some heads where compute can address them, else of all."""
         end = start + k_KtH.shape[1]
         for extent in held.extents:
             first = max(start, extent.layout.start)
@@ -264,8 +308,8 @@ class KVStore:
             place = slice(first - extent.layout.start, last - extent.layout.start)
             if isinstance(extent, MemoryExtent) and held.tier in self._addressable:
                 kv = extent.layer(layer)
-                kv[0, :, place] = k_KtH[:, piece]
-                kv[1, :, place] = v_KtH[:, piece]
+                kv[0, heads, place] = k_KtH[:, piece]
+                kv[1, heads, place] = v_KtH[:, piece]
                 continue
             kv_2KtH = torch.stack((k_KtH[:, piece], v_KtH[:, piece]))
             num_bytes = kv_2KtH.numel() * kv_2KtH.element_size()

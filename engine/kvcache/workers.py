@@ -1,4 +1,4 @@
-"""Threads that attend to segments side by side on the CPU.
+"""Cores that attend to segments side by side on the CPU.
 
 A segment's attention is a handful of short operations. Left to one thread after another, each operation would be split
 over all cores and end in a barrier, which costs more than it saves; so each core takes whole segments instead.
@@ -26,13 +26,20 @@ def balanced(costs: Sequence[int], num_groups: int) -> list[list[int]]:
 
 
 class AttentionWorkers:
-    """One thread a core, each computing on that core alone."""
+    """The calling thread and others, one for each further core, each computing on its core alone.
+
+    The caller takes part because it would have to find its core again otherwise: the product after the attention took
+    half as long again.
+    """
 
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
         # The setting is the calling thread's own: compute elsewhere keeps all cores.
         self._pool = ThreadPoolExecutor(
-            num_threads, thread_name_prefix="overnight-attention", initializer=torch.set_num_threads, initargs=(1,)
+            max(1, num_threads - 1),
+            thread_name_prefix="overnight-attention",
+            initializer=torch.set_num_threads,
+            initargs=(1,),
         )
 
     def each(self, work: Callable[[T], None], items: Sequence[T], costs: Sequence[int]) -> None:
@@ -47,8 +54,15 @@ class AttentionWorkers:
                 for index in group:
                     work(items[index])
 
-        futures = [self._pool.submit(run, group) for group in balanced(costs, self._num_threads)]
-        wait(futures)
+        own, *others = balanced(costs, self._num_threads)
+        futures = [self._pool.submit(run, group) for group in others]
+        all_cores = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            run(own)
+        finally:
+            torch.set_num_threads(all_cores)
+            wait(futures)
         for future in futures:
             future.result()
 

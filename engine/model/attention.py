@@ -12,32 +12,90 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from engine.units import align_up
+
+CAUSAL_ROWS = 256
+"""Queries of causal attention computed together on the CPU."""
+MASK_KEYS = 2048
+"""Masks are made for a multiple of so many keys, so that a model needs one or two of them."""
+
 
 def attend(q_NtH: Tensor, k_KsH: Tensor, v_KsH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Softmax attention of one segment: ``out [N, t, H]`` in the inputs' dtype and ``lse [N, t]`` in float32.
 
-    With ``causal``, the keys are the segment's own (t = s) and token i sees tokens 0..i.
+    With ``causal``, the queries are the last t of the s tokens, and each sees the keys up to its own.
     """
     k_KsH, v_KsH = _expand(q_NtH, k_KsH), _expand(q_NtH, v_KsH)
-    scale = q_NtH.shape[-1] ** -0.5
+    if q_NtH.shape[1] == 1:
+        causal = False  # the last token sees everything
     if q_NtH.device.type == "cpu":
-        if q_NtH.shape[1] == 1 and q_NtH.dtype == torch.bfloat16:
-            return _attend_one(q_NtH, k_KsH, v_KsH)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_NtH[None], k_KsH[None], v_KsH[None], 0.0, causal, scale=scale
-        )
-        return out[0], lse[0]
+        return _attend_on_cpu(q_NtH, k_KsH, v_KsH, causal=causal)
+    past = k_KsH.shape[1] - q_NtH.shape[1]
+    if causal and past:
+        pieces = [(False, slice(0, past)), (True, slice(past, None))]
+        return merge([_attend_on_gpu(q_NtH, k_KsH[:, s], v_KsH[:, s], causal=own) for own, s in pieces])
+    return _attend_on_gpu(q_NtH, k_KsH, v_KsH, causal=causal)
+
+
+def _attend_on_gpu(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """With ``causal``, t = s: kernels differ in what they make of anything else."""
+    scale = q_NtH.shape[-1] ** -0.5
     if q_NtH.shape[-1] % 8 or q_NtH.shape[-1] > 256:
-        return attend_plainly(q_NtH, k_KsH, v_KsH, causal=causal)
+        return attend_plainly(q_NtH, k_NsH, v_NsH, causal=causal)
     if q_NtH.dtype != torch.float32 and _has_flash(q_NtH.device):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
-            q_NtH[None], k_KsH[None], v_KsH[None], 0.0, causal, False, scale=scale
+            q_NtH[None], k_NsH[None], v_NsH[None], 0.0, causal, False, scale=scale
         )[:2]
         return out[0], lse[0]
     out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q_NtH[None], k_KsH[None], v_KsH[None], None, True, 0.0, causal, scale=scale
+        q_NtH[None], k_NsH[None], v_NsH[None], None, True, 0.0, causal, scale=scale
     )[:2]
     return out[0], lse[0, :, : q_NtH.shape[1]]  # its rows are padded to whole tiles
+
+
+def _attend_on_cpu(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Causal attention in blocks of queries, each over the keys it sees: the kernel computes what it then masks."""
+    num_queries, num_keys = q_NtH.shape[1], k_NsH.shape[1]
+    if num_queries == 1 and q_NtH.dtype == torch.bfloat16 and not flash_decodes():
+        return _attend_one(q_NtH, k_NsH, v_NsH)
+    if not causal:
+        return _flash_on_cpu(q_NtH, k_NsH, v_NsH, None)
+    mask_tS = _mask(q_NtH.dtype, CAUSAL_ROWS, align_up(num_keys, MASK_KEYS))
+    blocks = []
+    for first in range(0, num_queries, CAUSAL_ROWS):
+        rows = min(CAUSAL_ROWS, num_queries - first)
+        seen = num_keys - num_queries + first + rows
+        # The mask's last columns are the triangle: from it to the left, all is seen.
+        begin = mask_tS.shape[1] - CAUSAL_ROWS + rows - seen
+        mask_ts = mask_tS[:rows, begin : begin + seen]
+        blocks.append(_flash_on_cpu(q_NtH[:, first : first + rows], k_NsH[:, :seen], v_NsH[:, :seen], mask_ts))
+    if len(blocks) == 1:
+        return blocks[0]
+    return torch.cat([out for out, _ in blocks], 1), torch.cat([lse for _, lse in blocks], 1)
+
+
+def _flash_on_cpu(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, mask_ts: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_NtH[None], k_NsH[None], v_NsH[None], 0.0, False, attn_mask=mask_ts, scale=q_NtH.shape[-1] ** -0.5
+    )
+    return out[0], lse[0]
+
+
+@cache
+def _mask(dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+    """What a block of queries adds to its scores: nothing, but minus infinity above the diagonal of the last columns."""
+    mask = torch.zeros(rows, columns + rows, dtype=dtype)
+    mask[:, columns:] = torch.full((rows, rows), float("-inf"), dtype=dtype).triu(1)
+    return mask
+
+
+@cache
+def flash_decodes() -> bool:
+    """Whether the CPU's flash kernel, made for many queries, is as fast for one as memory allows: with AMX it is.
+
+    Without, it takes four times as long in bfloat16 as a batched product.
+    """
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 @cache
@@ -49,8 +107,8 @@ def _has_flash(device: torch.device) -> bool:
 def _attend_one(q_N1H: Tensor, k_NsH: Tensor, v_NsH: Tensor) -> tuple[Tensor, Tensor]:
     """One decode token on the CPU: memory-bound, so each key and value is read once by a batched product.
 
-    The flash kernel, made for many queries, takes four times as long for one in bfloat16. Scores are float32, since
-    rounding them would cost more than rounding everything else; the weights are rounded as the flash kernel does.
+    Scores are float32, since rounding them would cost more than rounding everything else; the weights are rounded as
+    the flash kernel does.
     """
     scores_N1s = torch.bmm(q_N1H.float(), k_NsH.float().transpose(1, 2)).mul_(q_N1H.shape[-1] ** -0.5)
     lse_N1 = scores_N1s.logsumexp(-1)
@@ -87,18 +145,20 @@ def attend_plainly(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool)
     """The definition, in float32: the oracle of the kernels, and the way where no kernel fits."""
     scores_Nts = (q_NtH.float() @ k_NsH.float().transpose(1, 2)) * q_NtH.shape[-1] ** -0.5
     if causal:
-        hidden = torch.ones(scores_Nts.shape[1:], dtype=torch.bool, device=scores_Nts.device).triu(1)
+        past = k_NsH.shape[1] - q_NtH.shape[1]
+        hidden = torch.ones(scores_Nts.shape[1:], dtype=torch.bool, device=scores_Nts.device).triu(past + 1)
         scores_Nts = scores_Nts.masked_fill(hidden, float("-inf"))
     lse_Nt = scores_Nts.logsumexp(-1)
     out_NtH = (scores_Nts - lse_Nt[..., None]).exp() @ v_NsH.float()
     return out_NtH.to(q_NtH.dtype), lse_Nt
 
 
-def merge(pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The attention over the union of the pieces' keys, from each piece's ``(out [N, t, H], lse [N, t])``."""
+def merge(pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of the pieces' keys, from each piece's ``(out [N, t, H], lse [N, t])``: the same two."""
     if len(pieces) == 1:
-        return pieces[0][0]
+        return pieces[0]
     lses = torch.stack([lse for _, lse in pieces])
-    weights = (lses - lses.logsumexp(0)).exp()[..., None]
+    lse_Nt = lses.logsumexp(0)
+    weights = (lses - lse_Nt).exp()[..., None]
     outs = torch.stack([out for out, _ in pieces])
-    return (weights * outs.float()).sum(0).to(outs.dtype)
+    return (weights * outs.float()).sum(0).to(outs.dtype), lse_Nt

@@ -15,7 +15,11 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.model.family import EMBED, HEAD, Attend, ModelShape, NamedWeights, TensorSpec, UnitSpec, layer_name
+from engine.model.linear import linear
 
+FFN_ROWS = 1024
+"""Tokens that go through the feed-forward block together: enough for a product's full speed, and few enough that its
+result, the widest tensor of a layer, is memory that was used a moment ago instead of fresh pages."""
 POSITION_OFFSET = 2
 """OPT's learned positions start at row 2: fairseq kept the first rows for padding."""
 
@@ -37,7 +41,7 @@ def _relu_squared(x: Tensor) -> Tensor:
 
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,  # in place: the widest tensor of a layer need not exist twice
+    "relu": torch.relu_,  # on the CPU in bfloat16, part of the product
     "gelu": F.gelu,
     "gelu_python": F.gelu,
     "gelu_10": _clipped_gelu,
@@ -189,15 +193,20 @@ class OPT:
         if not self.norm_before:
             hidden_TD = self._norm(weights, "attention_norm", hidden_TD)
         x_TD = self._norm(weights, "ffn_norm", hidden_TD) if self.norm_before else hidden_TD
-        x_TF = self.activation(F.linear(x_TD, weights["fc1.weight"], weights.get("fc1.bias")))
-        hidden_TD = hidden_TD.add_(F.linear(x_TF, weights["fc2.weight"], weights.get("fc2.bias")))
+        for rows_RD, x_RD in zip(hidden_TD.split(FFN_ROWS), x_TD.split(FFN_ROWS), strict=True):
+            rows_RD.add_(self._feed_forward(weights, x_RD))
         return hidden_TD if self.norm_before else self._norm(weights, "ffn_norm", hidden_TD)
 
+    def _feed_forward(self, weights: NamedWeights, x_RD: Tensor) -> Tensor:
+        fuses = self.activation is torch.relu_
+        x_RF = linear(x_RD, weights["fc1.weight"], weights.get("fc1.bias"), relu=fuses)
+        return linear(x_RF if fuses else self.activation(x_RF), weights["fc2.weight"], weights.get("fc2.bias"))
+
     def _attention(self, weights: NamedWeights, x_TD: Tensor, attend: Attend) -> Tensor:
-        qkv = F.linear(x_TD, weights["qkv.weight"], weights.get("qkv.bias"))
+        qkv = linear(x_TD, weights["qkv.weight"], weights.get("qkv.bias"))
         qkv_T3NH = qkv.view(x_TD.shape[0], 3, self.shape.num_heads, self.shape.head_size)
         out_TNH = attend(qkv_T3NH[:, 0], qkv_T3NH[:, 1], qkv_T3NH[:, 2])
-        return F.linear(out_TNH.reshape(x_TD.shape), weights["out.weight"], weights.get("out.bias"))
+        return linear(out_TNH.reshape(x_TD.shape), weights["out.weight"], weights.get("out.bias"))
 
     def _norm(self, weights: NamedWeights, name: str, x_TD: Tensor) -> Tensor:
         size = (self.shape.hidden_size,)

@@ -25,8 +25,12 @@ def made(seed: int, heads: int, kv_heads: int, queries: int, keys: int, size: in
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     ("queries", "keys", "causal"),
-    [(1, 1, False), (1, 257, False), (5, 33, False), (1, 1, True), (2, 2, True), (130, 130, True)],
-)  # fmt: skip
+    [
+        *((1, 1, False), (1, 257, False), (5, 33, False), (1, 1, True), (2, 2, True), (130, 130, True)),
+        # The last queries of more keys, in one block and in several, whole and not.
+        *((1, 9, True), (5, 33, True), (256, 300, True), (300, 300, True), (513, 700, True), (2, 2049, True)),
+    ],
+)
 @pytest.mark.parametrize("size", [8, 20, 64])
 def test_the_kernel_computes_the_definition(
     dtype: torch.dtype, queries: int, keys: int, causal: bool, size: int
@@ -95,7 +99,7 @@ def test_pieces_merge_to_the_whole(keys: int, queries: int, cuts: set[int], spre
     whole, _ = attend_plainly(q, k, v, causal=False)
     borders = [0, *sorted(cut for cut in cuts if cut < keys), keys]
     pieces = [attend(q, k[:, begin:end], v[:, begin:end], causal=False) for begin, end in pairwise(borders)]
-    merged = merge(pieces)
+    merged, _ = merge(pieces)
     assert merged.dtype == q.dtype
     torch.testing.assert_close(merged, whole, atol=2e-5, rtol=2e-5)
 
@@ -104,17 +108,19 @@ def test_pieces_merge_to_the_whole(keys: int, queries: int, cuts: set[int], spre
 @given(past=st.integers(1, 40), new=st.integers(1, 20), seed=st.integers(0, 1000))
 def test_past_and_own_chunk_merge_to_causal_attention(past: int, new: int, seed: int) -> None:
     q, k, v = made(seed, 2, 2, past + new, past + new, 8)
-    whole, _ = attend(q, k, v, causal=True)
+    whole, whole_lse = attend(q, k, v, causal=True)
     chunk = q[:, past:]
-    merged = merge(
+    merged, merged_lse = merge(
         [attend(chunk, k[:, :past], v[:, :past], causal=False), attend(chunk, k[:, past:], v[:, past:], causal=True)]
     )
     torch.testing.assert_close(merged, whole[:, past:], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(merged_lse, whole_lse[:, past:], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(attend(chunk, k, v, causal=True)[0], whole[:, past:], atol=2e-5, rtol=2e-5)
 
 
 def test_one_piece_is_passed_through() -> None:
     piece = attend(*made(0, 1, 1, 2, 3, 8), causal=False)
-    assert merge([piece]) is piece[0]
+    assert merge([piece]) is piece
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -122,7 +128,7 @@ def test_narrow_pieces_merge_in_float32(dtype: torch.dtype) -> None:
     """One key a piece, so that each piece is exact, and the merge of 200 of them is off by its last rounding alone."""
     q, k, v = (x.to(dtype) for x in made(5, 1, 1, 1, 200, 16))
     whole, _ = attend_plainly(q.float(), k.float(), v.float(), causal=False)
-    merged = merge([attend(q, k[:, i : i + 1], v[:, i : i + 1], causal=False) for i in range(200)])
+    merged, _ = merge([attend(q, k[:, i : i + 1], v[:, i : i + 1], causal=False) for i in range(200)])
     assert merged.dtype == dtype
     torch.testing.assert_close(merged.float(), whole, atol=1e-5, rtol=1.01 * torch.finfo(dtype).eps / 2)
 
