@@ -23,7 +23,7 @@ def run(job: Job) -> dict[str, Any]:
     model = _load(job)
     model.eval()
     items = job.items()
-    warm_up = [Item(item.prompt[:8], item.continuation[:2]) for item in items[:1]]
+    warm_up = [Item(item.prompt, item.continuation[:2]) for item in items[: job.batch]]
     tokens: list[list[int]] = []
     with torch.inference_mode():
         _batch(job, model, warm_up)

@@ -1,6 +1,6 @@
 """The engine's public face: load a model once, run requests through it, close it."""
 
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Hashable, Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -123,7 +123,7 @@ class Engine:
         for report in self.passes(iter(requests)):
             yield from report.outputs
 
-    def passes(self, requests: Iterator[Request | None]) -> Iterator[PassReport]:
+    def passes(self, requests: Iterator[Request | None]) -> Generator[PassReport, None, None]:
         """``run``, one report a pass, so that the caller is asked after every pass.
 
         ``requests`` may yield ``None`` for "nothing at the moment": it is asked again after the next pass, and the run

@@ -54,7 +54,8 @@ class _Part:
     def cost(self) -> int:
         """In proportion to the time it takes: reading the keys costs as much as computing with a few dozen queries."""
         queries = self.segment.length + 32
-        return queries * (self.segment.start + self.segment.length) * (self.kv_heads.stop - self.kv_heads.start)
+        num_heads: int = self.kv_heads.stop - self.kv_heads.start
+        return queries * (self.segment.start + self.segment.length) * num_heads
 
 
 class KVStore:

@@ -83,7 +83,7 @@ def _flash_on_cpu(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, mask_ts: Tensor |
 
 @cache
 def _mask(dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-    """What a block of queries adds to its scores: nothing, but minus infinity above the diagonal of the last columns."""
+    """What a block of queries adds to its scores: 0, and above the diagonal of the last columns minus infinity."""
     mask = torch.zeros(rows, columns + rows, dtype=dtype)
     mask[:, columns:] = torch.full((rows, rows), float("-inf"), dtype=dtype).triu(1)
     return mask

@@ -193,7 +193,7 @@ class OPT:
         if not self.norm_before:
             hidden_TD = self._norm(weights, "attention_norm", hidden_TD)
         x_TD = self._norm(weights, "ffn_norm", hidden_TD) if self.norm_before else hidden_TD
-        for rows_RD, x_RD in zip(hidden_TD.split(FFN_ROWS), x_TD.split(FFN_ROWS), strict=True):
+        for rows_RD, x_RD in zip(torch.split(hidden_TD, FFN_ROWS), torch.split(x_TD, FFN_ROWS), strict=True):
             rows_RD.add_(self._feed_forward(weights, x_RD))
         return hidden_TD if self.norm_before else self._norm(weights, "ffn_norm", hidden_TD)
 
