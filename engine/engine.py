@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from engine.activations import Activations
+from engine.balance import Balance
 from engine.devices.base import Device
 from engine.devices.open import facts_of, open_device
 from engine.errors import EngineError
@@ -109,6 +110,7 @@ class Engine:
         self._closers.append(self._kv.close)
         self._executor = Executor(self.plan, family, self._device, weights, self._kv, activations)
         self._running: dict[Sequence, InProgress] = {}
+        self._balance = Balance()
         self._scheduler: Scheduler | None = None
         self._loaded_bytes = self._traffic.take().weight_bytes
         if self._recorder is not None:
@@ -163,7 +165,7 @@ class Engine:
         try:
             while True:
                 start = perf_counter()
-                this_pass = scheduler.next_pass(pull)
+                this_pass = scheduler.next_pass(pull, self._balance.prompt_tokens)
                 if not this_pass.micro_batches and (stuck := scheduler.stuck()) is not None:
                     rejections.append(self._reject_stuck(stuck))
                 elif not this_pass.micro_batches and not rejections:
@@ -171,7 +173,10 @@ class Engine:
                 outputs = self._compute(this_pass) if this_pass.micro_batches else []
                 outputs += rejections
                 rejections.clear()
-                yield PassReport(tuple(outputs), self._stats(this_pass, scheduler, (start, perf_counter())))
+                stats = self._stats(this_pass, scheduler, (start, perf_counter()))
+                if this_pass.micro_batches:
+                    self._balance.learn(stats)
+                yield PassReport(tuple(outputs), stats)
         finally:
             for sequence in list(self._running):
                 self._retire(sequence)

@@ -9,6 +9,7 @@ then decode it until its last sequence has ended, and only then admit the next.
 
 from collections import deque
 from collections.abc import Callable
+from itertools import count
 from typing import Protocol
 
 from engine.passes import MicroBatch, Pass, Segment
@@ -17,6 +18,10 @@ from engine.sequence import Sequence
 
 class KVReservations(Protocol):
     """What the scheduler asks of the KV cache."""
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens for which no room is reserved."""
 
     def admit(self, sequence: Sequence) -> bool:
         """Reserve room until the sequence's end; ``False``: not now."""
@@ -103,8 +108,12 @@ class Scheduler:
         """Nothing waits and nothing runs."""
         return not self._waiting and not self._running
 
-    def next_pass(self, pull: Callable[[], list[Sequence] | None]) -> Pass:
+    def next_pass(self, pull: Callable[[], list[Sequence] | None], prompt_tokens: int | None = None) -> Pass:
         """The next pass; ``pull`` yields the sequences of one more request, or ``None`` when there is none now.
+
+        ``prompt_tokens``, if given, is how many tokens of prompts that need a KV cache should be in it. This holds only
+        as long as more sequences wait than find room: the last ones start as soon as they can, since nothing comes
+        after them that could be computed beside their decoding. A schedule by block has no use for it.
 
         An empty pass means that nothing can be computed: either nothing is there, or the first waiting sequence does
         not fit although nothing runs (``stuck`` returns it).
@@ -113,7 +122,7 @@ class Scheduler:
         if self._by_block:
             self._fill_by_block(packer, pull)
         else:
-            self._fill_mixed(packer, pull)
+            self._fill_mixed(packer, pull, prompt_tokens)
         return packer.finish()
 
     def needs_kv(self, sequence: Sequence) -> bool:
@@ -132,16 +141,24 @@ class Scheduler:
             self._waiting.remove(sequence)
         self._kv.release(sequence)
 
-    def _fill_mixed(self, packer: _Packer, pull: Callable[[], list[Sequence] | None]) -> None:
-        """Whoever runs first, then whoever is admitted into the tokens that are left."""
-        for running in sorted(self._running, key=lambda sequence: not sequence.is_decoding):
+    def _fill_mixed(
+        self, packer: _Packer, pull: Callable[[], list[Sequence] | None], prompt_tokens: int | None
+    ) -> None:
+        """Whoever decodes, then whoever is at its prompt, then whoever is admitted into the tokens that are left."""
+        for running in [running for running in self._running if running.is_decoding]:
             if packer.left:
                 self._add_chunk(packer, running)
+        if prompt_tokens is None or not self._more_wait_than_fit(pull):
+            prompt_tokens = packer.left
+        least = packer.left - prompt_tokens
+        for running in [running for running in self._running if not running.is_decoding]:
+            if packer.left > least:
+                self._add_chunk(packer, running, packer.left - least)
         while packer.left and self._has_slot and (sequence := self._first_waiting(pull)) is not None:
             if self.needs_kv(sequence):
-                if not self._kv.admit(sequence):
+                if packer.left <= least or not self._kv.admit(sequence):
                     return
-                self._add_chunk(packer, sequence)
+                self._add_chunk(packer, sequence, packer.left - least)
             elif not packer.add_whole(sequence, sequence.num_to_compute):
                 return
             self._start(sequence)
@@ -162,6 +179,23 @@ class Scheduler:
             elif not packer.add_whole(running, running.num_to_compute):
                 return
 
+    def _more_wait_than_fit(self, pull: Callable[[], list[Sequence] | None]) -> bool:
+        """Pulls requests until they would fill the KV cache, or until one comes that needs none."""
+        free = self._kv.free_tokens
+        needed = 0
+        for index in count():
+            while index >= len(self._waiting):
+                pulled = pull()
+                if pulled is None:
+                    return False
+                self._waiting.extend(pulled)
+            if not self.needs_kv(self._waiting[index]):
+                return True
+            needed += self._waiting[index].num_kv_tokens
+            if needed > free:
+                return True
+        raise AssertionError  # count() does not end
+
     @property
     def _has_slot(self) -> bool:
         # Each running sequence wants a token a pass: no more of them than a pass has tokens.
@@ -180,6 +214,7 @@ class Scheduler:
         self._waiting.popleft()
         self._running[sequence] = None
 
-    def _add_chunk(self, packer: _Packer, sequence: Sequence) -> None:
+    def _add_chunk(self, packer: _Packer, sequence: Sequence, most: int | None = None) -> None:
         start = sequence.num_computed
-        packer.add(sequence, start, min(sequence.num_to_compute - start, self._prefill_chunk, packer.left))
+        most = packer.left if most is None else min(most, packer.left)
+        packer.add(sequence, start, min(sequence.num_to_compute - start, self._prefill_chunk, most))

@@ -97,6 +97,11 @@ class KVStore:
         """Tokens of the longest sequence that an empty cache can hold."""
         return max(self._pools.values()) // self._token_bytes
 
+    @property
+    def free_tokens(self) -> int:
+        """Tokens for which no room is reserved, in all tiers together."""
+        return sum(self._pools.values()) // self._token_bytes - sum(self._used.values()) // self._token_bytes
+
     def admit(self, sequence: Sequence) -> bool:
         """Reserve room until the sequence's end, in the tier that is furthest below its share.
 
