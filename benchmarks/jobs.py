@@ -102,13 +102,18 @@ class PeakMemory:
     """Main memory of this process above what it had when this was made: the idle process."""
 
     def __init__(self) -> None:
-        self.idle_bytes = _status("VmRSS")
+        self.idle_bytes = resident_bytes()
         # Until now loading was counted too: the kernel's high-water mark begins anew.
         Path("/proc/self/clear_refs").write_text("5")
 
     def bytes(self) -> int:
         """The peak so far."""
         return max(0, _status("VmHWM") - self.idle_bytes)
+
+
+def resident_bytes() -> int:
+    """Main memory that this process holds now."""
+    return _status("VmRSS")
 
 
 def _status(key: str) -> int:

@@ -199,6 +199,7 @@ class Engine:
         """Raise ``EngineError`` if a tier's books do not add up."""
         for tier in self.tiers.values():
             tier.check_integrity()
+        self._kv.check_integrity()
 
     def __enter__(self) -> Self:
         return self

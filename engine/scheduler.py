@@ -150,6 +150,8 @@ class Scheduler:
                 self._add_chunk(packer, running)
         if prompt_tokens is None or not self._more_wait_than_fit(pull):
             prompt_tokens = packer.left
+        elif not self._running:  # nobody is kept waiting, and the job's first token comes with its first pass
+            prompt_tokens = max(prompt_tokens, self._waiting[0].num_to_compute)
         least = packer.left - prompt_tokens
         for running in [running for running in self._running if not running.is_decoding]:
             if packer.left > least:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.devices.base import Device
-from engine.errors import DiskFull, TierFull
+from engine.errors import DiskFull, EngineError, TierFull
 from engine.kvcache.extents import DiskExtent, ExtentLayout, MemoryExtent
 from engine.kvcache.workers import AttentionWorkers
 from engine.memory.arena import Arena
@@ -96,6 +96,19 @@ class KVStore:
     def largest_sequence(self) -> int:
         """Tokens of the longest sequence that an empty cache can hold."""
         return max(self._pools.values()) // self._token_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are reserved for sequences."""
+        return sum(self._used.values())
+
+    def check_integrity(self) -> None:
+        """Raise ``EngineError`` unless what is reserved is what the sequences and the arenas hold."""
+        for tier, used in self._used.items():
+            of_sequences = sum(held.num_bytes for held in self._sequences.values() if held.tier is tier)
+            of_arena = self._arenas[tier].held_bytes if tier in self._arenas else used
+            if not used == of_sequences == of_arena:
+                raise EngineError(f"{tier}: KV cache of {used} bytes, sequences {of_sequences}, arena {of_arena}")
 
     @property
     def free_tokens(self) -> int:

@@ -22,6 +22,7 @@ class Arena:
             TierFull: the budget would be exceeded.
         """
         self._block = tier.allocate(num_bytes, what)
+        self._num_bytes = num_bytes
         self._ranges = FreeRanges(num_bytes)
         self._name = f"{tier.name} memory"
         self._what = what
@@ -36,6 +37,11 @@ class Arena:
         if offset is None:
             raise TierFull(f"{self._name}: no contiguous {format_bytes(num_bytes)} are left for {self._what}")
         return Piece(self, offset, self._block.data[offset : offset + num_bytes])
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all pieces."""
+        return self._num_bytes - self._ranges.free
 
     def recycle(self, offset: int, num_bytes: int) -> None:
         """Called by ``Piece.release``."""

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -17,12 +18,17 @@ from engine.planner.plan import DTYPE_BYTES
 from engine.units import MIB
 from engine.weights.manifest import PAGE_BYTES, Manifest, TensorEntry, UnitEntry, read_manifest
 
-READ_BYTES = 16 * MIB
-"""One read request: large enough for a disk's full speed, small enough to be split over several soon."""
+READ_BYTES = 8 * MIB
+"""One read request: large enough for a disk's full speed, small enough that a layer's last ones end together."""
+READERS = 4
+"""Requests under way at a time: one leaves most of a fast disk idle."""
 
 
 class WeightFiles:
-    """The files of one model directory; owns their descriptors. Threads may read different units at once."""
+    """The files of one model directory; owns their descriptors and the threads that read them.
+
+    Different units may be read at once.
+    """
 
     def __init__(self, model_dir: Path, manifest: Manifest) -> None:
         self._dir = model_dir
@@ -34,6 +40,7 @@ class WeightFiles:
         self._open: dict[str, _File] = {}
         self._verified: set[str] = set()
         self._closed = False
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="overnight-reader")
 
     @classmethod
     def open(cls, model_dir: Path) -> Self:
@@ -75,11 +82,17 @@ class WeightFiles:
         with self._lock:
             digest = None if name in self._verified else hashlib.sha256()
         view = out.numpy().data[: unit.num_bytes]
-        for begin in range(0, unit.num_bytes, READ_BYTES):
-            piece = view[begin : begin + READ_BYTES]
-            file.read(begin, piece)
-            if digest is not None:
-                digest.update(piece)
+        pieces = [(begin, view[begin : begin + READ_BYTES]) for begin in range(0, unit.num_bytes, READ_BYTES)]
+        reads = [self._readers.submit(file.read, begin, piece) for begin, piece in pieces]
+        try:
+            for read, (_, piece) in zip(reads, pieces, strict=True):
+                read.result()
+                if digest is not None:
+                    digest.update(piece)  # while the next ones are read
+        finally:
+            for read in reads:
+                read.cancel()
+            wait(reads)  # nobody writes into the caller's memory once this has raised
         if digest is not None:
             if unit.checksum != f"sha256:{digest.hexdigest()}":
                 raise CheckpointError(f"{file.path} is damaged: its checksum is wrong; import the model again")
@@ -98,7 +111,8 @@ class WeightFiles:
         return views
 
     def close(self) -> None:
-        """Closes every file; no read may be under way."""
+        """Ends the threads and closes every file; no read may be under way."""
+        self._readers.shutdown()
         with self._lock:
             self._closed = True
             while self._open:
@@ -128,8 +142,10 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = Lock()  # guards falling back to buffered reads
         self._direct = hasattr(os, "O_DIRECT")
         self._fd = -1
+        self._refused: list[int] = []
         if self._direct:
             try:
                 self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -144,26 +160,34 @@ class _File:
         """Fills ``piece`` from ``offset``, both whole pages."""
         num_read = 0
         while num_read < len(piece):
+            with self._lock:
+                fd, direct = self._fd, self._direct
             try:
-                count = os.preadv(self._fd, [piece[num_read:]], offset + num_read)
+                count = os.preadv(fd, [piece[num_read:]], offset + num_read)
             except OSError as error:
-                if error.errno == errno.EINVAL and self._direct:
-                    # Some layered file systems accept the flag at open and refuse it at the first read.
-                    self._direct = False
-                    os.close(self._fd)
-                    self._open_buffered()
+                if error.errno == errno.EINVAL and direct:
+                    self._read_buffered()
                     continue
                 raise self._failed(error) from error
             num_read += count
-            if count == 0 or (self._direct and num_read % PAGE_BYTES):
+            if count == 0 or (direct and num_read % PAGE_BYTES):
                 raise CheckpointError(
                     f"{self.path} ends after {offset + num_read} bytes, short of its manifest; import the model again"
                 )
-        if not self._direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, offset, len(piece), os.POSIX_FADV_DONTNEED)
+        if not direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, offset, len(piece), os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        os.close(self._fd)
+        for fd in (self._fd, *self._refused):
+            os.close(fd)
+
+    def _read_buffered(self) -> None:
+        """Some layered file systems accept the flag at open and refuse it at the first read."""
+        with self._lock:
+            if self._direct:
+                self._refused.append(self._fd)  # other threads may be about to read from it
+                self._direct = False
+                self._open_buffered()
 
     def _open_buffered(self) -> None:
         try:

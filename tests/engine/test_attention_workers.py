@@ -1,6 +1,7 @@
 """Segments side by side: fair shares, every item once, failures reach the caller."""
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,24 @@ def test_a_failure_reaches_the_caller_after_all_have_ended() -> None:
     with pytest.raises(ValueError, match="item 0"):
         workers.each(work, [0, 1], [5, 1])
     assert ended.is_set()
+    workers.close()
+
+
+def test_the_callers_own_failure_waits_for_the_others() -> None:
+    workers = AttentionWorkers(2)
+    caller, ended = threading.get_ident(), threading.Event()
+
+    def work(item: int) -> None:
+        if threading.get_ident() == caller:
+            raise ValueError("the caller's")
+        time.sleep(0.2)
+        ended.set()
+
+    mine = torch.get_num_threads()
+    with pytest.raises(ValueError, match="the caller's"):
+        workers.each(work, [0, 1], [1, 1])
+    assert ended.is_set()
+    assert torch.get_num_threads() == mine
     workers.close()
 
 

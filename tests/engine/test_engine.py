@@ -52,9 +52,8 @@ def by_key(outputs: Iterable[Output]) -> dict[object, object]:
 @pytest.fixture
 def engine(tiny_model: Path) -> Iterator[Engine]:
     with Engine.load(tiny_model, options()) as loaded:
-        empty = loaded.tiers[TierName.DEVICE].used
         yield loaded
-        assert loaded.tiers[TierName.DEVICE].used == empty, "every sequence's KV cache is free again"
+        assert loaded._kv.held_bytes == 0, "every sequence's KV cache is free again"
         loaded.check_integrity()
 
 
@@ -238,7 +237,7 @@ def test_a_choice_is_dropped_with_some_of_its_sequences_done_and_some_waiting(
     """One sequence of 8 tokens a pass: after two passes, two are done and the others wait."""
     choices = Request("choose", Choose("abcde", ("xx", "yy", "zz", "ww")))
     with Engine.load(tiny_model, options(micro_batch=8, micro_batches=1, prefill_chunk=chunk)) as engine:
-        empty = engine.tiers[TierName.DEVICE].used
+        assert engine._kv.held_bytes == 0
         expected = by_key(engine.run([choices, generate("after")]))
         reports = engine.passes(iter([choices, generate("after")]))
         assert [next(reports).outputs for _ in range(2)] == [(), ()]
@@ -246,7 +245,7 @@ def test_a_choice_is_dropped_with_some_of_its_sequences_done_and_some_waiting(
         assert {output.key: output.result for report in reports for output in report.outputs} == {
             "after": expected["after"]
         }
-        assert engine.tiers[TierName.DEVICE].used == empty
+        assert engine._kv.held_bytes == 0
         engine.check_integrity()
 
 
@@ -261,6 +260,19 @@ def test_a_run_left_midway_leaves_the_engine_usable(engine: Engine) -> None:
             next(engine.passes(iter(requests)))
         reports.close()
         assert by_key(engine.run(requests)) == expected
+
+
+@pytest.mark.parametrize("count", [3, 30])
+def test_a_second_job_gets_its_first_token_with_its_first_pass(count: int, tiny_model: Path) -> None:
+    """Also where the first job taught the engine to take prompts in small amounts, and more wait than fit."""
+    with with_kv_room(tiny_model, 100, weights=Shares(0, 0, 100)) as engine:
+        first = [generate(index, "ab" * 20, count=8) for index in range(12)]
+        assert len(by_key(engine.run(first))) == 12
+        engine._balance._links_s, engine._balance._other_s, engine._balance._prompt_token_s = 1.0, 0.9, 0.05
+        second = [generate(index, "ba" * 20, count=1) for index in range(count)]
+        reports = list(engine.passes(iter(second)))
+    assert reports[0].outputs
+    assert sum(len(report.outputs) for report in reports) == count
 
 
 PLACEMENTS = {

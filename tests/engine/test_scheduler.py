@@ -30,6 +30,10 @@ class CountingKV:
         self.held[sequence] = sequence.num_kv_tokens
         return True
 
+    @property
+    def free_tokens(self) -> int:
+        return self.room - sum(self.held.values())
+
     def release(self, sequence: Sequence) -> None:
         self.held.pop(sequence, None)
 
@@ -53,6 +57,7 @@ class Run:
     prefill_chunk: int
     room: int
     ends_early: random.Random | None = None
+    prompt_tokens: int | None = None
     num_pulled: int = 0
     stuck: list[Sequence] = field(default_factory=list)
     passes: list[Pass] = field(default_factory=list)
@@ -72,12 +77,12 @@ class Run:
     def pull(self) -> list[Sequence] | None:
         if self.num_pulled == len(self.requests):
             return None
-        assert self.scheduler.num_waiting == 0, "pulled although something waits"
+        assert self.scheduler.num_waiting == 0 or self.prompt_tokens, "pulled although something waits"
         self.num_pulled += 1
         return list(self.requests[self.num_pulled - 1])
 
     def next_pass(self) -> Pass | None:
-        this_pass = self.scheduler.next_pass(self.pull)
+        this_pass = self.scheduler.next_pass(self.pull, self.prompt_tokens)
         if this_pass.micro_batches:
             self.check(this_pass)
             self.compute(this_pass)
@@ -115,9 +120,10 @@ class Run:
             fits = sequence.is_scored and sequence.num_to_compute <= min(self.micro_batch, self.prefill_chunk)
             assert self.scheduler.needs_kv(sequence) != fits
             assert (sequence in self.kv.held) != fits, "only what must look back holds KV cache"
-        # Whoever was running before is served whenever the pass has tokens left.
+        # Whoever was running before is served whenever the pass has tokens left, and prompts are not held back.
         if sum(lengths.values()) < self.micro_batch * self.micro_batches:
-            assert set(self.kv.held) <= set(lengths)
+            served = {s for s in self.kv.held if s.is_decoding} if self.prompt_tokens else set(self.kv.held)
+            assert served <= set(lengths)
 
     def compute(self, this_pass: Pass) -> None:
         new_tokens: set[Sequence] = set()
@@ -179,6 +185,7 @@ def runs(draw: st.DrawFn) -> Run:
         prefill_chunk=draw(st.integers(1, 60)),
         room=draw(st.integers(0, 120)),
         ends_early=None if seed is None else random.Random(seed),
+        prompt_tokens=draw(st.none() | st.integers(1, 20)),
     )
 
 
@@ -226,6 +233,41 @@ def test_no_more_than_one_request_waits_for_room() -> None:
         run.next_pass()
         assert run.scheduler.num_waiting <= 1
         assert len(run.kv.held) <= 2
+
+
+def test_prompts_come_in_measured_amounts_until_the_last_ones_fit() -> None:
+    run = Run(
+        [[generation(10, 10)] for _ in range(12)],
+        micro_batch=64, micro_batches=1, prefill_chunk=64, room=4 * 19, prompt_tokens=5,
+    )  # fmt: skip
+    run.to_the_end()
+    first, *prompts = [sum(s.length for s in each.segments if not s.is_decode) for each in run.passes]
+    assert first == 10, "the first prompt whole, since nobody decodes yet"
+    held_back = [tokens for tokens in prompts if tokens <= 5]
+    assert sum(prompts) == 110
+    # At most one pass carries more: the one in which whatever is left finds room.
+    (last,) = [tokens for tokens in prompts if tokens > 5]
+    assert prompts.index(last) > len(prompts) // 2
+    assert all(not tokens for tokens in prompts[prompts.index(last) + 1 :])
+    mixed = [each for each in run.passes if {s.is_decode for s in each.segments} == {True, False}]
+    assert len(mixed) > len(held_back) // 3
+
+
+def test_prompts_are_not_held_back_where_all_of_them_fit() -> None:
+    run = Run(
+        [[generation(10, 10)] for _ in range(4)],
+        micro_batch=64, micro_batches=1, prefill_chunk=64, room=4 * 19, prompt_tokens=5,
+    )  # fmt: skip
+    run.to_the_end()
+    assert len(run.passes) == 10
+    assert run.passes[0].micro_batches[0].num_tokens == 40
+
+
+def test_what_needs_no_kv_cache_is_not_held_back() -> None:
+    run = Run([[scored(5, 5)] for _ in range(6)], micro_batch=60, micro_batches=1, prefill_chunk=60, room=0,
+              prompt_tokens=5)  # fmt: skip
+    run.to_the_end()
+    assert len(run.passes) == 1
 
 
 def test_decode_goes_on_while_a_long_prompt_is_read() -> None:

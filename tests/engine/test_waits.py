@@ -144,6 +144,8 @@ CASES = {
     "weights resident and cast, late links": Case(
         placed("100/0/0", "100/0/0", "device", dtype="float32"), model="narrow", link_s=LATE_S
     ),
+    # So late that the KV cache is made in the meantime.
+    "weights resident, very late links": Case(placed("100/0/0", "100/0/0", "device"), link_s=0.1),
     "all on host, late compute": Case(placed("0/100/0", "0/100/0", "host"), compute_s=LATE_S),
     "all on disk, late compute": Case(placed("0/0/100", "0/0/100", "disk"), compute_s=LATE_S),
     "all on host, late links": Case(placed("0/100/0", "0/100/0", "host"), link_s=LATE_S),
