@@ -16,10 +16,11 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from engine.model.family import EMBED, HEAD, Attend, ModelShape, NamedWeights, TensorSpec, UnitSpec, layer_name
 from engine.model.linear import linear
+from engine.units import div_ceil
 
 FFN_ROWS = 1024
-"""Tokens that go through the feed-forward block together: enough for a product's full speed, and few enough that its
-result, the widest tensor of a layer, is memory that was used a moment ago instead of fresh pages."""
+"""Tokens that go through the feed-forward block together, at most: enough for a product's full speed, and few enough
+that its result, the widest tensor of a layer, is memory that was used a moment ago instead of fresh pages."""
 POSITION_OFFSET = 2
 """OPT's learned positions start at row 2: fairseq kept the first rows for padding."""
 
@@ -193,7 +194,8 @@ class OPT:
         if not self.norm_before:
             hidden_TD = self._norm(weights, "attention_norm", hidden_TD)
         x_TD = self._norm(weights, "ffn_norm", hidden_TD) if self.norm_before else hidden_TD
-        for rows_RD, x_RD in zip(torch.split(hidden_TD, FFN_ROWS), torch.split(x_TD, FFN_ROWS), strict=True):
+        parts = max(1, div_ceil(x_TD.shape[0], FFN_ROWS))  # of equal size: a small rest would be computed at less speed
+        for rows_RD, x_RD in zip(torch.chunk(hidden_TD, parts), torch.chunk(x_TD, parts), strict=True):
             rows_RD.add_(self._feed_forward(weights, x_RD))
         return hidden_TD if self.norm_before else self._norm(weights, "ffn_norm", hidden_TD)
 
