@@ -23,7 +23,7 @@ _SETTLED = 2000
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, and return 0 if resident memory grew by less than the line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
-    parser.add_argument("--shape", default="tiny", help="weights are on the disk (default: %(default)s)")
+    parser.add_argument("--shape", default="opt-125m", help="weights are on the disk (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=20_000, metavar="N")
     parser.add_argument("--cache-dir", type=Path, default=default_cache())
     asked = parser.parse_args(arguments)

@@ -9,6 +9,7 @@ from engine.activations import Activations
 from engine.devices.base import Device
 from engine.kvcache.store import KVStore
 from engine.model.family import Family
+from engine.model.linear import padded_rows
 from engine.model.sampling import next_tokens, score_tokens, uniform
 from engine.passes import MicroBatch, Pass, Segment
 from engine.planner.plan import Plan
@@ -58,7 +59,7 @@ class Executor:
         for layer in range(self._family.shape.num_layers):
             with self._weights.layer(layer) as weights:
                 for index, batch in enumerate(batches):
-                    hidden_TD = self._activations.load(index, batch.num_tokens)
+                    hidden_TD = self._activations.load(index, self._num_rows(batch))
                     hidden_TD = self._family.layer(
                         weights,
                         hidden_TD,
@@ -68,7 +69,7 @@ class Executor:
         results: list[SegmentResult] = []
         for index, batch in enumerate(batches):
             if any(segment.rows for segment in batch.segments):
-                results += self._finish(batch, self._activations.load(index, batch.num_tokens))
+                results += self._finish(batch, self._activations.load(index, self._num_rows(batch)))
         return results
 
     def _embed(self, batch: MicroBatch) -> Tensor:
@@ -78,11 +79,22 @@ class Executor:
             end = segment.start + segment.length
             token_ids += segment.sequence.tokens[segment.start : end]
             positions += range(segment.start, end)
+        padding = [0] * (self._num_rows(batch) - len(token_ids))
+        token_ids += padding
+        positions += padding
         return self._family.embed(
             self._weights.embedding(),
             self._device.upload(torch.tensor(token_ids, dtype=torch.int64)),
             self._device.upload(torch.tensor(positions, dtype=torch.int64)),
         )
+
+    def _num_rows(self, batch: MicroBatch) -> int:
+        """Rows of a micro-batch's hidden states: its tokens, and rows after them that nobody looks at."""
+        return self._padded(batch.num_tokens, self._plan.micro_batch)
+
+    def _padded(self, num_rows: int, most: int) -> int:
+        dtype: torch.dtype = getattr(torch, self._plan.dtype)
+        return min(padded_rows(num_rows, dtype, self._device.torch_device), most)
 
     def _finish(self, batch: MicroBatch, hidden_TD: Tensor) -> list[SegmentResult]:
         """Head and selection, in chunks of rows so that logits stay within the workspace."""
@@ -94,14 +106,16 @@ class Executor:
                 wanted.append(begin + row)
                 owners.append((segment, segment.start + row))
             begin += segment.length
-        rows_RD = hidden_TD[self._device.upload(torch.tensor(wanted, dtype=torch.int64))]
+        most = self._plan.logits_rows
         embedding = self._weights.embedding() if self._family.head_needs_embedding() else None
         tokens: dict[Segment, int] = {}
         scores: dict[Segment, list[tuple[float, bool]]] = {}
-        for first in range(0, len(wanted), self._plan.logits_rows):
-            chunk = owners[first : first + self._plan.logits_rows]
-            logits_RV = self._family.head(self._weights.head(), embedding, rows_RD[first : first + len(chunk)])
-            self._select(logits_RV, chunk, tokens, scores)
+        for first in range(0, len(wanted), most):
+            chunk = wanted[first : first + most]
+            rows = chunk + [0] * (self._padded(len(chunk), most) - len(chunk))
+            rows_RD = hidden_TD[self._device.upload(torch.tensor(rows, dtype=torch.int64))]
+            logits_RV = self._family.head(self._weights.head(), embedding, rows_RD)[: len(chunk)]
+            self._select(logits_RV, owners[first : first + most], tokens, scores)
         return [
             SegmentResult(segment, tokens.get(segment), tuple(scores.get(segment, ())))
             for segment in batch.segments

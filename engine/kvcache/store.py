@@ -152,8 +152,12 @@ class KVStore:
                 extent.release()
 
     def attend(self, layer: int, batch: MicroBatch, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """Store a micro-batch's keys and values and attend, segment by segment: ``[T, N, H]``."""
+        """Store a micro-batch's keys and values and attend, segment by segment: ``[T, N, H]``.
+
+        Rows after the last segment's are padding: zeros come out.
+        """
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+        out_TNH[batch.num_tokens :] = 0
         scaled_TNH: Tensor | None = None
         if self._decodes_by_products(q_TNH, k_TKH) and any(s.length == 1 for s in batch.segments):
             scaled_TNH = q_TNH.float() * q_TNH.shape[-1] ** -0.5

@@ -6,7 +6,7 @@ sum of the softmaxes over each (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao
 Shapes: N query heads, K key/value heads, t query tokens, s key tokens, H head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -16,6 +16,9 @@ from engine.units import align_up
 
 CAUSAL_ROWS = 256
 """Queries of causal attention computed together on the CPU."""
+KERNEL_STEP = 64
+"""PyTorch compiles a kernel for each number of queries, from so many on, and keys that it meets, and keeps it: 0.4 MB
+a prompt of another length. Blocks are cut so that it meets few of them."""
 MASK_KEYS = 2048
 """Masks are made for a multiple of so many keys, so that a model needs one or two of them."""
 
@@ -59,19 +62,35 @@ def _attend_on_cpu(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool)
     if num_queries == 1 and q_NtH.dtype == torch.bfloat16 and not flash_decodes():
         return _attend_one(q_NtH, k_NsH, v_NsH)
     if not causal:
-        return _flash_on_cpu(q_NtH, k_NsH, v_NsH, None)
+        whole = num_keys // KERNEL_STEP * KERNEL_STEP
+        if num_queries < KERNEL_STEP or whole in (0, num_keys):
+            return _flash_on_cpu(q_NtH, k_NsH, v_NsH, None)
+        parts = [slice(0, whole), slice(whole, num_keys)]
+        return merge([_flash_on_cpu(q_NtH, k_NsH[:, part], v_NsH[:, part], None) for part in parts])
     mask_tS = _mask(q_NtH.dtype, CAUSAL_ROWS, align_up(num_keys, MASK_KEYS))
     blocks = []
-    for first in range(0, num_queries, CAUSAL_ROWS):
-        rows = min(CAUSAL_ROWS, num_queries - first)
-        seen = num_keys - num_queries + first + rows
+    for first, end in _causal_blocks(num_queries, num_keys):
+        rows, seen = end - first, num_keys - num_queries + end
         # The mask's last columns are the triangle: from it to the left, all is seen.
         begin = mask_tS.shape[1] - CAUSAL_ROWS + rows - seen
         mask_ts = mask_tS[:rows, begin : begin + seen]
-        blocks.append(_flash_on_cpu(q_NtH[:, first : first + rows], k_NsH[:, :seen], v_NsH[:, :seen], mask_ts))
+        blocks.append(_flash_on_cpu(q_NtH[:, first:end], k_NsH[:, :seen], v_NsH[:, :seen], mask_ts))
     if len(blocks) == 1:
         return blocks[0]
     return torch.cat([out for out, _ in blocks], 1), torch.cat([lse for _, lse in blocks], 1)
+
+
+def _causal_blocks(num_queries: int, num_keys: int) -> Iterator[tuple[int, int]]:
+    """First query and end of each block: a multiple of ``KERNEL_STEP`` that sees a multiple of keys; or fewer."""
+    first = min(num_queries, (num_queries - num_keys) % KERNEL_STEP)
+    if first:
+        yield 0, first
+    while first < num_queries:
+        rows = min(CAUSAL_ROWS, num_queries - first)
+        if rows > KERNEL_STEP:
+            rows -= rows % KERNEL_STEP
+        yield first, first + rows
+        first += rows
 
 
 def _flash_on_cpu(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, mask_ts: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,7 @@ jobs = st.lists(
         st.booleans(),
     ),
     max_size=8,
+    unique_by=lambda each: each.job_id,
 )
 residents = st.none() | st.sampled_from("abcd")
 

@@ -7,6 +7,7 @@ from worker.bell import Bell
 from worker.lifecycle import Stop
 bell = Bell()
 stop = Stop(bell)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
 stop.install()
 os.kill(os.getpid(), signal.{first})
 print(bell.is_stopping, stop.signal, flush=True)
