@@ -9,7 +9,7 @@ what the engine allocates, is asked instead.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.memory.lane import LaneName
 from engine.model.family import HEAD, ModelShape, layer_name
@@ -20,7 +20,7 @@ from engine.planner.workload import Lengths, Workload
 
 MIN_BALANCED_PROMPT_TOKENS = 64
 """As ``engine.balance``: a pass carries so many in any case."""
-MAX_SIMULATED_PASSES = 2000
+MAX_SIMULATED_PASSES = 1000
 """Beyond these a long workload is taken to go on at its steady rate."""
 
 
@@ -61,6 +61,36 @@ class PassLoad:
     def tokens(self) -> float:
         """Tokens that go through the layers."""
         return self.prompt_tokens + self.decode_tokens
+
+    def scaled(self, factor: float) -> "PassLoad":
+        """So many times as much of everything."""
+        return PassLoad(
+            prompt_tokens=factor * self.prompt_tokens,
+            decode_tokens=factor * self.decode_tokens,
+            prompt_segments=factor * self.prompt_segments,
+            prompt_pairs=factor * self.prompt_pairs,
+            looked_back=factor * self.looked_back,
+            moved=factor * self.moved,
+            reread=factor * self.reread,
+            logits_rows=factor * self.logits_rows,
+        )
+
+    def __add__(self, other: "PassLoad") -> "PassLoad":
+        return PassLoad(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            decode_tokens=self.decode_tokens + other.decode_tokens,
+            prompt_segments=self.prompt_segments + other.prompt_segments,
+            prompt_pairs=self.prompt_pairs + other.prompt_pairs,
+            looked_back=self.looked_back + other.looked_back,
+            moved=self.moved + other.moved,
+            reread=self.reread + other.reread,
+            logits_rows=self.logits_rows + other.logits_rows,
+        )
+
+    @property
+    def prompts(self) -> "PassLoad":
+        """Without the decoding, if it is one request's: the pass that ends a prompt yields the first token."""
+        return replace(self, decode_tokens=0.0, looked_back=0.0, moved=0.0, logits_rows=min(1.0, self.logits_rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,9 +205,7 @@ class PassModel:
         host_s = hardware.host_attention.seconds(read * on_host, size) if hardware.host_attention and on_host else 0.0
         return compute_s, host_s
 
-    def _link_bytes(
-        self, load: PassLoad
-    ) -> tuple[dict[LaneName, float], dict[LaneName, float], dict[LaneName, float]]:
+    def _link_bytes(self, load: PassLoad) -> tuple[dict[LaneName, float], dict[LaneName, float], dict[LaneName, float]]:
         """Bytes of weights, of keys and values, and of activations that each lane moves."""
         weights, kv, activations = (dict.fromkeys(LINKS, 0.0) for _ in range(3))
         copies = not self._shares_host
@@ -247,7 +275,7 @@ class Prediction:
     steady_pass: PassCost
     steady_load: PassLoad
     running: float
-    """Sequences that run at the same time, once steady."""
+    """Sequences that yield a token in a pass, in the mean, once steady."""
 
     @property
     def bound_by(self) -> LaneName:
@@ -275,8 +303,10 @@ def request_load(lengths: Lengths, plan: Plan) -> PassLoad:
 
 def mean_request_load(workload: Workload, plan: Plan) -> PassLoad:
     """The mean over a workload's requests."""
-    loads = [(each.requests / workload.requests, request_load(each, plan)) for each in workload.lengths]
-    return _sum(loads)
+    total = PassLoad()
+    for each in workload.lengths:
+        total += request_load(each, plan).scaled(each.requests / workload.requests)
+    return total
 
 
 def residency_passes(lengths: Lengths, plan: Plan) -> float:
@@ -311,143 +341,160 @@ def predict(
     host_attention: bool = False,
     overlap: Overlap = OVERLAPPED,
 ) -> Prediction:
-    """How long a workload takes with mixed passes, from the first pass to the last output.
+    """How long a workload takes under a plan, from the first pass to the last output.
 
     A sequence lives in the tiers in the proportion of their pools. If no sequence finds room, everything is 0 per
     second and takes infinitely long.
     """
     model = PassModel(hardware, shape, stored, plan, host_attention=host_attention, overlap=overlap)
-    token_bytes = kv_bytes_per_token(shape, plan.dtype)
-    rate = steady_requests_per_pass(workload, plan, token_bytes)
-    load = _scaled(mean_request_load(workload, plan), rate)
-    cost = model.cost(load)
-    steady = rate * workload.generated / workload.requests / cost.seconds if rate else 0.0
-    passes, seconds = _simulate(model, plan, workload, token_bytes, rate, cost) if rate else (math.inf, math.inf)
-    return Prediction(
-        seconds=seconds,
-        passes=passes,
-        generated_per_s=workload.generated / seconds,
-        total_per_s=(workload.generated + workload.prompt_tokens) / seconds,
-        steady_generated_per_s=steady,
-        steady_pass=cost,
-        steady_load=load,
-        running=rate * workload.mean(lambda each: residency_passes(each, plan)),
-    )
+    run = _Run(model, plan, workload, kv_bytes_per_token(shape, plan.dtype))
+    if plan.schedule == "block":
+        return run.by_block()
+    return run.mixed()
 
 
-def _simulate(
-    model: PassModel, plan: Plan, workload: Workload, token_bytes: int, rate: float, steady: PassCost
-) -> tuple[float, float]:
-    """Passes and seconds of the whole workload, pass after pass, with so many requests of each length as a fluid.
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Requests of one length: what one of them adds to a pass in which it decodes, in the mean over its steps."""
 
-    As the scheduler does it: decode tokens first, then as many prompts as find room and tokens; while more wait than
-    find room, no more prompt tokens than make compute as long as the links.
-    """
-    kinds = [(each.requests / workload.requests, each, request_load(each, plan)) for each in workload.lengths]
-    room = usable_kv_tokens(workload, plan, token_bytes)
-    prompt_mean = workload.mean(lambda each: each.prompt)
-    reserved_mean = workload.mean(lambda each: each.reserved)
-    begun = [0.0]  # requests admitted up to and including each pass
-    total, seconds, tail = float(workload.requests), 0.0, max(each.generated for each in workload.lengths)
-    balance: float | None = None
-    prompt_s: float | None = None
-    number = 0
-    while begun[-1] < total - 1e-6 or number < len(begun) - 1:
-        if len(begun) > MAX_SIMULATED_PASSES + tail and begun[-1] < total - rate:
-            # Whatever is neither ramp-up nor tail goes on as it does.
-            skipped = (total - begun[-1]) / rate
-            seconds += skipped * steady.seconds
-            number += int(skipped)
-            total = begun[-1]
-        decoding = PassLoad()
-        used = 0.0
-        for weight, each, whole in kinds:
-            alive = begun[-1] - _at(begun, len(begun) - 1 - each.decode_steps)
-            used += weight * alive * each.reserved
-            if each.decode_steps:
-                decoding = _sum([(1.0, decoding), (weight * alive / each.decode_steps, _decode_only(whole))])
-        waiting = total - begun[-1]
-        admitted = min(waiting, max(0.0, room - used) / reserved_mean)
-        admitted = min(admitted, max(0.0, plan.tokens_per_pass - decoding.tokens) / prompt_mean)
-        if balance is not None and waiting * reserved_mean > max(0.0, room - used):
-            admitted = min(admitted, max(MIN_BALANCED_PROMPT_TOKENS, balance) / prompt_mean)
-        if admitted <= 0 and decoding.tokens < 1e-9:
-            break
-        starting = _sum([(weight * admitted, _prompt_only(whole)) for weight, _, whole in kinds])
-        cost = model.cost(_sum([(1.0, decoding), (1.0, starting)]))
-        seconds += cost.seconds
-        links = max(busy for lane, busy in cost.lane_seconds.items() if lane is not LaneName.DEVICE_COMPUTE)
-        compute_s = cost.lane_seconds[LaneName.DEVICE_COMPUTE]
-        if starting.prompt_tokens >= MIN_BALANCED_PROMPT_TOKENS:
-            prompt_s = min(compute_s / starting.prompt_tokens, prompt_s or math.inf)
-        if links and prompt_s:
-            balance = (links - max(0.0, compute_s - starting.prompt_tokens * prompt_s)) / prompt_s
-        begun.append(begun[-1] + admitted)
-        number += 1
-        if total - begun[-1] < 1e-6:
-            # The tail: nothing begins any more, and passes end with the longest request that still runs.
-            last = _tail_seconds(model, kinds, begun)
-            return number + last[0], seconds + last[1]
-    return number, seconds
+    share: float
+    """Of all requests."""
+    steps: int
+    reserved: int
+    looked_back: float
+    moved: float
 
 
-def _tail_seconds(
-    model: PassModel, kinds: list[tuple[float, Lengths, PassLoad]], begun: list[float]
-) -> tuple[int, float]:
-    """Passes and seconds after the one that admitted the last request."""
-    seconds, passes = 0.0, 0
-    history = list(begun)
-    while True:
-        decoding = PassLoad()
-        for weight, each, whole in kinds:
-            alive = history[-1] - _at(history, len(history) - 1 - each.decode_steps)
-            if each.decode_steps:
-                decoding = _sum([(1.0, decoding), (weight * alive / each.decode_steps, _decode_only(whole))])
-        if decoding.tokens < 1e-9:
-            return passes, seconds
-        seconds += model.cost(decoding).seconds
-        passes += 1
-        history.append(history[-1])
+class _Run:
+    """A workload pass after pass, with so many requests of each length as a fluid."""
 
+    def __init__(self, model: PassModel, plan: Plan, workload: Workload, token_bytes: int) -> None:
+        self._model = model
+        self._plan = plan
+        self._workload = workload
+        self._kinds = [
+            _Kind(
+                each.requests / workload.requests,
+                each.decode_steps,
+                each.reserved,
+                each.looked_back / max(1, each.decode_steps),
+                each.moved(plan.extent_tokens) / max(1, each.decode_steps),
+            )
+            for each in workload.lengths
+        ]
+        self._request = mean_request_load(workload, plan)
+        self._starting = self._request.prompts
+        self._room = usable_kv_tokens(workload, plan, token_bytes)
+        self._reserved = workload.mean(lambda each: each.reserved)
+        self._rate = steady_requests_per_pass(workload, plan, token_bytes)
+        self._longest = max(kind.steps for kind in self._kinds)
 
-def _at(begun: list[float], index: int) -> float:
-    return begun[index] if index > 0 else 0.0
+    def mixed(self) -> Prediction:
+        """Decode tokens and prompts in one pass."""
+        load = self._request.scaled(self._rate)
+        cost = self._model.cost(load)
+        if not self._rate:
+            return self._prediction(math.inf, math.inf, 0.0, cost, load)
+        steady = self._rate * self._workload.generated / self._workload.requests / cost.seconds
+        passes, seconds = self._simulate(cost)
+        return self._prediction(passes, seconds, steady, cost, load)
 
+    def by_block(self) -> Prediction:
+        """As many sequences as find room; their prompts; then decoding until the last of them ends; then the next."""
+        in_block = min(
+            float(self._workload.requests), self._plan.tokens_per_pass, math.floor(self._room / self._reserved + 1e-9)
+        )
+        if in_block < 1:
+            return self._prediction(math.inf, math.inf, 0.0, self._model.cost(PassLoad()), PassLoad())
+        prompts = self._starting.scaled(in_block)
+        prompt_passes = max(1.0, prompts.prompt_tokens / self._plan.tokens_per_pass)
+        costs = [(prompt_passes, self._model.cost(prompts.scaled(1 / prompt_passes)))]
+        for step in range(self._longest):
+            running = (((in_block * kind.share) if kind.steps > step else 0.0) for kind in self._kinds)
+            costs.append((1.0, self._model.cost(self._decoding(list(running)))))
+        passes = sum(times for times, _ in costs)
+        seconds = sum(times * cost.seconds for times, cost in costs)
+        lane_seconds = {
+            lane: sum(times * cost.lane_seconds[lane] for times, cost in costs) / passes for lane in LaneName
+        }
+        bound_by = max(lane_seconds, key=lambda lane: lane_seconds[lane])
+        mean = PassCost(
+            seconds=seconds / passes,
+            lane_seconds=lane_seconds,
+            lane_bytes={lane: sum(times * cost.lane_bytes[lane] for times, cost in costs) / passes for lane in LINKS},
+            exposed_s=seconds / passes - lane_seconds[bound_by],
+            bound_by=bound_by,
+        )
+        blocks = self._workload.requests / in_block
+        steady = in_block * self._workload.generated / self._workload.requests / seconds
+        load = self._request.scaled(in_block / passes)
+        return self._prediction(blocks * passes, blocks * seconds, steady, mean, load)
 
-def _decode_only(load: PassLoad) -> PassLoad:
-    return PassLoad(
-        decode_tokens=load.decode_tokens,
-        looked_back=load.looked_back,
-        moved=load.moved,
-        logits_rows=load.logits_rows - 1,
-    )
+    def _prediction(self, passes: float, seconds: float, steady: float, cost: PassCost, load: PassLoad) -> Prediction:
+        workload = self._workload
+        return Prediction(
+            seconds=seconds,
+            passes=passes,
+            generated_per_s=workload.generated / seconds,
+            total_per_s=(workload.generated + workload.prompt_tokens) / seconds,
+            steady_generated_per_s=steady,
+            steady_pass=cost,
+            steady_load=load,
+            running=load.logits_rows,
+        )
 
+    def _decoding(self, running: list[float]) -> PassLoad:
+        """The load of so many sequences of each kind that decode."""
+        pairs = list(zip(running, self._kinds, strict=True))
+        tokens = sum(running)
+        return PassLoad(
+            decode_tokens=tokens,
+            looked_back=sum(number * kind.looked_back for number, kind in pairs),
+            moved=sum(number * kind.moved for number, kind in pairs),
+            logits_rows=tokens,
+        )
 
-def _prompt_only(load: PassLoad) -> PassLoad:
-    return PassLoad(
-        prompt_tokens=load.prompt_tokens,
-        prompt_segments=load.prompt_segments,
-        prompt_pairs=load.prompt_pairs,
-        reread=load.reread,
-        logits_rows=1,
-    )
+    def _simulate(self, steady: PassCost) -> tuple[float, float]:
+        """Passes and seconds, as the scheduler fills passes: decode tokens first, then prompts that find room.
 
-
-def _scaled(load: PassLoad, factor: float) -> PassLoad:
-    return _sum([(factor, load)])
-
-
-def _sum(loads: list[tuple[float, PassLoad]]) -> PassLoad:
-    return PassLoad(
-        prompt_tokens=sum(weight * load.prompt_tokens for weight, load in loads),
-        decode_tokens=sum(weight * load.decode_tokens for weight, load in loads),
-        prompt_segments=sum(weight * load.prompt_segments for weight, load in loads),
-        prompt_pairs=sum(weight * load.prompt_pairs for weight, load in loads),
-        looked_back=sum(weight * load.looked_back for weight, load in loads),
-        moved=sum(weight * load.moved for weight, load in loads),
-        reread=sum(weight * load.reread for weight, load in loads),
-        logits_rows=sum(weight * load.logits_rows for weight, load in loads),
-    )
+        While more wait than find room, no more prompt tokens than make compute as long as the links.
+        """
+        total, seconds, skipped = float(self._workload.requests), 0.0, 0.0
+        begun = [0.0]  # requests admitted up to and including each pass, from pass 1
+        balance = prompt_s = math.inf
+        while True:
+            now = len(begun) - 1
+            running = [
+                kind.share * (begun[now] - (begun[now - kind.steps] if now > kind.steps else 0.0))
+                for kind in self._kinds
+            ]
+            decoding = self._decoding(running)
+            waiting = total - begun[now]
+            if waiting < 1e-6 and decoding.tokens < 1e-6:
+                return now + skipped, seconds
+            if now == MAX_SIMULATED_PASSES + self._longest and waiting > self._rate:
+                # Whatever is neither ramp-up nor tail goes on as it does.
+                skipped = waiting / self._rate
+                seconds += skipped * steady.seconds
+                total, waiting = begun[now], 0.0
+            room = self._room - sum(number * kind.reserved for number, kind in zip(running, self._kinds, strict=True))
+            admitted = min(
+                waiting,
+                max(0.0, room) / self._reserved,
+                max(0.0, self._plan.tokens_per_pass - decoding.tokens) / self._starting.prompt_tokens,
+            )
+            if waiting * self._reserved > room:
+                admitted = min(admitted, max(MIN_BALANCED_PROMPT_TOKENS, balance) / self._starting.prompt_tokens)
+            cost = self._model.cost(decoding + self._starting.scaled(admitted))
+            seconds += cost.seconds
+            begun.append(begun[now] + admitted)
+            prompt_tokens = admitted * self._starting.prompt_tokens
+            compute_s = cost.lane_seconds[LaneName.DEVICE_COMPUTE]
+            links_s = max(busy for lane, busy in cost.lane_seconds.items() if lane is not LaneName.DEVICE_COMPUTE)
+            if prompt_tokens >= MIN_BALANCED_PROMPT_TOKENS:
+                prompt_s = min(prompt_s, compute_s / prompt_tokens)
+            if links_s > 0 and prompt_s < math.inf:
+                balance = (links_s - (compute_s - prompt_tokens * prompt_s)) / prompt_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -189,11 +189,11 @@ class Hardware:
             return cls(
                 name=top.text("name"),
                 description=top.text("description"),
-                identity={key: top.at("identity").text(key) for key in top.at("identity").keys()},
+                identity={key: top.at("identity").text(key) for key in top.at("identity").names()},
                 device=top.text("device"),
                 shares_host_memory=top.boolean("shares_host_memory"),
                 capacity={tier: top.at("capacity").figure(tier) for tier in TierName},
-                matmul={dtype: top.at("matmul").rate(dtype) for dtype in DTYPES if dtype in top.at("matmul").keys()},
+                matmul={dtype: top.at("matmul").rate(dtype) for dtype in DTYPES if dtype in top.at("matmul").names()},
                 prompt_attention=top.rate("prompt_attention"),
                 decode_attention=top.rate("decode_attention"),
                 host_attention=None if top.is_null("host_attention") else top.rate("host_attention"),
@@ -225,7 +225,8 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
             text = Path(name_or_path).read_text(encoding="utf-8")
         except FileNotFoundError:
             raise HardwareError(
-                f"{str(name_or_path)!r} is neither a file nor a hardware preset; presets are {', '.join(preset_names())}"
+                f"{str(name_or_path)!r} is neither a file nor a hardware preset; "
+                f"presets are {', '.join(preset_names())}"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise HardwareError(f"cannot read hardware profile {str(name_or_path)!r}: {error}") from error
@@ -248,7 +249,7 @@ class _Reader:
         self._data = data
         self._where = where
 
-    def keys(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         return tuple(str(key) for key in self._data)
 
     def at(self, key: str) -> "_Reader":

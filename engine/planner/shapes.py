@@ -4,11 +4,14 @@ Sources: the ``config.json`` of facebook/opt-* on the Hugging Face hub; OPT-175B
 paper (Zhang et al. 2022, table 1).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.model.family import EMBED, HEAD, ModelShape, layer_name
 from engine.planner.default import StoredWeights
 from engine.planner.plan import DTYPE_BYTES
+from engine.units import align_up
+from engine.weights.manifest import PAGE_BYTES, TENSOR_ALIGNMENT
 
 _VOCABULARY = 50272
 _POSITIONS = 2048
@@ -28,18 +31,30 @@ class KnownModel:
 
     def stored(self, dtype: str = "float16") -> StoredWeights:
         """Bytes of each unit, as ``overnight import --dtype`` would store them."""
-        shape, item = self.shape, DTYPE_BYTES[dtype]
+        shape = self.shape
         size, ffn = shape.hidden_size, shape.ffn_size
-        projected = self.embed_size * size if self.embed_size != size else 0
-        embed = shape.vocab_size * self.embed_size + (shape.max_positions + _POSITION_OFFSET) * size + projected
-        # q, k, v and output with their biases, two norms, and the feed-forward block.
-        layer = 4 * (size * size + size) + 4 * size + (2 * size * ffn + ffn + size)
-        head = projected + (2 * size if self.norm_before else 0)
-        units = {EMBED: embed * item, HEAD: head * item}
-        return StoredWeights(dtype, units | {layer_name(index): layer * item for index in range(shape.num_layers)})
+        projection = [self.embed_size * size] if self.embed_size != size else []
+        norm = [size, size]
+        embed = [shape.vocab_size * self.embed_size, (shape.max_positions + _POSITION_OFFSET) * size, *projection]
+        attention = [3 * size * size, 3 * size, size * size, size]
+        layer = [*norm, *attention, *norm, size * ffn, ffn, ffn * size, size]
+        head = [*(norm if self.norm_before else ()), *projection]
+        units = {EMBED: _unit_bytes(embed, dtype), HEAD: _unit_bytes(head, dtype)}
+        layer_bytes = _unit_bytes(layer, dtype)
+        return StoredWeights(dtype, units | {layer_name(index): layer_bytes for index in range(shape.num_layers)})
 
 
-def _opt(name: str, layers: int, size: int, heads: int, *, embed: int | None = None, norm_before: bool = True) -> KnownModel:
+def _unit_bytes(tensor_values: Sequence[int], dtype: str) -> int:
+    """Size of a unit's file: its tensors one after the other, each aligned, and the whole in pages."""
+    end = 0
+    for values in tensor_values:
+        end = align_up(end, TENSOR_ALIGNMENT) + values * DTYPE_BYTES[dtype]
+    return max(PAGE_BYTES, align_up(end, PAGE_BYTES))
+
+
+def _opt(
+    name: str, layers: int, size: int, heads: int, *, embed: int | None = None, norm_before: bool = True
+) -> KnownModel:
     ffn = 4 * size
     shape = ModelShape(
         num_layers=layers,
