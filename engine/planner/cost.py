@@ -282,6 +282,22 @@ class Prediction:
         """The lane that decides, once steady."""
         return self.steady_pass.bound_by
 
+    @property
+    def lane_ceiling_per_s(self) -> float:
+        """Generated tokens per second if that lane never paused: what this plan cannot exceed."""
+        return self.steady_generated_per_s * self.steady_pass.seconds / self.steady_pass.lane_seconds[self.bound_by]
+
+
+def compute_ceiling_per_s(
+    hardware: Hardware, shape: ModelShape, stored: StoredWeights, workload: Workload, dtype: str
+) -> float:
+    """Generated tokens per second if nothing took time but products with the layers' weights: no plan exceeds it."""
+    flops = sum(2 * stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers))
+    tokens = workload.mean(lambda each: each.reserved)
+    fastest = max(rate for _, rate in hardware.matmul_rate(dtype).points)
+    generated = workload.generated / workload.requests
+    return generated * fastest * DTYPE_BYTES[stored.dtype] / (flops * tokens)
+
 
 def request_load(lengths: Lengths, plan: Plan) -> PassLoad:
     """What one request costs over all its passes. A pass of ``r`` new requests costs ``r`` times that, once steady."""

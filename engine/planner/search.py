@@ -370,6 +370,8 @@ class _Search:
         return layer_s, request_s, wait_s
 
     def _contended(self, lane: LaneName) -> float:
+        if lane is LaneName.HOST_COMPUTE and self._hardware.host_attention is not None:
+            return self._hardware.host_attention.busy_share
         return self._hardware.lanes[lane].busy_share if lane in LINKS else 1.0
 
     def _model(self, plan: Plan, choice: _Choice) -> PassModel:
