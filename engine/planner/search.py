@@ -1,0 +1,496 @@
+"""The best plan within the budgets: discrete choices enumerated, placements by a linear programme for each.
+
+The programme is linear because steady throughput is a ratio. With ``R`` requests finished per second, ``T`` seconds a
+pass and ``x`` layers in a tier, everything a pass does is linear in (x, R·T); divided by T it is linear in (x/T, R,
+1/T), and R is what is maximised. Its optimum is then rounded to whole layers and whole percents of KV cache, which is
+what ``--weights`` and ``--kv`` say, and each rounding is sized by ``resolve_plan``, which also sizes what the engine
+allocates: no second formula for memory.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from math import ceil, floor
+from pathlib import Path
+
+from engine.errors import PlanDoesNotFit
+from engine.memory.lane import LaneName
+from engine.model.family import ModelShape, layer_name
+from engine.planner.cost import (
+    OVERLAPPED,
+    Overlap,
+    PassLoad,
+    PassModel,
+    Prediction,
+    mean_request_load,
+    predict,
+    residency_passes,
+    steady_requests_per_pass,
+)
+from engine.planner.default import StoredWeights, kv_bytes_per_token, resolve_plan, whole_layers
+from engine.planner.hardware import LINKS, Hardware
+from engine.planner.machine import MachineFacts
+from engine.planner.plan import DTYPE_BYTES, Plan, PlanOptions, Shares, TierName
+from engine.planner.workload import Workload
+from engine.units import format_bytes
+
+MICRO_BATCHES_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
+MICRO_BATCHES = (1, 2, 4, 8)
+BUDGET_SHARES = {TierName.DEVICE: 0.92, TierName.HOST: 0.9, TierName.DISK: 0.95}
+"""Of a profile's capacity, how much a plan takes unasked: the rest is for the runtime and for other people."""
+ROUNDED = 8
+"""Optima of the linear programme that are rounded, the best first."""
+SIMULATED = 6
+"""Roundings whose ramp-up and tail are reckoned, too, the best steady ones first."""
+TIE = 0.01
+"""Throughput that is not worth putting KV cache on disk for: of plans as good as each other, the plainer one."""
+_ENDLESS = 1 << 60
+_TIERS = tuple(TierName)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The best plan that the search knows."""
+
+    options: PlanOptions
+    """As a person would write it with flags; ``resolve_plan`` makes ``plan`` of it."""
+    plan: Plan
+    host_attention: bool
+    prediction: Prediction
+    used: Mapping[TierName, int]
+    """Bytes of each tier that the engine will have allocated when its KV cache is full."""
+    considered: int
+    """Plans that fit and were compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """One set of discrete decisions."""
+
+    micro_batch: int
+    micro_batches: int
+    host_attention: bool
+    streams: frozenset[TierName]
+    """Below the device, the tiers that may hold weights."""
+
+
+def default_budgets(hardware: Hardware, stored: StoredWeights) -> dict[TierName, int]:
+    """A margin below what the machine has; the model directory lies on the disk, too."""
+    budgets = {tier: int(hardware.capacity[tier].value * BUDGET_SHARES[tier]) for tier in TierName}
+    budgets[TierName.DISK] = max(0, budgets[TierName.DISK] - sum(stored.unit_bytes.values()))
+    if hardware.shares_host_memory:
+        # One memory: a host tier would only be a second name for the same bytes.
+        budgets[TierName.HOST] = 0
+    return budgets
+
+
+def search(
+    hardware: Hardware,
+    shape: ModelShape,
+    stored: StoredWeights,
+    workload: Workload,
+    *,
+    budgets: Mapping[TierName, int] | None = None,
+    fixed: PlanOptions | None = None,
+    host_attention: bool | None = None,
+    overlap: Overlap = OVERLAPPED,
+    disk_dir: Path = Path(),
+) -> Found:
+    """The plan under which the workload ends soonest.
+
+    ``fixed`` holds whatever a person decided; budgets in it come before ``budgets``. ``host_attention`` is tried both
+    ways if ``None``; pass ``False`` where the engine cannot do it.
+
+    Raises:
+        PlanDoesNotFit: nothing fits; the sentence says what is short.
+    """
+    fixed = fixed or PlanOptions()
+    _check_lengths(shape, workload)
+    budgets = dict(budgets or default_budgets(hardware, stored))
+    fixed = replace(
+        fixed,
+        dtype=fixed.dtype or stored.dtype,
+        device_memory=budgets[TierName.DEVICE] if fixed.device_memory is None else fixed.device_memory,
+        host_memory=budgets[TierName.HOST] if fixed.host_memory is None else fixed.host_memory,
+        disk_space=budgets[TierName.DISK] if fixed.disk_space is None else fixed.disk_space,
+        disk_dir=fixed.disk_dir or disk_dir,
+    )
+    searcher = _Search(hardware, shape, stored, workload, fixed, overlap)
+    return searcher.best(host_attention)
+
+
+class _Search:
+    def __init__(
+        self,
+        hardware: Hardware,
+        shape: ModelShape,
+        stored: StoredWeights,
+        workload: Workload,
+        fixed: PlanOptions,
+        overlap: Overlap,
+    ) -> None:
+        self._hardware = hardware
+        self._shape = shape
+        self._stored = stored
+        self._workload = workload
+        self._fixed = fixed
+        self._overlap = overlap
+        assert fixed.dtype is not None
+        self._dtype = fixed.dtype
+        self._token_bytes = kv_bytes_per_token(shape, fixed.dtype)
+        self._facts = MachineFacts(0, 0, shares_host_memory=hardware.shares_host_memory)
+        layers = [layer_name(index) for index in range(shape.num_layers)]
+        self._layer_bytes = {
+            TierName.DEVICE: max(stored.computed_bytes(layer, self._dtype) for layer in layers),
+            TierName.HOST: max(stored.unit_bytes[layer] for layer in layers),
+            TierName.DISK: 0,
+        }
+
+    def best(self, host_attention: bool | None) -> Found:
+        """Bound, round, predict."""
+        bounds: list[tuple[float, _Choice, dict[TierName, float], dict[TierName, float]]] = []
+        for choice in self._choices(host_attention):
+            solved = self._solve(choice)
+            if solved is not None:
+                bounds.append((solved[0], choice, solved[1], solved[2]))
+        bounds.sort(key=lambda bound: -bound[0])
+        steady: list[tuple[float, PlanOptions, Plan, bool]] = []
+        for _, choice, layers, kv in bounds[:ROUNDED]:
+            for options in self._roundings(choice, layers, kv):
+                plan = self._resolved(options)
+                if plan is not None:
+                    rate = self._steady_rate(plan, choice.host_attention)
+                    if rate > 0:
+                        steady.append((rate, options, plan, choice.host_attention))
+        if not steady:
+            raise self._nothing_fits()
+        steady.sort(key=lambda each: -each[0])
+        found = []
+        for _, options, plan, attends in steady[:SIMULATED]:
+            prediction = predict(
+                self._hardware, self._shape, self._stored, plan, self._workload,
+                host_attention=attends, overlap=self._overlap,
+            )  # fmt: skip
+            found.append(
+                Found(
+                    options=options,
+                    plan=plan,
+                    host_attention=attends,
+                    prediction=prediction,
+                    used=self._used(options, plan),
+                    considered=len(steady),
+                )
+            )
+        return min(found, key=lambda each: each.prediction.seconds)
+
+    def _choices(self, host_attention: bool | None) -> Iterator[_Choice]:
+        batches = (self._fixed.micro_batch,) if self._fixed.micro_batch else MICRO_BATCHES_TOKENS
+        counts = (self._fixed.micro_batches,) if self._fixed.micro_batches else MICRO_BATCHES
+        can_attend = not self._hardware.shares_host_memory and self._hardware.host_attention is not None
+        attends = [host_attention] if host_attention is not None else [False, True]
+        streams = [frozenset[TierName](), frozenset({TierName.HOST}), frozenset({TierName.HOST, TierName.DISK})]
+        for micro_batch, count, attend, below in product(batches, counts, attends, streams):
+            if not attend or can_attend:
+                yield _Choice(micro_batch, count, attend, below)
+
+    def _solve(self, choice: _Choice) -> tuple[float, dict[TierName, float], dict[TierName, float]] | None:
+        """Requests per second at best, layers and share of sequences by tier; ``None`` if nothing fits."""
+        import numpy as np  # heavy, and only planning needs them
+        from scipy.optimize import linprog
+
+        room = self._room(choice)
+        if room is None:
+            return None
+        sample, per_request = self._sample(choice)
+        occupied = self._workload.mean(lambda each: each.reserved * residency_passes(each, sample)) * self._token_bytes
+        residency = self._workload.mean(lambda each: residency_passes(each, sample))
+        layer_s, request_s, wait_s = self._lane_seconds(choice, sample, per_request)
+        layers = self._shape.num_layers
+        # In this unit of time 1/T is near 1, so that the solver's tolerances mean something.
+        unit = max(1e-9, sum(request_s[LaneName.DEVICE_COMPUTE]) / 3 * sample.tokens_per_pass / per_request.tokens)
+        unit += max(max(layer_s[lane]) for lane in layer_s) * layers
+        gib = float(1 << 30)
+        # Variables: layers by tier over T, requests per unit of time by tier of their cache, 1/T.
+        rows: list[list[float]] = []
+        limits: list[float] = []
+        for index, tier in enumerate(_TIERS):
+            row = [0.0] * 7
+            row[index] = self._layer_bytes[tier] / gib
+            row[3 + index] = occupied / gib
+            row[6] = -room[tier] / gib
+            rows.append(row)
+            limits.append(0.0)
+        overhead = self._hardware.pass_overhead.value / unit
+        for lane in layer_s:
+            rows.append([s / unit for s in (*layer_s[lane], *request_s[lane])] + [overhead])
+            limits.append(1.0)
+        if choice.host_attention:
+            both = [request_s[LaneName.DEVICE_COMPUTE][i] + request_s[LaneName.HOST_COMPUTE][i] for i in range(3)]
+            rows.append([0.0] * 3 + [s / unit / choice.micro_batches for s in both] + [overhead])
+            limits.append(1.0)
+        waits = [request_s[LaneName.DEVICE_COMPUTE][i] + wait_s[i] for i in range(3)]
+        rows.append([0.0] * 3 + [s / unit for s in waits] + [overhead])
+        limits.append(1.0)
+        rows.append([0.0] * 3 + [per_request.tokens] * 3 + [-float(sample.tokens_per_pass)])
+        limits.append(0.0)
+        rows.append([0.0] * 3 + [residency] * 3 + [-float(min(self._workload.requests, sample.tokens_per_pass))])
+        limits.append(0.0)
+        upper: list[tuple[float, float | None]] = [(0.0, None)] * 7
+        for index, tier in enumerate(_TIERS):
+            if tier is not TierName.DEVICE and tier not in choice.streams:
+                upper[index] = (0.0, 0.0)
+        equal = [[1.0, 1.0, 1.0, 0.0, 0.0, 0.0, -float(layers)]]
+        right = [0.0]
+        self._fix_shares(equal, right)
+        solved = linprog(
+            c=[0.0] * 3 + [-1.0, -1.0 + TIE / 4, -1.0 + TIE, 0.0],
+            A_ub=np.array(rows),
+            b_ub=np.array(limits),
+            A_eq=np.array(equal),
+            b_eq=np.array(right),
+            bounds=upper,
+            method="highs",
+        )
+        if solved.status != 0 or solved.x[6] <= 0:
+            return None
+        per_unit = [float(value) for value in solved.x]
+        served = sum(per_unit[3:6])
+        if served <= 0:
+            return None
+        return (
+            served / unit,
+            {tier: per_unit[index] / per_unit[6] for index, tier in enumerate(_TIERS)},
+            {tier: per_unit[3 + index] / served for index, tier in enumerate(_TIERS)},
+        )
+
+    def _fix_shares(self, equal: list[list[float]], right: list[float]) -> None:
+        """What a person fixed of weights and cache."""
+        if self._fixed.weights is not None:
+            counts = whole_layers(self._shape.num_layers, self._fixed.weights)
+            for index, tier in enumerate(_TIERS[:2]):
+                equal.append([float(i == index) for i in range(6)] + [-float(counts[tier])])
+                right.append(0.0)
+        if self._fixed.kv is not None:
+            for index, tier in enumerate(_TIERS[:2]):
+                share = self._fixed.kv.of(tier) / 100
+                equal.append([0.0] * 3 + [float(i == index) - share for i in range(3)] + [0.0])
+                right.append(0.0)
+
+    def _room(self, choice: _Choice) -> dict[TierName, float] | None:
+        """Bytes left for layers and cache: the budgets less what ``resolve_plan`` takes for everything else."""
+        layers = self._shape.num_layers
+        lowest = next(tier for tier in reversed(_TIERS) if tier is TierName.DEVICE or tier in choice.streams)
+        probe = replace(
+            self._fixed,
+            micro_batch=choice.micro_batch,
+            micro_batches=choice.micro_batches,
+            weights=Shares(*(100 if tier is lowest else 0 for tier in _TIERS)),
+            kv=None,
+            device_memory=_ENDLESS,
+            host_memory=_ENDLESS,
+            disk_space=_ENDLESS,
+        )
+        plan = self._resolved(probe)
+        if plan is None:
+            return None
+        budgets = self._budgets
+        taken = {tier: _ENDLESS - left for tier, left in self._cache_room(probe).items()}
+        taken[lowest] -= self._layer_bytes[lowest] * layers
+        room = {tier: float(budgets[tier] - taken[tier]) for tier in _TIERS}
+        if self._hardware.shares_host_memory and not budgets[TierName.HOST]:
+            room[TierName.HOST] = 0.0
+        return room if min(room.values()) >= 0 else None
+
+    def _cache_room(self, options: PlanOptions) -> dict[TierName, int]:
+        """Bytes of each tier that the KV cache could take if it had all that nothing else needs."""
+        room = dict(self._resolve(replace(options, kv=None)).kv_bytes)
+        # A plan gives no disk to the cache unless it is asked to.
+        room[TierName.DISK] = self._resolve(replace(options, kv=Shares(0, 0, 100))).kv_bytes[TierName.DISK]
+        return room
+
+    def _used(self, options: PlanOptions, plan: Plan) -> dict[TierName, int]:
+        """The budgets, less what the cache could have taken and does not."""
+        room = dict(self._resolve(replace(options, kv=None)).kv_bytes)
+        if plan.kv_bytes[TierName.DISK]:
+            room = self._cache_room(options)
+            return {tier: plan.budgets[tier] - room[tier] + plan.kv_bytes[tier] for tier in _TIERS}
+        used = {tier: plan.budgets[tier] - room[tier] + plan.kv_bytes[tier] for tier in _TIERS[:2]}
+        spilled = plan.tokens_per_pass * self._shape.hidden_size * DTYPE_BYTES[plan.dtype]
+        return used | {TierName.DISK: spilled if plan.activations is TierName.DISK else 0}
+
+    @property
+    def _budgets(self) -> dict[TierName, int]:
+        fixed = self._fixed
+        assert fixed.device_memory is not None
+        assert fixed.host_memory is not None
+        assert fixed.disk_space is not None
+        return {TierName.DEVICE: fixed.device_memory, TierName.HOST: fixed.host_memory, TierName.DISK: fixed.disk_space}
+
+    def _sample(self, choice: _Choice) -> tuple[Plan, PassLoad]:
+        """A plan of this batch shape, whatever its placement, and the load of one request under it."""
+        plan = self._resolved(
+            replace(
+                self._fixed,
+                micro_batch=choice.micro_batch,
+                micro_batches=choice.micro_batches,
+                weights=Shares(0, 0, 100),
+                kv=None,
+                device_memory=_ENDLESS,
+                host_memory=_ENDLESS,
+                disk_space=_ENDLESS,
+            )
+        )
+        assert plan is not None
+        return plan, mean_request_load(self._workload, plan)
+
+    def _lane_seconds(
+        self, choice: _Choice, sample: Plan, per_request: PassLoad
+    ) -> tuple[dict[LaneName, list[float]], dict[LaneName, list[float]], list[float]]:
+        """Seconds of each lane per layer and per request, by tier, and how long compute waits for a request's cache.
+
+        Read off the very cost model that predicts: of passes full of such requests, all in one tier, without weights
+        to bring; and of an empty pass over layers of one tier.
+        """
+        full = max(1.0, sample.tokens_per_pass / per_request.tokens)
+        packed = per_request.scaled(full)
+        count = self._shape.num_layers
+        layer_s: dict[LaneName, list[float]] = {lane: [] for lane in LaneName}
+        request_s: dict[LaneName, list[float]] = {lane: [] for lane in LaneName}
+        wait_s = []
+        for tier in _TIERS:
+            weights = self._model(replace(sample, layers=(tier,) * count), choice).cost(PassLoad())
+            pools = {each: int(each is tier) for each in _TIERS}
+            cache = self._model(replace(sample, layers=(TierName.DEVICE,) * count, kv_bytes=pools), choice).cost(packed)
+            for lane in LaneName:
+                share = self._contended(lane)
+                layer_s[lane].append(weights.lane_seconds[lane] / count / share if lane in LINKS else 0.0)
+                request_s[lane].append(cache.lane_seconds[lane] / full / share)
+            links = sum(cache.lane_seconds[lane] for lane in LINKS) + cache.lane_seconds[LaneName.HOST_COMPUTE]
+            wait_s.append(0.0 if self._overlap.kv else links / full)
+        return layer_s, request_s, wait_s
+
+    def _contended(self, lane: LaneName) -> float:
+        if lane is LaneName.HOST_COMPUTE and self._hardware.host_attention is not None:
+            return self._hardware.host_attention.busy_share
+        return self._hardware.lanes[lane].busy_share if lane in LINKS else 1.0
+
+    def _model(self, plan: Plan, choice: _Choice) -> PassModel:
+        return PassModel(
+            self._hardware, self._shape, self._stored, plan,
+            host_attention=choice.host_attention, overlap=self._overlap,
+        )  # fmt: skip
+
+    def _steady_rate(self, plan: Plan, host_attention: bool) -> float:
+        """Requests per second once steady."""
+        rate = steady_requests_per_pass(self._workload, plan, self._token_bytes)
+        if not rate:
+            return 0.0
+        load = mean_request_load(self._workload, plan)
+        model = PassModel(
+            self._hardware, self._shape, self._stored, plan, host_attention=host_attention, overlap=self._overlap
+        )
+        return rate / model.cost(load.scaled(rate)).seconds
+
+    def _roundings(
+        self, choice: _Choice, layers: Mapping[TierName, float], kv: Mapping[TierName, float]
+    ) -> Iterator[PlanOptions]:
+        """Whole layers and whole percents near an optimum; sequences on device and host as room is left, too."""
+        weights = [self._fixed.weights] if self._fixed.weights else list(self._layer_shares(choice, layers))
+        caches: list[Shares | None] = [self._fixed.kv] if self._fixed.kv else list(_near_percents(kv))
+        if self._fixed.kv is None and kv[TierName.DISK] < 0.01:
+            caches.append(None)
+        for shares, cache in product(weights, caches):
+            yield replace(
+                self._fixed,
+                micro_batch=choice.micro_batch,
+                micro_batches=choice.micro_batches,
+                weights=shares,
+                kv=cache,
+            )
+
+    def _layer_shares(self, choice: _Choice, layers: Mapping[TierName, float]) -> Iterator[Shares]:
+        total = self._shape.num_layers
+        seen = set()
+        around = [sorted({floor(layers[tier]), ceil(layers[tier] - 1e-6)}) for tier in (TierName.DEVICE, TierName.HOST)]
+        for device, host in product(*around):
+            for on_device in {device, max(0, device - 1)}:
+                on_host = min(host, total - on_device)
+                counts = {
+                    TierName.DEVICE: on_device, TierName.HOST: on_host, TierName.DISK: total - on_device - on_host,
+                }  # fmt: skip
+                if any(counts[tier] for tier in _TIERS[1:] if tier not in choice.streams):
+                    continue
+                shares = _shares_for(total, counts)
+                if shares is not None and shares not in seen:
+                    seen.add(shares)
+                    yield shares
+
+    def _resolved(self, options: PlanOptions) -> Plan | None:
+        try:
+            return self._resolve(options)
+        except PlanDoesNotFit:
+            return None
+
+    def _resolve(self, options: PlanOptions) -> Plan:
+        return resolve_plan(
+            options,
+            shape=self._shape,
+            stored=self._stored,
+            device=self._hardware.device,
+            facts=self._facts,
+            disk_dir=Path(),
+        )
+
+    def _nothing_fits(self) -> PlanDoesNotFit:
+        """What is short even of the plan that needs least."""
+        least = replace(
+            self._fixed,
+            micro_batch=self._fixed.micro_batch or min(MICRO_BATCHES_TOKENS),
+            micro_batches=self._fixed.micro_batches or 1,
+            weights=self._fixed.weights or Shares(0, 0, 100),
+        )
+        try:
+            plan = self._resolve(least)
+        except PlanDoesNotFit as error:
+            return error
+        needed = max(each.reserved for each in self._workload.lengths) * self._token_bytes
+        most = max(plan.kv_bytes.values())
+        return PlanDoesNotFit(
+            f"no tier has room for the KV cache of one sequence of this workload ({format_bytes(needed)}): the most "
+            f"that is left in one is {format_bytes(most)}, {format_bytes(max(0, needed - most))} short; raise "
+            "--host-memory or --disk-space to at least that much more, or shorten prompts and outputs"
+        )
+
+
+def _check_lengths(shape: ModelShape, workload: Workload) -> None:
+    longest = max(workload.lengths, key=lambda each: each.prompt + each.generated)
+    if longest.prompt + longest.generated > shape.max_positions:
+        raise PlanDoesNotFit(
+            f"a prompt of {longest.prompt} tokens with {longest.generated} generated is longer than the model's "
+            f"{shape.max_positions} positions by {longest.prompt + longest.generated - shape.max_positions}; shorten "
+            "the prompts or generate fewer tokens"
+        )
+
+
+def _near_percents(shares: Mapping[TierName, float]) -> Iterable[Shares]:
+    """Whole percents within one of the shares of device and host; the disk has the rest."""
+    device, host = (100 * shares[tier] for tier in (TierName.DEVICE, TierName.HOST))
+    if shares[TierName.DISK] < TIE:
+        yield from (Shares(on_device, 100 - on_device, 0) for on_device in sorted({floor(device), ceil(device)}))
+        return
+    for on_device, on_host in product({floor(device), ceil(device)}, {floor(host), ceil(host)}):
+        if on_device + on_host <= 100:
+            yield Shares(on_device, on_host, 100 - on_device - on_host)
+
+
+def _shares_for(total: int, counts: Mapping[TierName, int]) -> Shares | None:
+    """Percents that ``whole_layers`` turns into exactly these counts, if there are any."""
+    device, host = (round(100 * counts[tier] / total) for tier in (TierName.DEVICE, TierName.HOST))
+    for step_device, step_host in product((0, -1, 1), repeat=2):
+        on_device, on_host = device + step_device, host + step_host
+        if min(on_device, on_host) < 0 or on_device + on_host > 100:
+            continue
+        shares = Shares(on_device, on_host, 100 - on_device - on_host)
+        if whole_layers(total, shares) == dict(counts):
+            return shares
+    return None

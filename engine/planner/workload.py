@@ -1,0 +1,105 @@
+"""The lengths of the requests that wait, as a histogram: what a plan is made for."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from engine.units import div_ceil
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """So many requests of one length."""
+
+    prompt: int
+    """Tokens of the prompt."""
+    generated: int
+    """Tokens generated, the first of them by the pass that ends the prompt."""
+    requests: int
+
+    def __post_init__(self) -> None:
+        if self.prompt < 1 or self.generated < 1 or self.requests < 1:
+            raise ValueError(f"lengths and number of requests must be at least 1, not {self}")
+
+    @property
+    def reserved(self) -> int:
+        """Tokens of KV cache reserved from admission to the end: the last token's keys are never read."""
+        return self.prompt + self.generated - 1
+
+    @property
+    def decode_steps(self) -> int:
+        """Passes that compute one generated token."""
+        return self.generated - 1
+
+    @property
+    def looked_back(self) -> int:
+        """KV tokens that decode attention reads, over all steps; a step sees its own token, too."""
+        return self.decode_steps * self.prompt + self.decode_steps * (self.decode_steps + 1) // 2
+
+    def moved(self, extent_tokens: int) -> int:
+        """KV tokens that decoding brings from where compute cannot address them: whole extents, over all steps."""
+        total = 0
+        for first in range(0, self.reserved, extent_tokens):
+            # Steps that find tokens of earlier steps or of the prompt in the extent that begins here.
+            steps = min(self.decode_steps, self.reserved - first - 1)
+            total += steps * min(extent_tokens, self.reserved - first)
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests by length, in the order of the dataset as far as anybody knows: well mixed."""
+
+    lengths: tuple[Lengths, ...]
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise ValueError("a workload needs at least one request")
+
+    @classmethod
+    def uniform(cls, prompt: int, generated: int, requests: int) -> "Workload":
+        """All of one length."""
+        return cls((Lengths(prompt, generated, requests),))
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[int, int]], most: int = 16) -> "Workload":
+        """From ``(prompt, generated)`` of each request, gathered into at most ``most`` lengths.
+
+        Neighbours by generated, then prompt length are gathered, each group as its mean rounded up.
+        """
+        counts = sorted(Counter(pairs).items(), key=lambda item: (item[0][1], item[0][0]))
+        if len(counts) <= most:
+            return cls(tuple(Lengths(prompt, generated, number) for (prompt, generated), number in counts))
+        total = sum(number for _, number in counts)
+        groups: list[list[tuple[tuple[int, int], int]]] = [[] for _ in range(most)]
+        seen = 0
+        for item in counts:
+            groups[seen * most // total].append(item)
+            seen += item[1]
+        return cls(tuple(_mean(group) for group in groups if group))
+
+    @property
+    def requests(self) -> int:
+        """How many in all."""
+        return sum(each.requests for each in self.lengths)
+
+    @property
+    def generated(self) -> int:
+        """Tokens that they will generate together."""
+        return sum(each.requests * each.generated for each in self.lengths)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(each.requests * each.prompt for each in self.lengths)
+
+    def mean(self, what: Callable[[Lengths], float]) -> float:
+        """Of anything that follows from a request's lengths."""
+        return sum(each.requests * what(each) for each in self.lengths) / self.requests
+
+
+def _mean(group: list[tuple[tuple[int, int], int]]) -> Lengths:
+    number = sum(count for _, count in group)
+    prompt = sum(pair[0] * count for pair, count in group)
+    generated = sum(pair[1] * count for pair, count in group)
+    return Lengths(div_ceil(prompt, number), div_ceil(generated, number), number)
