@@ -1,7 +1,7 @@
 """The arithmetic of claims: how fast the machine's limits would have let this run be. No torch here."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.memory.lane import LaneName
@@ -44,6 +44,20 @@ class Bound:
 
     seconds: float
     lane: str
+
+
+def raised(limits: Limits, passes: Sequence[PassWork], seconds: float) -> Limits:
+    """No limit is lower than what a lane did in the mean over a whole run, whatever a short measurement before it said.
+
+    A lane without a limit stays without.
+    """
+    done: defaultdict[str, float] = defaultdict(float)
+    for this_pass in passes:
+        done[COMPUTE] += this_pass.flops
+        for lane, num_bytes in this_pass.lane_bytes.items():
+            done[lane] += num_bytes
+    rates = {lane: done[lane] / seconds for lane in limits.busy}
+    return Limits.best([limits, Limits(rates, rates)])
 
 
 def bound_of(passes: Iterable[PassWork], limits: Limits) -> Bound:

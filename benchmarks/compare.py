@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 
-from benchmarks.bound import Bound, Limits, PassWork, bound_of
+from benchmarks.bound import Limits, PassWork, bound_of, raised
 from benchmarks.caps import Cap, CapUnavailable, cap
 from benchmarks.checkpoints import Checkpoint
 from benchmarks.jobs import Finished, Job, JobFailed, measure
@@ -177,31 +177,30 @@ def _ours(job: Job, runs: list[Finished], limits: Limits) -> Ours:
     work = job.workload.work(job.items(), Flops.of(shape_of(job.shape)))
     for run in runs:
         _check(run, work)
-    bounds = [_bound(run, work, limits) for run in runs]
     seconds = [float(run.of("seconds")) for run in runs]
-    each = tuple(work.num_out / taken for taken in seconds)
+    passes = [_passes(run, work) for run in runs]
+    for each, taken in zip(passes, seconds, strict=True):
+        limits = raised(limits, each, taken)
+    bounds = [bound_of(each, limits) for each in passes]
+    speeds = tuple(work.num_out / taken for taken in seconds)
     peak = limits.alone["device_compute"]
     return Ours(
-        tok_s=median(each),
+        tok_s=median(speeds),
         peak_bytes=int(median(run.of("peak_bytes") for run in runs)),
         bound_fraction=median(bound.seconds / taken for bound, taken in zip(bounds, seconds, strict=True)),
         peak_fraction=median(work.flops / (taken * peak) for taken in seconds),
         bound_by=bounds[-1].lane,
-        tok_s_each=each,
+        tok_s_each=speeds,
         budget_bytes=sum(runs[-1].of("plan")["budgets"][tier] for tier in ("device", "host")),
         num_passes=len(runs[-1].of("passes")),
     )
 
 
-def _bound(run: Finished, work: Work, limits: Limits) -> Bound:
-    passes = run.of("passes")
-    return bound_of(
-        (
-            PassWork(each["lane_bytes"], work.pass_flops(each["prefill_tokens"], each["decode_tokens"]))
-            for each in passes
-        ),
-        limits,
-    )
+def _passes(run: Finished, work: Work) -> list[PassWork]:
+    return [
+        PassWork(each["lane_bytes"], work.pass_flops(each["prefill_tokens"], each["decode_tokens"]))
+        for each in run.of("passes")
+    ]
 
 
 def _check(run: Finished, work: Work) -> None:

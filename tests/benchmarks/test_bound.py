@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.bound import COMPUTE, DISK_READ, Limits, PassWork, bound_of
+from benchmarks.bound import COMPUTE, DISK_READ, Limits, PassWork, bound_of, raised
 
 LIMITS = Limits(alone={COMPUTE: 100.0, DISK_READ: 20.0}, busy={COMPUTE: 50.0, DISK_READ: 10.0})
 
@@ -33,3 +33,11 @@ def test_a_limit_is_the_best_that_was_seen() -> None:
     best = Limits.best([LIMITS, other])
     assert best.alone == {COMPUTE: 100.0, DISK_READ: 30.0}
     assert best.busy == {COMPUTE: 60.0, DISK_READ: 10.0}
+
+
+def test_what_a_run_did_was_possible() -> None:
+    passes = [PassWork({DISK_READ: 100, "disk_write": 1}, flops=50.0), PassWork({DISK_READ: 300}, flops=0.0)]
+    limits = raised(LIMITS, passes, 4.0)
+    assert limits == Limits(alone={COMPUTE: 100.0, DISK_READ: 100.0}, busy={COMPUTE: 50.0, DISK_READ: 100.0})
+    assert bound_of(passes, limits).seconds == pytest.approx(4.0)
+    assert raised(LIMITS, passes, 4000.0) == LIMITS
