@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.units import align_up
 
 _FEW_ROWS = 256
-_STEPS = 16, 64
+_STEPS = 16, 32
 """Few rows are padded to a multiple of the first, the height of a matrix unit's tile; more, to one of the second."""
 
 

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.errors import CheckpointError
+from engine.memory.malloc import LARGEST_KEPT
 from engine.model.family import EMBED, HEAD, Attend, ModelShape, NamedWeights, TensorSpec, UnitSpec, layer_name
 from engine.model.linear import linear
-from engine.units import div_ceil
+from engine.units import MIB, div_ceil
 
-FFN_ROWS = 1024
-"""Tokens that go through the feed-forward block together, at most: enough for a product's full speed, and few enough
-that its result, the widest tensor of a layer, is memory that was used a moment ago instead of fresh pages."""
+FFN_BYTES = LARGEST_KEPT - MIB
+"""Of the widest tensor of a layer: the feed-forward block takes so many tokens at a time that this one is memory that
+was used a moment ago instead of fresh pages, and no fewer, for small products run at less speed."""
 POSITION_OFFSET = 2
 """OPT's learned positions start at row 2: fairseq kept the first rows for padding."""
 
@@ -194,7 +195,8 @@ class OPT:
         if not self.norm_before:
             hidden_TD = self._norm(weights, "attention_norm", hidden_TD)
         x_TD = self._norm(weights, "ffn_norm", hidden_TD) if self.norm_before else hidden_TD
-        parts = max(1, div_ceil(x_TD.shape[0], FFN_ROWS))  # of equal size: a small rest would be computed at less speed
+        width = self.shape.ffn_size * x_TD.element_size()
+        parts = max(1, div_ceil(x_TD.shape[0] * width, FFN_BYTES))  # of equal size: a small rest would be slow
         for rows_RD, x_RD in zip(torch.chunk(hidden_TD, parts), torch.chunk(x_TD, parts), strict=True):
             rows_RD.add_(self._feed_forward(weights, x_RD))
         return hidden_TD if self.norm_before else self._norm(weights, "ffn_norm", hidden_TD)
