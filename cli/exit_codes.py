@@ -37,6 +37,8 @@ CODES = {
     "worker.errors.WorkerError": FAILED,
     "engine.errors.CheckpointError": NOT_FOUND,
     "engine.errors.DeviceUnavailable": USAGE,
+    "engine.errors.HardwareAbsent": NOT_FOUND,
+    "engine.errors.HardwareError": USAGE,
     "engine.errors.PlanDoesNotFit": USAGE,
     "engine.errors.EngineError": FAILED,
 }

@@ -19,6 +19,7 @@ from cli.options import settings_options
 COMMANDS = {
     "import": "cli.import_",
     "models": "cli.models",
+    "plan": "cli.plan",
     "worker": "cli.worker",
     "enqueue": "cli.enqueue",
     "status": "cli.status",

@@ -6,6 +6,8 @@ EngineError
 ├── DiskFull            the file system of a tier or model directory has no room left
 ├── CheckpointError     a model directory or checkpoint that is absent, half-written, damaged or unknown
 ├── DeviceUnavailable   the asked-for device is not there
+├── HardwareError       a hardware profile that is damaged, of another version, or lacks a figure
+│   └── HardwareAbsent  no profile and no preset of that name
 └── LaneFailed          a copy or read failed; its cause is chained
 
 The texts are for people: what is wrong, where, and what to do.
@@ -34,6 +36,14 @@ class CheckpointError(EngineError):
 
 class DeviceUnavailable(EngineError):
     """The device asked for does not exist on this machine."""
+
+
+class HardwareError(EngineError):
+    """A hardware profile that is damaged, of another version, or that lacks a figure; says which."""
+
+
+class HardwareAbsent(HardwareError):
+    """There is neither a profile nor a preset of that name."""
 
 
 class LaneFailed(EngineError):

@@ -17,6 +17,7 @@ from engine.errors import CheckpointError
 from engine.memory.malloc import LARGEST_KEPT
 from engine.model.family import EMBED, HEAD, Attend, ModelShape, NamedWeights, TensorSpec, UnitSpec, layer_name
 from engine.model.linear import linear
+from engine.model.opt_shape import shape_of
 from engine.units import MIB, div_ceil
 
 FFN_BYTES = LARGEST_KEPT - MIB
@@ -94,42 +95,15 @@ class OPT:
             CheckpointError: a value that is out of range or not supported.
         """
 
-        def positive(name: str, default: int) -> int:
-            value = config.get(name, default)
-            if not isinstance(value, int) or value < 1:
-                raise CheckpointError(f"config.json: {name} must be a positive integer, not {value!r}")
-            return value
-
-        hidden_size = positive("hidden_size", 768)
-        num_heads = positive("num_attention_heads", 12)
-        ffn_size = positive("ffn_dim", 3072)
-        if hidden_size % num_heads:
-            raise CheckpointError(
-                f"config.json: hidden_size {hidden_size} is not divisible by num_attention_heads {num_heads}"
-            )
         activation = config.get("activation_function", "relu")
         if activation not in _ACTIVATIONS:
             known = ", ".join(sorted(_ACTIVATIONS))
             raise CheckpointError(f"config.json: activation_function {activation!r} is not known; known are {known}")
-        eos = config.get("eos_token_id", 2)
         norm_before = bool(config.get("do_layer_norm_before", True))
-        shape = ModelShape(
-            num_layers=positive("num_hidden_layers", 12),
-            hidden_size=hidden_size,
-            num_heads=num_heads,
-            num_kv_heads=num_heads,
-            head_size=hidden_size // num_heads,
-            ffn_size=ffn_size,
-            vocab_size=positive("vocab_size", 50272),
-            max_positions=positive("max_position_embeddings", 2048),
-            bos_token_id=config.get("bos_token_id", 2),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            # Residual, its norm, then q, k, v and their outputs, or the feed-forward block before and after activation.
-            workspace_values=2 * hidden_size + max(6 * hidden_size, 2 * ffn_size + hidden_size),
-        )
+        shape = shape_of(config)
         return cls(
             shape=shape,
-            embed_size=config.get("word_embed_proj_dim") or hidden_size,
+            embed_size=config.get("word_embed_proj_dim") or shape.hidden_size,
             norm_before=norm_before,
             final_norm=norm_before and not config.get("_remove_final_layer_norm", False),
             bias=bool(config.get("enable_bias", True)),

@@ -94,7 +94,7 @@ def resolve_plan(
     """
     dtype = options.dtype or stored.dtype
     disk_dir = options.disk_dir or disk_dir
-    budgets = _budgets(options, facts, disk_dir)
+    budgets = budgets_of(options, facts, disk_dir)
     micro_batch = options.micro_batch or MICRO_BATCH_TOKENS
     activations = TierName(options.activations or TierName.DEVICE)
     extent_tokens = min(options.extent_tokens or EXTENT_TOKENS, shape.max_positions + 1)
@@ -165,7 +165,8 @@ def resolve_plan(
     )
 
 
-def _budgets(options: PlanOptions, facts: MachineFacts, disk_dir: Path) -> dict[TierName, int]:
+def budgets_of(options: PlanOptions, facts: MachineFacts, disk_dir: Path) -> dict[TierName, int]:
+    """Bytes that each tier may hold: as asked, else a share of what is free."""
     device = options.device_memory if options.device_memory is not None else int(facts.device_free * DEVICE_SHARE)
     # Where device and host are one memory, a host tier would only be a second name for the same bytes.
     unasked_host = 0 if facts.shares_host_memory else int(facts.host_free * HOST_SHARE)

@@ -12,18 +12,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
 
-from engine.errors import EngineError
+from engine.errors import HardwareAbsent, HardwareError
 from engine.memory.lane import LaneName
 from engine.planner.plan import DTYPES, TierName
 
 FORMAT = "overnight hardware profile"
 VERSION = 1
+PROFILE_NAME = "profile.json"
+"""Of the machine at hand, in the folder of all state."""
 LINKS = (LaneName.DISK_READ, LaneName.DISK_WRITE, LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
 """The lanes that move bytes; the other two compute."""
-
-
-class HardwareError(EngineError):
-    """A hardware profile that is absent, damaged, of another version, or that lacks a figure; says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +214,8 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     """A shipped preset by its name, else a profile by its path.
 
     Raises:
-        HardwareError: there is no such preset or file, or it is no profile.
+        HardwareAbsent: there is no such preset or file.
+        HardwareError: it is no profile.
     """
     if str(name_or_path) in preset_names():
         text = files("engine.planner").joinpath("presets", f"{name_or_path}.json").read_text(encoding="utf-8")
@@ -224,7 +223,7 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
         try:
             text = Path(name_or_path).read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise HardwareError(
+            raise HardwareAbsent(
                 f"{str(name_or_path)!r} is neither a file nor a hardware preset; "
                 f"presets are {', '.join(preset_names())}"
             ) from None

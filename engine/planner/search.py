@@ -38,9 +38,9 @@ MICRO_BATCHES_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 MICRO_BATCHES = (1, 2, 4, 8)
 BUDGET_SHARES = {TierName.DEVICE: 0.92, TierName.HOST: 0.9, TierName.DISK: 0.95}
 """Of a profile's capacity, how much a plan takes unasked: the rest is for the runtime and for other people."""
-ROUNDED = 8
+ROUNDED = 24
 """Optima of the linear programme that are rounded, the best first."""
-SIMULATED = 6
+SIMULATED = 40
 """Roundings whose ramp-up and tail are reckoned, too, the best steady ones first."""
 TIE = 0.01
 """Throughput that is not worth putting KV cache on disk for: of plans as good as each other, the plainer one."""
@@ -95,11 +95,13 @@ def search(
     host_attention: bool | None = None,
     overlap: Overlap = OVERLAPPED,
     disk_dir: Path = Path(),
+    facts: MachineFacts | None = None,
 ) -> Found:
     """The plan under which the workload ends soonest.
 
     ``fixed`` holds whatever a person decided; budgets in it come before ``budgets``. ``host_attention`` is tried both
-    ways if ``None``; pass ``False`` where the engine cannot do it.
+    ways if ``None``; pass ``False`` where the engine cannot do it. ``facts`` is the machine as it is now, where the
+    plan is for this one: what each attention thread takes of the workspace depends on it.
 
     Raises:
         PlanDoesNotFit: nothing fits; the sentence says what is short.
@@ -115,7 +117,8 @@ def search(
         disk_space=budgets[TierName.DISK] if fixed.disk_space is None else fixed.disk_space,
         disk_dir=fixed.disk_dir or disk_dir,
     )
-    searcher = _Search(hardware, shape, stored, workload, fixed, overlap)
+    facts = facts or MachineFacts(0, 0, shares_host_memory=hardware.shares_host_memory)
+    searcher = _Search(hardware, shape, stored, workload, fixed, overlap, facts)
     return searcher.best(host_attention)
 
 
@@ -128,6 +131,7 @@ class _Search:
         workload: Workload,
         fixed: PlanOptions,
         overlap: Overlap,
+        facts: MachineFacts,
     ) -> None:
         self._hardware = hardware
         self._shape = shape
@@ -138,7 +142,7 @@ class _Search:
         assert fixed.dtype is not None
         self._dtype = fixed.dtype
         self._token_bytes = kv_bytes_per_token(shape, fixed.dtype)
-        self._facts = MachineFacts(0, 0, shares_host_memory=hardware.shares_host_memory)
+        self._facts = facts
         layers = [layer_name(index) for index in range(shape.num_layers)]
         self._layer_bytes = {
             TierName.DEVICE: max(stored.computed_bytes(layer, self._dtype) for layer in layers),

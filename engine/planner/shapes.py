@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.model.family import EMBED, HEAD, ModelShape, layer_name
+from engine.model.opt_shape import workspace_values
 from engine.planner.default import StoredWeights
 from engine.planner.plan import DTYPE_BYTES
 from engine.units import align_up
@@ -67,7 +68,7 @@ def _opt(
         max_positions=_POSITIONS,
         bos_token_id=2,
         eos_token_ids=(2,),
-        workspace_values=2 * size + max(6 * size, 2 * ffn + size),
+        workspace_values=workspace_values(size, ffn),
     )
     return KnownModel(name, shape, embed or size, norm_before)
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.units import div_ceil
 
@@ -77,6 +77,11 @@ class Workload:
             groups[seen * most // total].append(item)
             seen += item[1]
         return cls(tuple(_mean(group) for group in groups if group))
+
+    def times(self, factor: float) -> "Workload":
+        """So many times the requests, of the same lengths; at least one of each."""
+        lengths = (replace(each, requests=max(1, round(factor * each.requests))) for each in self.lengths)
+        return Workload(tuple(lengths))
 
     @property
     def requests(self) -> int:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import EngineError, PlanDoesNotFit
+from engine.errors import EngineError, HardwareError, PlanDoesNotFit
 from engine.memory.lane import LaneName
 from engine.planner.cost import (
     OVERLAPPED,
@@ -25,7 +25,7 @@ from engine.planner.cost import (
     predict,
 )
 from engine.planner.default import resolve_plan
-from engine.planner.hardware import LINKS, Figure, Hardware, HardwareError, Rate, load_hardware, preset_names
+from engine.planner.hardware import LINKS, Figure, Hardware, Rate, load_hardware, preset_names
 from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions, Shares, TierName
 from engine.planner.search import Found, default_budgets, search

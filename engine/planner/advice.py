@@ -1,0 +1,74 @@
+"""What would help most: the search once more, on a machine that has more of one thing. Pure; no torch."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from engine.errors import PlanDoesNotFit
+from engine.memory.lane import LaneName
+from engine.planner.hardware import Hardware, Rate
+from engine.planner.plan import TierName
+from engine.planner.search import Found
+from engine.units import format_bytes
+
+Search = Callable[[Hardware, Mapping[TierName, int]], Found]
+"""The search with everything but the machine and its budgets fixed.
+
+Raises:
+    PlanDoesNotFit: nothing fits.
+"""
+
+LEAST_GAIN = 0.01
+MOST_ADVICE = 3
+FACTOR = 2
+_DISK = (LaneName.DISK_READ, LaneName.DISK_WRITE)
+_LINK = (LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One change, and what the planner predicts of it."""
+
+    change: str
+    generated_per_s: float
+    gain: float
+    """0.5: half as much again."""
+
+
+def advise(search: Search, hardware: Hardware, budgets: Mapping[TierName, int], found: Found) -> list[Advice]:
+    """The changes that would help most, the best first; those that gain less than a hundredth are left out."""
+    advice = []
+    for change, machine, room in _changes(hardware, budgets):
+        try:
+            changed = search(machine, room).prediction.generated_per_s
+        except PlanDoesNotFit:
+            continue
+        gain = changed / found.prediction.generated_per_s - 1
+        if gain >= LEAST_GAIN:
+            advice.append(Advice(change, changed, gain))
+    return sorted(advice, key=lambda each: -each.gain)[:MOST_ADVICE]
+
+
+def _changes(
+    hardware: Hardware, budgets: Mapping[TierName, int]
+) -> Iterator[tuple[str, Hardware, Mapping[TierName, int]]]:
+    for tier in (TierName.DEVICE, TierName.HOST):
+        if budgets[tier]:
+            name = "memory" if hardware.shares_host_memory else f"{tier} memory"
+            change = f"twice the {name}: {format_bytes(FACTOR * budgets[tier])}"
+            yield change, hardware, {**budgets, tier: FACTOR * budgets[tier]}
+    yield "a disk twice as fast", _with_lanes(hardware, _DISK), budgets
+    if not hardware.shares_host_memory:
+        yield "a link to the device twice as fast", _with_lanes(hardware, _LINK), budgets
+    products = {dtype: _faster(rate) for dtype, rate in hardware.matmul.items()}
+    yield "products twice as fast", replace(hardware, matmul=products), budgets
+
+
+def _with_lanes(hardware: Hardware, lanes: tuple[LaneName, ...]) -> Hardware:
+    return replace(
+        hardware,
+        lanes={lane: _faster(rate) if lane in lanes else rate for lane, rate in hardware.lanes.items()},
+    )
+
+
+def _faster(rate: Rate) -> Rate:
+    return replace(rate, points=tuple((size, FACTOR * value) for size, value in rate.points))

@@ -1,0 +1,102 @@
+"""From a machine, a model and its workload to the plan that ends it soonest, as this engine computes. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine.errors import PlanDoesNotFit
+from engine.model.family import ModelShape
+from engine.planner.cost import WAITING
+from engine.planner.default import StoredWeights
+from engine.planner.hardware import Hardware
+from engine.planner.machine import MachineFacts
+from engine.planner.nearest import nearest_fit
+from engine.planner.plan import PlanOptions, TierName
+from engine.planner.search import Found, default_budgets, search
+from engine.planner.workload import Workload
+from engine.units import format_bytes
+
+ENGINE_OVERLAP = WAITING
+"""What runs beside compute in this engine: weights do; keys, values and activations of other tiers are waited for."""
+ENGINE_ATTENDS_ON_HOST = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Everything a plan is made for."""
+
+    hardware: Hardware
+    shape: ModelShape
+    stored: StoredWeights
+    workload: Workload
+    options: PlanOptions
+    """What a person fixed."""
+    budgets: Mapping[TierName, int]
+    """Bytes that each tier may hold, where ``options`` does not say."""
+    facts: MachineFacts | None = None
+    """The machine as it is now; ``None``: some other machine."""
+
+    def decide(self, hardware: Hardware | None = None, budgets: Mapping[TierName, int] | None = None) -> Found:
+        """The best plan, on another machine or with other budgets if given.
+
+        Raises:
+            PlanDoesNotFit: nothing fits; the sentence says what is short, and the nearest plan that would fit.
+        """
+        budgets = budgets or self.budgets
+        fixed = self.options
+        if budgets is not self.budgets:
+            fixed = replace(fixed, device_memory=None, host_memory=None, disk_space=None)
+        try:
+            return search(
+                hardware or self.hardware,
+                self.shape,
+                self.stored,
+                self.workload,
+                budgets=budgets,
+                fixed=fixed,
+                host_attention=ENGINE_ATTENDS_ON_HOST,
+                overlap=ENGINE_OVERLAP,
+                disk_dir=fixed.disk_dir or Path(),
+                facts=self.facts,
+            )
+        except PlanDoesNotFit as error:
+            near = self._nearest(budgets)
+            raise PlanDoesNotFit(f"{error}; {near}" if near else str(error)) from error
+
+    def _nearest(self, budgets: Mapping[TierName, int]) -> str | None:
+        longest = max(each.reserved for each in self.workload.lengths)
+        if any(each.prompt + each.generated > self.shape.max_positions + 1 for each in self.workload.lengths):
+            return None
+        asked = self.options
+        options = replace(
+            asked,
+            dtype=asked.dtype or self.stored.dtype,
+            device_memory=budgets[TierName.DEVICE] if asked.device_memory is None else asked.device_memory,
+            host_memory=budgets[TierName.HOST] if asked.host_memory is None else asked.host_memory,
+            disk_space=budgets[TierName.DISK] if asked.disk_space is None else asked.disk_space,
+        )
+        facts = self.facts or MachineFacts(0, 0, shares_host_memory=self.hardware.shares_host_memory)
+        return nearest_fit(
+            options,
+            shape=self.shape,
+            stored=self.stored,
+            facts=facts,
+            tokens=longest,
+            device=self.hardware.device,
+        )
+
+
+def budgets_of_machine(hardware: Hardware, stored: StoredWeights) -> dict[TierName, int]:
+    """What a plan may take of a machine that is this one's alone.
+
+    Raises:
+        PlanDoesNotFit: the model is larger than its disk.
+    """
+    needed, room = sum(stored.unit_bytes.values()), int(hardware.capacity[TierName.DISK].value)
+    if needed > room:
+        raise PlanDoesNotFit(
+            f"the model has {format_bytes(needed)} and the disk of {hardware.name} {format_bytes(room)}: "
+            f"{format_bytes(needed - room)} short; the nearest machine that could hold it has a disk of "
+            f"{format_bytes(needed)}"
+        )
+    return default_budgets(hardware, stored)
