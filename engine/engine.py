@@ -19,7 +19,9 @@ from engine.memory.traffic import Span, Traffic
 from engine.model.family import EMBED
 from engine.model.registry import family_for
 from engine.passes import Pass, PassReport, PassStats
-from engine.planner.default import StoredWeights, resolve_plan
+from engine.planner.cost import PassModel, load_of
+from engine.planner.decide import ENGINE_OVERLAP, Decision, Outlook, decide_plan
+from engine.planner.default import StoredWeights
 from engine.planner.plan import Plan, PlanOptions, TierName
 from engine.request import Output, Request
 from engine.scheduler import Scheduler
@@ -38,14 +40,21 @@ REJECTIONS_A_PASS = 256
 class Engine:
     """One model over the tiers of one machine. Not thread-safe: one thread runs it."""
 
-    def __init__(self, model_dir: Path, options: PlanOptions, device: Device, recorder: Recorder | None) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        options: PlanOptions,
+        device: Device,
+        recorder: Recorder | None,
+        outlook: Outlook | None = None,
+    ) -> None:
         """Use ``Engine.load``."""
         self._device = device
         self._recorder = recorder
         self._closers: list[Callable[[], None]] = [device.close]
         self._broken = False
         try:
-            self._open(model_dir, options)
+            self._open(model_dir, options, outlook)
         except BaseException:
             self.close()
             raise
@@ -58,6 +67,7 @@ class Engine:
         *,
         device: Device | None = None,
         recorder: Recorder | None = None,
+        outlook: Outlook | None = None,
     ) -> "Engine":
         """Place a model directory's weights over the tiers, and keep them until ``close``.
 
@@ -66,6 +76,7 @@ class Engine:
             options: what the caller fixes of the plan; the rest is chosen.
             device: an open device to use (and close) instead of the one ``options`` names.
             recorder: is told what the lanes and passes do; stays the caller's to close.
+            outlook: the workload to plan for and the machine's figures; without it, the plan follows simple rules.
 
         Raises:
             CheckpointError: the model directory is absent, half-written or damaged.
@@ -73,9 +84,9 @@ class Engine:
             PlanDoesNotFit: the plan needs more than a tier's budget; nothing was allocated.
         """
         options = options or PlanOptions()
-        return cls(model_dir, options, device or open_device(options.device), recorder)
+        return cls(model_dir, options, device or open_device(options.device), recorder, outlook)
 
-    def _open(self, model_dir: Path, options: PlanOptions) -> None:
+    def _open(self, model_dir: Path, options: PlanOptions, outlook: Outlook | None) -> None:
         start = perf_counter()
         manifest = read_manifest(model_dir)
         family = family_for(manifest.config)
@@ -83,14 +94,13 @@ class Engine:
         stored = StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units})
         eos = self._shape.eos_token_ids
         self._tokenizer = Tokenizer.load(model_dir, self._shape.bos_token_id, eos[0] if eos else None)
-        self.plan: Plan = resolve_plan(
-            options,
-            shape=self._shape,
-            stored=stored,
-            device=self._device.name,
-            facts=facts_of(self._device),
-            disk_dir=model_dir,
-        )
+        self._stored, self._options, self._model_dir = stored, options, model_dir
+        decision = self._decide(outlook)
+        self.plan: Plan = decision.plan
+        self._hardware = decision.hardware
+        self._expected: PassModel | None = None
+        if decision.hardware is not None:
+            self._expected = PassModel(decision.hardware, self._shape, stored, self.plan, overlap=ENGINE_OVERLAP)
         self._traffic = Traffic(self._device.compute_mark, self._recorder)
         memory = {
             TierName.DEVICE: MemoryTier(TierName.DEVICE, self.plan.budgets[TierName.DEVICE], self._device.allocate),
@@ -115,6 +125,17 @@ class Engine:
         self._loaded_bytes = self._traffic.take().weight_bytes
         if self._recorder is not None:
             self._recorder.loaded((start, perf_counter()))
+
+    def _decide(self, outlook: Outlook | None) -> Decision:
+        return decide_plan(
+            self._options,
+            outlook,
+            shape=self._shape,
+            stored=self._stored,
+            device=self._device.name,
+            facts=facts_of(self._device),
+            disk_dir=self._model_dir,
+        )
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Outputs as sequences finish, in any order; requests are pulled as room appears.
@@ -270,6 +291,7 @@ class Engine:
             lane_seconds=moved.seconds,
             weight_bytes=moved.weight_bytes + loaded,
             bound_by=moved.busiest,
+            expected=self._expected.cost(load_of(segments)) if self._expected and segments else None,
         )
         if self._recorder is not None:
             self._recorder.passed(span, stats)
