@@ -13,16 +13,18 @@ from engine.devices.open import facts_of, open_device
 from engine.errors import EngineError
 from engine.executor import Executor
 from engine.kvcache.store import KVStore
+from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
 from engine.memory.tier import MemoryTier, Tier
 from engine.memory.traffic import Span, Traffic
 from engine.model.family import EMBED
 from engine.model.registry import family_for
 from engine.passes import Pass, PassReport, PassStats
-from engine.planner.cost import PassModel, load_of
+from engine.planner.cost import PassModel, load_of, predict
 from engine.planner.decide import ENGINE_OVERLAP, Decision, Outlook, decide_plan
 from engine.planner.default import StoredWeights
 from engine.planner.plan import Plan, PlanOptions, TierName
+from engine.planner.workload import Workload
 from engine.request import Output, Request
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -35,6 +37,8 @@ from engine.weights.manifest import read_manifest
 from engine.weights.stream import WeightStream
 
 REJECTIONS_A_PASS = 256
+_MOVING = 2.0
+"""Times the model's size over the disk's speed: what loading takes, checks and fresh memory included."""
 
 
 class Engine:
@@ -136,6 +140,32 @@ class Engine:
             facts=facts_of(self._device),
             disk_dir=self._model_dir,
         )
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether its plan was searched for, with a workload in mind."""
+        return self._hardware is not None
+
+    def seconds_saved(self, workload: Workload) -> float:
+        """By loading the model again with a plan made for ``workload``, less the time that this takes.
+
+        Below 0: it does not pay, or nobody can tell, since the plan was not searched for.
+        """
+        if self._hardware is None:
+            return -1.0
+        hardware = self._hardware
+        try:
+            better = self._decide(Outlook(workload, lambda: hardware)).plan
+        except EngineError:
+            return -1.0
+        if better.layers == self.plan.layers and better.micro_batch == self.plan.micro_batch:
+            return -1.0
+        now, then = (
+            predict(hardware, self._shape, self._stored, plan, workload, overlap=ENGINE_OVERLAP).seconds
+            for plan in (self.plan, better)
+        )
+        rate = hardware.lanes[LaneName.DISK_READ].at(max(self._stored.unit_bytes.values()))
+        return now - then - _MOVING * sum(self._stored.unit_bytes.values()) / rate
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Outputs as sequences finish, in any order; requests are pulled as room appears.

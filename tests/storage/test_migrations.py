@@ -24,7 +24,7 @@ from storage.sqlite import install_events
 from tests.storage.factories import make_job
 
 
-def schema(path: Path) -> dict[str, str]:
+def schema(path: Path) -> dict[str, list[str]]:
     connection = sqlite3.connect(path)
     rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
     connection.close()
