@@ -19,7 +19,8 @@ from engine.memory.traffic import Span, Traffic
 from engine.model.family import EMBED
 from engine.model.registry import family_for
 from engine.passes import Pass, PassReport, PassStats
-from engine.planner.default import StoredWeights, resolve_plan
+from engine.planner.default import StoredWeights
+from engine.planner.nearest import plan_or_nearest
 from engine.planner.plan import Plan, PlanOptions, TierName
 from engine.request import Output, Request
 from engine.scheduler import Scheduler
@@ -83,7 +84,7 @@ class Engine:
         stored = StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units})
         eos = self._shape.eos_token_ids
         self._tokenizer = Tokenizer.load(model_dir, self._shape.bos_token_id, eos[0] if eos else None)
-        self.plan: Plan = resolve_plan(
+        self.plan: Plan = plan_or_nearest(
             options,
             shape=self._shape,
             stored=stored,

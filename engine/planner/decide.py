@@ -64,9 +64,11 @@ class Question:
             raise PlanDoesNotFit(f"{error}; {near}" if near else str(error)) from error
 
     def _nearest(self, budgets: Mapping[TierName, int]) -> str | None:
-        longest = max(each.reserved for each in self.workload.lengths)
-        if any(each.prompt + each.generated > self.shape.max_positions + 1 for each in self.workload.lengths):
-            return None
+        longest = max(self.workload.lengths, key=lambda each: each.prompt + each.generated)
+        positions = self.shape.max_positions
+        if longest.prompt + longest.generated > positions:
+            generated = min(longest.generated, positions - 1)
+            return f"the nearest that fits: --prompt-len {positions - generated} --gen-len {generated}"
         asked = self.options
         options = replace(
             asked,
@@ -81,7 +83,7 @@ class Question:
             shape=self.shape,
             stored=self.stored,
             facts=facts,
-            tokens=longest,
+            tokens=max(each.reserved for each in self.workload.lengths),
             device=self.hardware.device,
         )
 

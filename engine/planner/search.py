@@ -44,7 +44,7 @@ many, so it likes a device full of weights with room for two sequences too well;
 ROUNDED = 16
 """Optima of the linear programme that are rounded, of each such share, the best first."""
 SLOWER = 0.9
-"""Optima this much slower than a plan that is known are looked at, too: they may need less time to fill and to drain."""
+"""Optima so much slower than a plan that is known are looked at, too: they may need less time to fill and to drain."""
 SIMULATED = 40
 """Roundings whose ramp-up and tail are reckoned exactly, those first that a guess likes best; all, for blocks."""
 AHEAD = 1.02
