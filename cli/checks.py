@@ -44,6 +44,7 @@ def run_checks(app: App) -> list[Check]:
         check_memory(),
         check_disk("disk", app.settings.home),
         *check_models(app.settings.models_dir),
+        check_profile(app.settings.home, app.settings.spill_dir),
     ]
 
 
@@ -171,6 +172,32 @@ def check_models(folder: Path) -> Iterator[Check]:
     names = ", ".join(model["name"] for model in models)
     remedy = "" if models or faults else "begin with: overnight demo, or: overnight import FOLDER"
     yield Check("models", "ok", f"{names or 'none yet'} in {folder}", remedy)
+
+
+def check_profile(home: Path, spill_dir: Path) -> Check:
+    """Whether the planner knows this machine."""
+    from engine.errors import EngineError
+    from engine.profile import age_days, stored_profile
+
+    again = "overnight doctor --measure"
+    try:
+        stored = stored_profile(home)
+        if stored is None:
+            return Check("profile", "ok", "not measured yet; a worker that must stream weights does it first", again)
+        from engine.devices.open import open_device
+        from engine.measure import identity_of
+
+        device = open_device(stored.hardware.identity.get("device"))
+        try:
+            is_of_this = stored.is_of(identity_of(device, spill_dir))
+        finally:
+            device.close()
+    except (EngineError, RuntimeError) as error:
+        return Check("profile", "warn", str(error), again)
+    found = f"{stored.hardware.description}, {age_days(stored):.0f} days ago"
+    if not is_of_this:
+        return Check("profile", "warn", f"{found}: of another machine, or this one has changed", again)
+    return Check("profile", "ok", found)
 
 
 def _nearest_folder(path: Path) -> Path:

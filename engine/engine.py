@@ -13,15 +13,18 @@ from engine.devices.open import facts_of, open_device
 from engine.errors import EngineError
 from engine.executor import Executor
 from engine.kvcache.store import KVStore
+from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
 from engine.memory.tier import MemoryTier, Tier
 from engine.memory.traffic import Span, Traffic
 from engine.model.family import EMBED
 from engine.model.registry import family_for
 from engine.passes import Pass, PassReport, PassStats
+from engine.planner.cost import PassModel, load_of, predict
+from engine.planner.decide import ENGINE_OVERLAP, Decision, Outlook, decide_plan
 from engine.planner.default import StoredWeights
-from engine.planner.nearest import plan_or_nearest
 from engine.planner.plan import Plan, PlanOptions, TierName
+from engine.planner.workload import Workload
 from engine.request import Output, Request
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -34,19 +37,28 @@ from engine.weights.manifest import read_manifest
 from engine.weights.stream import WeightStream
 
 REJECTIONS_A_PASS = 256
+_MOVING = 2.0
+"""Times the model's size over the disk's speed: what loading takes, checks and fresh memory included."""
 
 
 class Engine:
     """One model over the tiers of one machine. Not thread-safe: one thread runs it."""
 
-    def __init__(self, model_dir: Path, options: PlanOptions, device: Device, recorder: Recorder | None) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        options: PlanOptions,
+        device: Device,
+        recorder: Recorder | None,
+        outlook: Outlook | None = None,
+    ) -> None:
         """Use ``Engine.load``."""
         self._device = device
         self._recorder = recorder
         self._closers: list[Callable[[], None]] = [device.close]
         self._broken = False
         try:
-            self._open(model_dir, options)
+            self._open(model_dir, options, outlook)
         except BaseException:
             self.close()
             raise
@@ -59,6 +71,7 @@ class Engine:
         *,
         device: Device | None = None,
         recorder: Recorder | None = None,
+        outlook: Outlook | None = None,
     ) -> "Engine":
         """Place a model directory's weights over the tiers, and keep them until ``close``.
 
@@ -67,6 +80,7 @@ class Engine:
             options: what the caller fixes of the plan; the rest is chosen.
             device: an open device to use (and close) instead of the one ``options`` names.
             recorder: is told what the lanes and passes do; stays the caller's to close.
+            outlook: the workload to plan for and the machine's figures; without it, the plan follows simple rules.
 
         Raises:
             CheckpointError: the model directory is absent, half-written or damaged.
@@ -74,9 +88,9 @@ class Engine:
             PlanDoesNotFit: the plan needs more than a tier's budget; nothing was allocated.
         """
         options = options or PlanOptions()
-        return cls(model_dir, options, device or open_device(options.device), recorder)
+        return cls(model_dir, options, device or open_device(options.device), recorder, outlook)
 
-    def _open(self, model_dir: Path, options: PlanOptions) -> None:
+    def _open(self, model_dir: Path, options: PlanOptions, outlook: Outlook | None) -> None:
         start = perf_counter()
         manifest = read_manifest(model_dir)
         family = family_for(manifest.config)
@@ -84,14 +98,13 @@ class Engine:
         stored = StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units})
         eos = self._shape.eos_token_ids
         self._tokenizer = Tokenizer.load(model_dir, self._shape.bos_token_id, eos[0] if eos else None)
-        self.plan: Plan = plan_or_nearest(
-            options,
-            shape=self._shape,
-            stored=stored,
-            device=self._device.name,
-            facts=facts_of(self._device),
-            disk_dir=model_dir,
-        )
+        self._stored, self._options, self._model_dir = stored, options, model_dir
+        decision = self._decide(outlook)
+        self.plan: Plan = decision.plan
+        self._hardware = decision.hardware
+        self._expected: PassModel | None = None
+        if decision.hardware is not None:
+            self._expected = PassModel(decision.hardware, self._shape, stored, self.plan, overlap=ENGINE_OVERLAP)
         self._traffic = Traffic(self._device.compute_mark, self._recorder)
         memory = {
             TierName.DEVICE: MemoryTier(TierName.DEVICE, self.plan.budgets[TierName.DEVICE], self._device.allocate),
@@ -116,6 +129,43 @@ class Engine:
         self._loaded_bytes = self._traffic.take().weight_bytes
         if self._recorder is not None:
             self._recorder.loaded((start, perf_counter()))
+
+    def _decide(self, outlook: Outlook | None) -> Decision:
+        return decide_plan(
+            self._options,
+            outlook,
+            shape=self._shape,
+            stored=self._stored,
+            device=self._device.name,
+            facts=facts_of(self._device),
+            disk_dir=self._model_dir,
+        )
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether its plan was searched for, with a workload in mind."""
+        return self._hardware is not None
+
+    def seconds_saved(self, workload: Workload) -> float:
+        """By loading the model again with a plan made for ``workload``, less the time that this takes.
+
+        Below 0: it does not pay, or nobody can tell, since the plan was not searched for.
+        """
+        if self._hardware is None:
+            return -1.0
+        hardware = self._hardware
+        try:
+            better = self._decide(Outlook(workload, lambda: hardware)).plan
+        except EngineError:
+            return -1.0
+        if better.layers == self.plan.layers and better.micro_batch == self.plan.micro_batch:
+            return -1.0
+        now, then = (
+            predict(hardware, self._shape, self._stored, plan, workload, overlap=ENGINE_OVERLAP).seconds
+            for plan in (self.plan, better)
+        )
+        rate = hardware.lanes[LaneName.DISK_READ].at(max(self._stored.unit_bytes.values()))
+        return now - then - _MOVING * sum(self._stored.unit_bytes.values()) / rate
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Outputs as sequences finish, in any order; requests are pulled as room appears.
@@ -271,6 +321,7 @@ class Engine:
             lane_seconds=moved.seconds,
             weight_bytes=moved.weight_bytes + loaded,
             bound_by=moved.busiest,
+            expected=self._expected.cost(load_of(segments)) if self._expected and segments else None,
         )
         if self._recorder is not None:
             self._recorder.passed(span, stats)

@@ -1,9 +1,13 @@
 """What one pass computes: frozen decisions of the scheduler, carried out by the executor."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from engine.request import Output
 from engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from engine.planner.cost import PassCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,8 @@ class PassStats:
     in no lane's figures."""
     bound_by: str
     """The lane that was busy for longest."""
+    expected: "PassCost | None" = None
+    """What the planner predicted of such a pass, if the plan was found by it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ __all__ = [
     "fail_job",
     "get_job",
     "list_jobs",
+    "note_plan",
+    "peek_requests",
     "purge_job",
     "retry_job",
     "runnable_jobs",
@@ -51,6 +53,7 @@ class Job:
     prompt_tokens: int  # sums over the outputs
     generated_tokens: int
     message: str | None  # why the whole job failed
+    plan: dict[str, Any] | None  # placement and batches that its rows were last computed under
 
     @property
     def is_finished(self) -> bool:
@@ -97,6 +100,24 @@ def runnable_jobs(db: Database, queue: str) -> list[Job]:
     )
     with db.read() as connection:
         return [Job(*row) for row in connection.execute(query)]
+
+
+def peek_requests(db: Database, job_id: int, limit: int) -> list[tuple[int, dict[str, Any] | None]]:
+    """Index and payload of the first pending requests, claimed by nobody: to see what they are like."""
+    query = (
+        select(requests.c.index, requests.c.payload)
+        .where(requests.c.job_id == job_id, requests.c.state == RequestState.PENDING)
+        .order_by(requests.c.index)
+        .limit(limit)
+    )
+    with db.read() as connection:
+        return [(index, payload) for index, payload in connection.execute(query)]
+
+
+def note_plan(db: Database, job_id: int, plan: dict[str, Any]) -> None:
+    """Remember under which plan a job's rows are computed; a job that is gone stays gone."""
+    with db.write() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == job_id).values(plan=plan))
 
 
 def cancelled_among(db: Database, job_ids: Iterable[int]) -> set[int]:

@@ -34,7 +34,7 @@ from sqlalchemy import (
 from storage.states import JobState, OutputStatus, RequestState
 
 #: Every revision of the schema, oldest first; the last is the one this program speaks (a test holds it to the files).
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 HEAD = REVISIONS[-1]
 
 metadata = MetaData(
@@ -104,6 +104,7 @@ class _JobColumns(TypedColumns):
     prompt_tokens: Named[int] = Column(BigInteger)  # sums over the outputs
     generated_tokens: Named[int] = Column(BigInteger)
     message: Named[str | None] = Column(MessageText)  # why the whole job failed
+    plan: Named[dict[str, Any] | None] = Column(JsonText)  # what its rows were last computed under
 
 
 jobs = Table("jobs", metadata, _JobColumns, _one_of("state", JobState), sqlite_autoincrement=True)

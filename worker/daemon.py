@@ -22,6 +22,8 @@ from celery.exceptions import SecurityWarning
 
 from engine.errors import DeviceUnavailable
 from engine.openmp import limit_spinning
+from engine.planner.decide import Outlook
+from engine.planner.hardware import Hardware
 from engine.planner.plan import PlanOptions
 from engine.trace import TraceFile
 from storage.database import Database
@@ -33,7 +35,7 @@ from worker.lifecycle import DrainStep, DrainThread, Stop
 from worker.locks import device_lock
 from worker.logs import configure, get_logger
 from worker.models import resolve_model
-from worker.residency import Engine, Residency
+from worker.residency import Engine, Residency, Sample
 from worker.session import serve
 from worker.settings import Settings
 
@@ -178,15 +180,37 @@ def exit_code(error: BaseException | None, celery_code: int | None, stopped_by: 
 
 def _loader(
     settings: Settings, placement: PlanOptions, device: str, recorder: TraceFile | None
-) -> Callable[[Path], Engine]:
-    def load(model_dir: Path) -> Engine:
+) -> Callable[[Path, Sample], Engine]:
+    def load(model_dir: Path, sample: Sample) -> Engine:
         from engine.engine import Engine as RealEngine
 
         disk_dir = _disk_dir(settings, placement)
         _make_spill_dir(disk_dir)
-        return RealEngine.load(model_dir, replace(placement, device=device, disk_dir=disk_dir), recorder=recorder)
+        workload = sample()
+        outlook = None if workload is None else Outlook(workload, lambda: _profile(settings, device, disk_dir))
+        options = replace(placement, device=device, disk_dir=disk_dir)
+        return RealEngine.load(model_dir, options, recorder=recorder, outlook=outlook)
 
     return load
+
+
+def _profile(settings: Settings, device_name: str, disk_dir: Path) -> Hardware:
+    """What this machine can do; measured where nobody has done so yet."""
+    from engine.devices.open import open_device
+    from engine.measure import identity_of, measure
+    from engine.profile import profile_for
+
+    log = get_logger()
+    device = open_device(device_name)
+    try:
+
+        def measured() -> Hardware:
+            log.info("measuring this machine, once: it takes up to a minute", extra={"action": "measure"})
+            return measure(device, disk_dir, say=lambda what: log.debug("measuring %s", what))
+
+        return profile_for(settings.home, identity_of(device, disk_dir), measured, lambda text: log.warning("%s", text))
+    finally:
+        device.close()
 
 
 def _open_device_name(placement: PlanOptions) -> str:

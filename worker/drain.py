@@ -12,7 +12,7 @@ from engine.request import Request
 from storage.claims import ClaimedRequest, claim, give_back
 from storage.database import Database
 from storage.errors import ClaimLost, StorageError
-from storage.jobs import Job, cancelled_among, fail_job, runnable_jobs
+from storage.jobs import Job, cancelled_among, fail_job, note_plan, runnable_jobs
 from storage.results import record
 from worker.bell import Bell
 from worker.errors import ModelNotFound
@@ -23,7 +23,9 @@ from worker.logs import get_logger
 from worker.models import ModelRef, model_dir_for, resolve_model
 from worker.residency import Engine, Residency
 from worker.rows import JobKeys, RowKey, to_request
+from worker.sample import sample_workload
 from worker.settings import Settings
+from worker.watch import Watch
 
 _COMMIT_S = 1.0
 
@@ -82,7 +84,7 @@ class Drain:
             ModelNotFound, EngineError: it cannot be loaded.
         """
         ref = resolve_model(name, self._settings)
-        self._load(ref, model_dir_for(ref, self._settings))
+        self._load(ref, model_dir_for(ref, self._settings), [])
 
     def step(self) -> bool:
         """One model's turn; False when there was nothing to do."""
@@ -93,7 +95,7 @@ class Drain:
         of_model = [job for job, ref, model_dir in jobs if str(model_dir) == model]
         ref, model_dir = next((ref, path) for _, ref, path in jobs if str(path) == model)
         try:
-            engine = self._load(ref, model_dir)
+            engine = self._load(ref, model_dir, of_model)
         except DeviceUnavailable:
             raise
         except (ModelNotFound, EngineError, OSError) as error:
@@ -120,11 +122,14 @@ class Drain:
 
     def _drain(self, engine: Engine, model: str, ledger: Ledger) -> None:
         """One engine run over all jobs of ``model``."""
-        feed = Feed(lambda limit: self._claim(model, ledger, limit), self._clock)
+        feed = Feed(lambda limit: self._claim(engine, model, ledger, limit), self._clock)
+        watch = Watch()
         committed_at = began_at = self._clock()
         with closing(engine.passes(feed)) as passes:  # type: ignore[type-var]
             for report in passes:
                 ledger.add(report, began_at=began_at)
+                if (warning := watch.add(report.stats)) is not None:
+                    self._log.warning("%s", warning, extra={"action": "slow", "model": model})
                 began_at = self._clock()
                 if began_at - committed_at >= _COMMIT_S or not ledger.jobs:
                     self._commit(ledger)
@@ -138,7 +143,7 @@ class Drain:
         if self._bell.is_stopping:
             self._give_back()
 
-    def _claim(self, model: str, ledger: Ledger, limit: int) -> list[Request] | None:
+    def _claim(self, engine: Engine, model: str, ledger: Ledger, limit: int) -> list[Request] | None:
         """Up to ``limit`` requests of the jobs of ``model``; None when the run should end."""
         if self._bell.is_stopping:
             return None
@@ -153,6 +158,8 @@ class Drain:
             if str(model_dir) != model or len(requests) >= limit:
                 continue
             rows = claim(self._database, self._worker_id, job.id, limit - len(requests), now=self._clock())
+            if rows and job.plan != (plan := engine.plan.to_json()):
+                note_plan(self._database, job.id, plan)
             keys = [RowKey(row.job_id, row.index, row.attempt) for row in rows]
             ledger.claim(keys)
             requests += self._requests(job, keys, rows, ledger)
@@ -216,12 +223,12 @@ class Drain:
     def _resident(self) -> str | None:
         return None if self._residency.model_dir is None else str(self._residency.model_dir)
 
-    def _load(self, ref: ModelRef, model_dir: Path) -> Engine:
+    def _load(self, ref: ModelRef, model_dir: Path, jobs: Sequence[Job]) -> Engine:
         if self._residency.model_dir != model_dir:
             self._describe(str(model_dir), "loading")
             self._log.info("loading", extra={"action": "load", "model": model_dir})
             self._prepare(ref, model_dir)
-        return self._residency.ensure(model_dir)
+        return self._residency.ensure(model_dir, lambda: sample_workload(self._database, model_dir, jobs))
 
     def _fail(self, jobs: Iterable[Job], message: str) -> None:
         for job in jobs:

@@ -8,10 +8,24 @@ from engine.request import Request
 
 if TYPE_CHECKING:
     from engine.passes import PassReport
+    from engine.planner.plan import Plan
+    from engine.planner.workload import Workload
+
+Sample = Callable[[], "Workload | None"]
+"""What waits for a model; ``None``: nothing is known."""
 
 
 class Engine(Protocol):
     """What the worker needs of ``engine.Engine``."""
+
+    plan: "Plan"
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether its plan was made for a workload."""
+
+    def seconds_saved(self, workload: "Workload") -> float:
+        """By loading the model again with a plan for this workload; below 0: better not."""
 
     def passes(self, requests: Iterator[Request | None]) -> "Iterator[PassReport]":
         """One report a pass; closing the iterator drops everything unfinished."""
@@ -26,7 +40,7 @@ class Engine(Protocol):
 class Residency:
     """Keeps at most one engine; loading another model closes it first, so that both never need to fit."""
 
-    def __init__(self, load: Callable[[Path], Engine], clock: Callable[[], float]) -> None:
+    def __init__(self, load: Callable[[Path, Sample], Engine], clock: Callable[[], float]) -> None:
         self._load = load
         self._clock = clock
         self._engine: Engine | None = None
@@ -39,16 +53,20 @@ class Residency:
         """The model directory of the resident model."""
         return self._model_dir
 
-    def ensure(self, model_dir: Path) -> Engine:
+    def ensure(self, model_dir: Path, sample: Sample = lambda: None) -> Engine:
         """The engine of ``model_dir``, loaded now unless it is resident.
+
+        It is loaded again where the work has changed so much that another plan pays for moving the weights.
 
         Raises:
             EngineError: it cannot be loaded; nothing is resident then.
         """
         if self._engine is not None and self._model_dir == model_dir:
-            return self._engine
+            workload = sample() if self._engine.is_planned else None
+            if workload is None or self._engine.seconds_saved(workload) <= 0:
+                return self._engine
         self.unload()
-        self._engine = self._load(model_dir)
+        self._engine = self._load(model_dir, sample)
         self._model_dir = model_dir
         self.left_at.pop(str(model_dir), None)
         return self._engine

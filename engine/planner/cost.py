@@ -8,11 +8,12 @@ what the engine allocates, is asked instead.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from engine.memory.lane import LaneName
 from engine.model.family import HEAD, ModelShape, layer_name
+from engine.passes import Segment
 from engine.planner.default import StoredWeights, kv_bytes_per_token
 from engine.planner.hardware import LINKS, Hardware
 from engine.planner.plan import DTYPE_BYTES, Plan, Shares, TierName
@@ -299,6 +300,24 @@ def compute_ceiling_per_s(
     return generated * fastest * DTYPE_BYTES[stored.dtype] / (flops * tokens)
 
 
+def load_of(segments: Iterable[Segment]) -> PassLoad:
+    """What a pass carries, counted."""
+    load = PassLoad()
+    for segment in segments:
+        end = segment.start + segment.length
+        if segment.is_decode:
+            load += PassLoad(decode_tokens=1, looked_back=end, moved=end, logits_rows=1)
+            continue
+        load += PassLoad(
+            prompt_tokens=segment.length,
+            prompt_segments=1,
+            prompt_pairs=segment.length * end,
+            reread=segment.start,
+            logits_rows=len(segment.rows),
+        )
+    return load
+
+
 def request_load(lengths: Lengths, plan: Plan) -> PassLoad:
     """What one request costs over all its passes. A pass of ``r`` new requests costs ``r`` times that, once steady."""
     prompt = lengths.prompt
@@ -334,6 +353,17 @@ def usable_kv_tokens(workload: Workload, plan: Plan, token_bytes: int) -> float:
     """Tokens of KV cache that whole sequences can take: a sequence lives in one tier."""
     reserved = workload.mean(lambda each: each.reserved)
     return sum(math.floor(pool / token_bytes / reserved + 1e-9) for pool in plan.kv_bytes.values()) * reserved
+
+
+def bytes_taken(plan: Plan, shape: ModelShape, workload: Workload) -> dict[TierName, int]:
+    """Bytes of each tier that a run will hold at its peak: the cache's share of memory is taken at once, that of the
+    disk as sequences come."""
+    taken = plan.used_bytes
+    needed = (
+        workload.requests * math.ceil(workload.mean(lambda each: each.reserved)) * kv_bytes_per_token(shape, plan.dtype)
+    )
+    taken[TierName.DISK] -= max(0, plan.kv_bytes[TierName.DISK] - needed)
+    return taken
 
 
 def steady_requests_per_pass(workload: Workload, plan: Plan, token_bytes: int) -> float:

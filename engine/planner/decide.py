@@ -1,17 +1,17 @@
 """From a machine, a model and its workload to the plan that ends it soonest, as this engine computes. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.errors import PlanDoesNotFit
+from engine.errors import HardwareError, PlanDoesNotFit
 from engine.model.family import ModelShape
 from engine.planner.cost import WAITING
-from engine.planner.default import StoredWeights
+from engine.planner.default import StoredWeights, budgets_of, resolve_plan
 from engine.planner.hardware import Hardware
 from engine.planner.machine import MachineFacts
 from engine.planner.nearest import nearest_fit
-from engine.planner.plan import PlanOptions, TierName
+from engine.planner.plan import Plan, PlanOptions, TierName
 from engine.planner.search import Found, default_budgets, search
 from engine.planner.workload import Workload
 from engine.units import format_bytes
@@ -86,6 +86,72 @@ class Question:
             tokens=max(each.reserved for each in self.workload.lengths),
             device=self.hardware.device,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What an engine is loaded for, so that it can plan by itself."""
+
+    workload: Workload
+    hardware: Callable[[], Hardware]
+    """Asked only where there is something to decide: measuring takes most of a minute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A plan, and by what it was found; ``None``: by the rules of ``resolve_plan`` alone."""
+
+    plan: Plan
+    hardware: Hardware | None
+
+
+def decide_plan(
+    options: PlanOptions,
+    outlook: Outlook | None,
+    *,
+    shape: ModelShape,
+    stored: StoredWeights,
+    device: str,
+    facts: MachineFacts,
+    disk_dir: Path,
+) -> Decision:
+    """The plan to load a model with: searched for if weights must be streamed and ``outlook`` says what comes.
+
+    Raises:
+        PlanDoesNotFit: nothing fits; the sentence says what is short, and the nearest plan that would fit.
+        EngineError, OSError: the machine had to be measured, and that failed.
+    """
+    ruled: Plan | None = None
+    refusal: PlanDoesNotFit | None = None
+    try:
+        ruled = resolve_plan(options, shape=shape, stored=stored, device=device, facts=facts, disk_dir=disk_dir)
+    except PlanDoesNotFit as error:
+        refusal = error
+    if refusal is not None and outlook is None:
+        # Nobody knows what comes, so there shall be room for the longest that may.
+        asked = replace(options, disk_dir=options.disk_dir or disk_dir)
+        near = nearest_fit(asked, shape=shape, stored=stored, facts=facts, tokens=shape.max_positions, device=device)
+        raise PlanDoesNotFit(f"{refusal}; {near}" if near else str(refusal)) from refusal
+    if outlook is None or (ruled is not None and all(home is TierName.DEVICE for home in ruled.layers)):
+        assert ruled is not None
+        return Decision(ruled, None)
+    hardware = outlook.hardware()
+    options = replace(options, disk_dir=options.disk_dir or disk_dir, device=device)
+    question = Question(
+        hardware=hardware,
+        shape=shape,
+        stored=stored,
+        workload=outlook.workload,
+        options=options,
+        budgets=budgets_of(options, facts, options.disk_dir or disk_dir),
+        facts=facts,
+    )
+    try:
+        return Decision(question.decide().plan, hardware)
+    except (PlanDoesNotFit, HardwareError):
+        if ruled is None:
+            raise
+        return Decision(ruled, None)
 
 
 def budgets_of_machine(hardware: Hardware, stored: StoredWeights) -> dict[TierName, int]:

@@ -162,6 +162,7 @@ def resolve_plan(
         staging_slots=slots,
         workspace_bytes=workspace,
         schedule=options.schedule or SCHEDULES[0],
+        other_bytes=fixed,
     )
 
 

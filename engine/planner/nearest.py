@@ -13,35 +13,13 @@ from engine.errors import PlanDoesNotFit
 from engine.model.family import ModelShape
 from engine.planner.default import StoredWeights, kv_bytes_per_token, resolve_plan
 from engine.planner.machine import MachineFacts
-from engine.planner.plan import Plan, PlanOptions, Shares
+from engine.planner.plan import PlanOptions, Shares
 from engine.units import GIB, MIB, div_ceil
 
 SMALLEST_MICRO_BATCH = 256
 _MOST = 1 << 50
 _FLAGS = ("weights", "kv", "activations", "micro_batch", "micro_batches")
 _BUDGETS = ("device_memory", "host_memory", "disk_space")
-
-
-def plan_or_nearest(
-    options: PlanOptions,
-    *,
-    shape: ModelShape,
-    stored: StoredWeights,
-    device: str,
-    facts: MachineFacts,
-    disk_dir: Path,
-) -> Plan:
-    """``resolve_plan``, whose refusal also says which plan would fit.
-
-    Raises:
-        PlanDoesNotFit: what is short, by how much, and the flags that would help.
-    """
-    try:
-        return resolve_plan(options, shape=shape, stored=stored, device=device, facts=facts, disk_dir=disk_dir)
-    except PlanDoesNotFit as error:
-        asked = replace(options, disk_dir=options.disk_dir or disk_dir)
-        near = nearest_fit(asked, shape=shape, stored=stored, facts=facts, tokens=shape.max_positions, device=device)
-        raise PlanDoesNotFit(f"{error}; {near}" if near else str(error)) from error
 
 
 def nearest_fit(

@@ -125,8 +125,15 @@ class Plan:
     """Device buffers that streamed layers pass through; 0 where every layer is resident."""
     workspace_bytes: int
     """Device bytes reserved for what lives no longer than one operation."""
+    other_bytes: Mapping[TierName, int]
+    """Bytes of each tier that everything but the KV cache takes."""
     schedule: str = SCHEDULES[0]
     """``mixed`` or ``block``."""
+
+    @property
+    def used_bytes(self) -> dict[TierName, int]:
+        """Bytes of each tier that are held once the KV cache is full; on disk, where it grows, at most."""
+        return {tier: self.other_bytes[tier] + self.kv_bytes[tier] for tier in TierName}
 
     @property
     def tokens_per_pass(self) -> int:
@@ -141,6 +148,7 @@ class Plan:
         """Plain JSON values."""
         plan = asdict(self)
         plan["budgets"] = {str(tier): num_bytes for tier, num_bytes in self.budgets.items()}
+        plan["other_bytes"] = {str(tier): num_bytes for tier, num_bytes in self.other_bytes.items()}
         plan["kv_bytes"] = {str(tier): num_bytes for tier, num_bytes in self.kv_bytes.items()}
         plan["layers"] = {str(tier): self.num_layers_in(tier) for tier in TierName}
         plan["disk_dir"] = str(self.disk_dir)

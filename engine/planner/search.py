@@ -30,7 +30,7 @@ from engine.planner.cost import (
 from engine.planner.default import StoredWeights, kv_bytes_per_token, resolve_plan, whole_layers
 from engine.planner.hardware import LINKS, Hardware
 from engine.planner.machine import MachineFacts
-from engine.planner.plan import DTYPE_BYTES, Plan, PlanOptions, Shares, TierName
+from engine.planner.plan import Plan, PlanOptions, Shares, TierName
 from engine.planner.workload import Workload
 from engine.units import format_bytes
 
@@ -203,7 +203,7 @@ class _Search:
             plan=chosen.plan,
             host_attention=chosen.host_attention,
             prediction=prediction,
-            used=self._used(chosen.options, chosen.plan),
+            used=chosen.plan.used_bytes,
             considered=len(steady),
         )
 
@@ -367,16 +367,6 @@ class _Search:
         # A plan gives no disk to the cache unless it is asked to.
         room[TierName.DISK] = self._resolve(replace(options, kv=Shares(0, 0, 100))).kv_bytes[TierName.DISK]
         return room
-
-    def _used(self, options: PlanOptions, plan: Plan) -> dict[TierName, int]:
-        """The budgets, less what the cache could have taken and does not."""
-        room = dict(self._resolve(replace(options, kv=None)).kv_bytes)
-        if plan.kv_bytes[TierName.DISK]:
-            room = self._cache_room(options)
-            return {tier: plan.budgets[tier] - room[tier] + plan.kv_bytes[tier] for tier in _TIERS}
-        used = {tier: plan.budgets[tier] - room[tier] + plan.kv_bytes[tier] for tier in _TIERS[:2]}
-        spilled = plan.tokens_per_pass * self._shape.hidden_size * DTYPE_BYTES[plan.dtype]
-        return used | {TierName.DISK: spilled if plan.activations is TierName.DISK else 0}
 
     @property
     def _budgets(self) -> dict[TierName, int]:

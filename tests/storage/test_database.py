@@ -21,6 +21,7 @@ from storage.errors import (
     UnsafeFilesystem,
 )
 from storage.jobs import create_job, list_jobs
+from storage.schema import HEAD
 from storage.sqlite import journal_mode_for, network_filesystem, prepare_file
 from tests.storage.factories import make_job, make_worker, new_job, rows
 
@@ -50,7 +51,7 @@ def test_the_file_is_private_whatever_the_umask(tmp_path: Path, umask: int) -> N
 def test_a_url_and_a_path_name_the_same_file(path: Path) -> None:
     with Database.open(f"sqlite:///{path}") as db:
         job_id = make_job(db)
-        assert (db.path, db.schema_version, db.sqlite_version) == (path, "0001", sqlite3.sqlite_version)
+        assert (db.path, db.schema_version, db.sqlite_version) == (path, HEAD, sqlite3.sqlite_version)
         assert db.url == f"sqlite:///{path}"
     with Database.open(str(path)) as db:
         assert [job.id for job in list_jobs(db)] == [job_id]
@@ -146,7 +147,7 @@ def test_a_damaged_database_says_so(tmp_path: Path) -> None:
 def test_a_newer_schema_is_refused_and_kept(db: Database, path: Path) -> None:
     with db.write() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0999'")
-    with pytest.raises(SchemaTooNew, match=r"has schema 0999; this overnight knows up to 0001"):
+    with pytest.raises(SchemaTooNew, match=rf"has schema 0999; this overnight knows up to {HEAD}"):
         Database.open(str(path))
     with db.write() as connection:
         assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar_one() == "0999"
@@ -306,4 +307,4 @@ OPEN = "import sys; from storage.database import Database; print(Database.open(s
 
 def test_many_processes_may_be_the_first(path: Path) -> None:
     running = [subprocess.Popen([sys.executable, "-c", OPEN, str(path)], stdout=subprocess.PIPE) for _ in range(4)]
-    assert [process.communicate()[0] for process in running] == [b"0001\n"] * 4
+    assert [process.communicate()[0] for process in running] == [HEAD.encode() + b"\n"] * 4

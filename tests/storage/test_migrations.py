@@ -4,6 +4,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,18 +17,19 @@ import storage
 from storage.database import Database
 from storage.errors import SchemaTooNew
 from storage.integrity import check_integrity
-from storage.jobs import get_job
+from storage.jobs import get_job, note_plan
 from storage.migrations import config, upgrade
 from storage.schema import REVISIONS, metadata
 from storage.sqlite import install_events
 from tests.storage.factories import make_job
 
 
-def schema(path: Path) -> dict[str, str]:
+def schema(path: Path) -> dict[str, list[str]]:
     connection = sqlite3.connect(path)
     rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
     connection.close()
-    return {name: sorted(part.strip().rstrip(",") for part in sql.splitlines()) for name, sql in rows}  # type: ignore[misc]
+    # SQLite quotes the name of a table that was rebuilt.
+    return {name: sorted(part.strip().rstrip(",").replace('"', "") for part in sql.splitlines()) for name, sql in rows}
 
 
 def migrated(path: Path) -> Path:
@@ -49,6 +51,19 @@ def test_create_all_and_the_migrations_agree(tmp_path: Path) -> None:
     assert schema(tmp_path / "made.db") == schema(migrated(tmp_path / "migrated.db"))
 
 
+def test_a_database_of_the_first_version_keeps_its_jobs(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    with Database.open(str(path)) as db:
+        job_id = make_job(db)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("ALTER TABLE jobs DROP COLUMN plan")
+        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+    with Database.open(str(path)) as db:
+        assert get_job(db, job_id).plan is None
+        note_plan(db, job_id, {"dtype": "bfloat16"})
+        assert get_job(db, job_id).plan == {"dtype": "bfloat16"}
+
+
 def test_autogenerate_finds_nothing(tmp_path: Path) -> None:
     engine = create_engine(f"sqlite:///{migrated(tmp_path / 'migrated.db')}")
     with engine.connect() as connection:
@@ -64,10 +79,10 @@ def test_a_migrated_database_opens_and_works(tmp_path: Path) -> None:
 
 
 REVISION = '''
-"""The second revision, of a later overnight."""
+"""A revision of a later overnight."""
 import sqlalchemy as sa
 from alembic import op
-revision, down_revision, branch_labels, depends_on = "0002", "0001", None, None
+revision, down_revision, branch_labels, depends_on = "0003", "0002", None, None
 def upgrade():
     op.create_table("notes", sa.Column("id", sa.Integer, primary_key=True))
     with op.batch_alter_table("jobs") as batch:  # rebuilds a table that others refer to
@@ -90,10 +105,10 @@ def later_overnight(tmp_path: Path, last: str) -> Path:
     """A copy of the package, away from the checkout, with one revision more."""
     site = tmp_path / "site"
     shutil.copytree(Path(storage.__file__).parent, site / "storage", ignore=shutil.ignore_patterns("__pycache__"))
-    (site / "storage/migrations/versions/0002_later.py").write_text(REVISION.format(last=last))
+    (site / "storage/migrations/versions/0003_later.py").write_text(REVISION.format(last=last))
     text = (site / "storage/schema.py").read_text()
-    assert 'REVISIONS = ("0001",)' in text
-    (site / "storage/schema.py").write_text(text.replace('REVISIONS = ("0001",)', 'REVISIONS = ("0001", "0002")'))
+    assert 'REVISIONS = ("0001", "0002")' in text
+    (site / "storage/schema.py").write_text(text.replace('("0001", "0002")', '("0001", "0002", "0003")'))
     return site
 
 
@@ -106,7 +121,7 @@ def test_a_later_overnight_upgrades_and_this_one_then_refuses(db: Database, path
     job_id = make_job(db)
     run = open_with(later_overnight(tmp_path, "pass"), path)
     assert (run.returncode, run.stdout) == (0, f"[({job_id}, 'none')]\n"), run.stderr
-    with pytest.raises(SchemaTooNew, match="has schema 0002"):
+    with pytest.raises(SchemaTooNew, match="has schema 0003"):
         Database.open(str(path))
 
 

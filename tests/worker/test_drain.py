@@ -19,7 +19,7 @@ from storage.results import OutputRow, list_passes, stream_outputs
 from worker.bell import Bell
 from worker.drain import Drain
 from worker.models import known_models
-from worker.residency import Residency
+from worker.residency import Residency, Sample
 from worker.session import prepare_model
 from worker.settings import Settings
 
@@ -63,7 +63,7 @@ class Bench:
         self.worker_id = 0
         self.drain = self.new_worker()
 
-    def load(self, model_dir: Path) -> Engine:
+    def load(self, model_dir: Path, sample: Sample) -> Engine:
         self.loaded.append(model_dir)
         return Engine.load(model_dir, replace(self.placement, disk_dir=self.settings.home))
 
@@ -400,6 +400,9 @@ class FaultyEngine:
         self._fault = fault
         self.drop = engine.drop
         self.close = engine.close
+        self.plan = engine.plan
+        self.is_planned = False
+        self.seconds_saved = engine.seconds_saved
 
     def passes(self, requests: Iterator[Request | None]) -> Iterator[PassReport]:
         for count, report in enumerate(self._engine.passes(requests)):
@@ -409,7 +412,7 @@ class FaultyEngine:
 
 
 def with_fault(bench: Bench, fault: Exception) -> None:
-    def load(model_dir: Path) -> FaultyEngine:
+    def load(model_dir: Path, sample: Sample) -> FaultyEngine:
         return FaultyEngine(Engine.load(model_dir, replace(bench.placement, disk_dir=bench.settings.home)), 12, fault)
 
     bench.residency = Residency(load, bench.clock)

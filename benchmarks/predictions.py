@@ -1,0 +1,207 @@
+"""``python -m benchmarks.predictions``: is the planner right about this machine? Predicted against measured.
+
+Each configuration is planned, predicted from the machine's profile, and run on random weights, all in one process.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from benchmarks.checkpoints import default_cache, make_checkpoint
+from benchmarks.workload import Item, Range
+from benchmarks.workload import Workload as Texts
+from engine.errors import EngineError
+from engine.openmp import limit_spinning
+from engine.planner.hardware import Hardware, load_hardware
+from engine.planner.plan import PlanOptions, Shares, TierName
+from engine.units import GIB, format_bytes
+
+MEDIAN_LINE, WORST_LINE, MEMORY_LINE = 0.10, 0.25, 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One plan and workload."""
+
+    shape: str
+    requests: int
+    prompt: tuple[int, int]
+    out: tuple[int, int]
+    weights: str
+    kv: str = "100/0/0"
+    memory: int = 3 * GIB
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        spread = "{}-{}".format(*self.prompt) if self.prompt[0] < self.prompt[1] else str(self.prompt[0])
+        return f"{self.shape} {self.requests}x{spread} w {self.weights} kv {self.kv}"
+
+
+CONFIGURATIONS = (
+    Configuration("opt-125m", 256, (64, 64), (16, 16), "100/0/0"),
+    Configuration("opt-125m", 64, (512, 512), (32, 32), "100/0/0"),
+    Configuration("opt-125m", 128, (256, 256), (16, 16), "0/0/100", memory=GIB),
+    Configuration("opt-125m", 64, (256, 256), (16, 16), "50/0/50", kv="0/100/0", memory=GIB),
+    Configuration("opt-125m", 32, (256, 256), (8, 8), "100/0/0", kv="0/0/100", memory=GIB),
+    Configuration("opt-125m", 128, (32, 800), (4, 64), "100/0/0"),
+    Configuration("opt-125m", 128, (512, 512), (16, 16), "0/0/100", memory=GIB // 2),
+    Configuration("opt-1.3b", 16, (512, 512), (16, 16), "100/0/0", memory=8 * GIB),
+    Configuration("opt-1.3b", 32, (64, 64), (16, 16), "0/0/100", memory=2 * GIB),
+    Configuration("opt-1.3b", 24, (512, 512), (8, 8), "50/0/50", memory=3 * GIB),
+    Configuration("opt-1.3b", 32, (512, 512), (8, 8), "0/0/100", memory=2 * GIB),
+    Configuration("opt-1.3b", 32, (64, 512), (4, 24), "0/0/100", kv="0/100/0", memory=3 * GIB),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Predicted and measured: generated tokens per second, and the most bytes of each tier."""
+
+    name: str
+    predicted: float
+    measured: float
+    predicted_bytes: dict[str, int]
+    measured_bytes: dict[str, int]
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, in proportion to what was measured."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def memory_error(self) -> float:
+        """The worst tier's; below 0: more was taken than predicted."""
+        errors = [self.predicted_bytes[tier] / taken - 1 for tier, taken in self.measured_bytes.items() if taken]
+        return max(errors, key=lambda each: (each < 0, abs(each)), default=0.0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, and return 0 if all lines hold."""
+    limit_spinning()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.predictions", description=__doc__)
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="default: the machine is measured now")
+    parser.add_argument("--only", metavar="TEXT", help="configurations whose name contains this")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--cache-dir", type=Path, default=default_cache())
+    asked = parser.parse_args(arguments)
+    chosen = [each for each in CONFIGURATIONS if asked.only is None or asked.only in str(each)]
+    try:
+        hardware = load_hardware(asked.profile) if asked.profile else _measured(asked.cache_dir)
+        outcomes = []
+        for configuration in chosen:
+            outcomes.append(_run(configuration, hardware, asked.cache_dir))
+            _say(_line(outcomes[-1]))
+    except (EngineError, OSError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    errors = [abs(each.error) for each in outcomes]
+    memory = [each.memory_error for each in outcomes]
+    holds = (
+        median(errors) <= MEDIAN_LINE and max(errors) <= WORST_LINE and min(memory) >= 0 and max(memory) <= MEMORY_LINE
+    )
+    if asked.json:
+        rows = [{**asdict(each), "error": each.error, "memory_error": each.memory_error} for each in outcomes]
+        print(json.dumps({"outcomes": rows, "median": median(errors), "worst": max(errors)}, indent=1))
+    else:
+        for each in outcomes:
+            print(_line(each))
+        print(f"token/s: median error {median(errors):.1%} (line 10%), worst {max(errors):.1%} (line 25%)")
+        print(f"memory: predicted {min(memory):+.1%} to {max(memory):+.1%} of measured (line 0 to +15%)")
+    return 0 if holds else 1
+
+
+def _measured(cache: Path) -> Hardware:
+    from engine.devices.open import open_device
+    from engine.measure import measure
+
+    device = open_device(None)
+    try:
+        return measure(device, cache, say=lambda what: _say(f"measuring {what}"))
+    finally:
+        device.close()
+
+
+def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outcome:
+    from engine.engine import Engine
+    from engine.model.opt_shape import shape_of
+    from engine.planner.cost import bytes_taken, predict
+    from engine.planner.decide import ENGINE_OVERLAP
+    from engine.planner.default import StoredWeights
+    from engine.planner.workload import Workload
+    from engine.weights.manifest import read_manifest
+
+    checkpoint = make_checkpoint(configuration.shape, "bfloat16", cache, _say)
+    manifest = read_manifest(checkpoint.model_dir)
+    stored = StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units})
+    texts = Texts(
+        task="generate", prompt=Range(*configuration.prompt), out=Range(*configuration.out), vocabulary=50272, seed=1
+    )
+    items = texts.items(configuration.requests)
+    kv = Shares.parse(configuration.kv)
+    with tempfile.TemporaryDirectory(dir=cache) as spill:
+        options = PlanOptions(
+            device="cpu", weights=Shares.parse(configuration.weights), kv=kv, device_memory=configuration.memory,
+            host_memory=configuration.memory if kv.host else None, disk_dir=Path(spill), **configuration.options,
+        )  # fmt: skip
+        with Engine.load(checkpoint.model_dir, options) as engine:
+            workload = Workload.of((len(item.prompt), len(item.continuation)) for item in items)
+            prediction = predict(
+                hardware, shape_of(manifest.config), stored, engine.plan, workload, overlap=ENGINE_OVERLAP
+            )
+            taken = bytes_taken(engine.plan, shape_of(manifest.config), workload)
+            _drain(engine.passes(_requests(items)), until_full=True)
+            start = perf_counter()
+            tokens = _drain(engine.passes(_requests(items)), until_full=False)
+            seconds = perf_counter() - start
+            return Outcome(
+                name=str(configuration),
+                predicted=prediction.generated_per_s,
+                measured=tokens / seconds,
+                predicted_bytes={str(tier): taken[tier] for tier in TierName},
+                measured_bytes={str(tier): engine.tiers[tier].peak for tier in TierName},
+            )
+
+
+def _drain(passes: Any, *, until_full: bool) -> int:
+    tokens = 0
+    for report in passes:
+        tokens += sum(output.completion_tokens for output in report.outputs)
+        if until_full and (report.outputs or not report.stats.prefill_tokens):
+            break
+    passes.close()
+    return tokens
+
+
+def _requests(items: list[Item]) -> Iterator[Any]:
+    from engine.request import Generate, Request, SamplingParams
+
+    for index, item in enumerate(items):
+        sampling = SamplingParams(max_new_tokens=len(item.continuation), ignore_eos=True)
+        yield Request(index, Generate(item.prompt_text, sampling))
+
+
+def _line(outcome: Outcome) -> str:
+    taken = ", ".join(
+        f"{tier} {format_bytes(outcome.predicted_bytes[tier])} / {format_bytes(num_bytes)}"
+        for tier, num_bytes in outcome.measured_bytes.items()
+        if num_bytes
+    )
+    return (
+        f"{outcome.name:44} predicted {outcome.predicted:8.1f}  measured {outcome.measured:8.1f}  "
+        f"{outcome.error:+6.1%}   {taken}"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""How long requests are in tokens: what a plan is made for."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from engine.model.opt_shape import shape_of
+from engine.planner.workload import Workload
+from engine.request import Output, Request
+from engine.tasks import begin
+from engine.tokenizer import Tokenizer
+from engine.weights.manifest import read_manifest
+
+
+def workload_of(model_dir: Path, requests: Iterable[Request]) -> Workload | None:
+    """Lengths of the requests that a model can take; ``None``: of none.
+
+    Scored sequences count as prompts that generate one token: the planner keeps room for keys and values that most of
+    them will not need.
+
+    Raises:
+        CheckpointError: the model directory is absent or damaged.
+    """
+    shape = shape_of(read_manifest(model_dir).config)
+    eos = shape.eos_token_ids
+    tokenizer = Tokenizer.load(model_dir, shape.bos_token_id, eos[0] if eos else None)
+    pairs: list[tuple[int, int]] = []
+    for request in requests:
+        started = begin(request, tokenizer, shape)
+        if isinstance(started, Output):
+            continue
+        for sequence in started.sequences:
+            generated = 1 if sequence.is_scored else sequence.max_tokens - sequence.num_prompt_tokens
+            prompt = min(sequence.num_to_compute, shape.max_positions - generated)
+            if prompt > 0 and generated > 0:
+                pairs.append((prompt, generated))
+    return Workload.of(pairs) if pairs else None

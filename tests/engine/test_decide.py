@@ -1,0 +1,183 @@
+"""A plan for what comes: searched for where something must be streamed, told apart from rules, refused with advice."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.devices.host import HostDevice
+from engine.engine import Engine
+from engine.errors import PlanDoesNotFit
+from engine.lengths import workload_of
+from engine.measure import QUICK, identity_of, measure
+from engine.planner.decide import Outlook, Question, budgets_of_machine, decide_plan
+from engine.planner.hardware import Figure, Hardware
+from engine.planner.machine import MachineFacts
+from engine.planner.nearest import format_flag
+from engine.planner.plan import PlanOptions, Shares, TierName
+from engine.planner.shapes import known_model
+from engine.planner.workload import Workload
+from engine.profile import profile_for, store_profile, stored_profile
+from engine.request import Generate, Request, SamplingParams, Score
+from engine.units import GIB, MIB
+
+MODEL = known_model("facebook/opt-1.3b")
+assert MODEL is not None
+SHAPE, STORED = MODEL.shape, MODEL.stored("bfloat16")
+FACTS = MachineFacts(8 * GIB, 8 * GIB, shares_host_memory=True, attention_threads=2)
+WORK = Workload.uniform(512, 32, 100)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Hardware:
+    return measure(HostDevice(), tmp_path_factory.mktemp("spill"), effort=QUICK)
+
+
+def never() -> Hardware:
+    raise AssertionError("nothing was to be decided")
+
+
+def decide(options: PlanOptions, outlook: Outlook | None) -> object:
+    return decide_plan(
+        options, outlook, shape=SHAPE, stored=STORED, device="cpu", facts=FACTS, disk_dir=Path("spill")
+    )  # fmt: skip
+
+
+def test_what_fits_whole_needs_no_measuring() -> None:
+    decide(PlanOptions(device_memory=8 * GIB), Outlook(WORK, never))
+
+
+def test_what_must_be_streamed_is_searched_for(machine: Hardware) -> None:
+    asked: list[Hardware] = []
+
+    def hardware() -> Hardware:
+        asked.append(machine)
+        return machine
+
+    decision = decide_plan(
+        PlanOptions(device_memory=GIB), Outlook(WORK, hardware),
+        shape=SHAPE, stored=STORED, device="cpu", facts=FACTS, disk_dir=Path("spill"),
+    )  # fmt: skip
+    assert asked == [machine]
+    assert decision.hardware is machine
+    assert max(decision.plan.used_bytes.values()) <= GIB
+    assert decision.plan.disk_dir == Path("spill")
+
+
+def test_what_a_person_fixed_is_kept(machine: Hardware) -> None:
+    fixed = PlanOptions(device_memory=2 * GIB, weights=Shares(0, 0, 100), micro_batch=300)
+    decision = decide_plan(
+        fixed, Outlook(WORK, lambda: machine),
+        shape=SHAPE, stored=STORED, device="cpu", facts=FACTS, disk_dir=Path("spill"),
+    )  # fmt: skip
+    assert decision.plan.num_layers_in(TierName.DISK) == SHAPE.num_layers
+    assert decision.plan.micro_batch == 300
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_a_refusal_names_the_nearest_plan_that_fits(searched: bool, machine: Hardware) -> None:
+    with pytest.raises(PlanDoesNotFit, match=r"short.*nearest plan that fits: --device-memory \S+ with") as refused:
+        decide(PlanOptions(device_memory=100 * MIB), Outlook(WORK, lambda: machine) if searched else None)
+    flag = str(refused.value).partition("--device-memory ")[2] if searched else str(refused.value)
+    assert flag
+    text = str(refused.value).rpartition("--device-memory ")[2].split()[0]
+    unit = {"MiB": MIB, "GiB": GIB}[text[-3:]]
+    near = PlanOptions(
+        device_memory=int(float(text[:-3]) * unit), weights=Shares(0, 0, 100), micro_batch=256, micro_batches=1
+    )
+    decide(near, None)
+
+
+def test_a_refusal_of_flags_says_that_they_are_what_does_not_fit() -> None:
+    with pytest.raises(PlanDoesNotFit, match=r"nearest plan that fits within 2.0 GiB: without --weights"):
+        decide(PlanOptions(device_memory=2 * GIB, weights=Shares(100, 0, 0)), None)
+
+
+def test_a_model_that_no_disk_holds_is_refused(machine: Hardware) -> None:
+    small = replace(machine, capacity={tier: Figure(GIB, "") for tier in TierName})
+    with pytest.raises(PlanDoesNotFit, match=r"1\.5 GiB short"):
+        budgets_of_machine(small, STORED)
+
+
+def test_flags_are_rounded_up() -> None:
+    assert format_flag(GIB + 1) == "1.1GiB"
+    assert format_flag(3 * MIB - 1) == "3MiB"
+
+
+def test_prompts_longer_than_the_model_are_refused(machine: Hardware) -> None:
+    question = Question(
+        hardware=machine, shape=SHAPE, stored=STORED, workload=Workload.uniform(3000, 32, 1), options=PlanOptions(),
+        budgets=dict.fromkeys(TierName, 4 * GIB),
+    )  # fmt: skip
+    with pytest.raises(PlanDoesNotFit, match="longer than the model's 2048 positions by 984"):
+        question.decide()
+
+
+def test_lengths_are_those_of_the_engine(tiny_model: Path) -> None:
+    requests = [
+        Request(0, Generate("ab", SamplingParams(max_new_tokens=5))),
+        Request(1, Score("ab", "cd")),
+        Request(2, Generate("ab " * 5000, SamplingParams())),
+    ]
+    found = workload_of(tiny_model, requests)
+    assert found is not None
+    assert found.requests == 2  # the third can never run
+    assert sorted(each.generated for each in found.lengths) == [1, 5]
+    assert workload_of(tiny_model, requests[2:]) is None
+
+
+def test_an_engine_that_knows_what_comes_predicts_each_pass(tiny_model: Path, machine: Hardware) -> None:
+    requests = [Request(index, Generate("a b c", SamplingParams(max_new_tokens=4))) for index in range(6)]
+    workload = workload_of(tiny_model, requests)
+    assert workload is not None
+    options = PlanOptions(device="cpu", weights=Shares(0, 0, 100), device_memory=256 * MIB)
+    with Engine.load(tiny_model, options, outlook=Outlook(workload, lambda: machine)) as engine:
+        assert engine.is_planned
+        reports = list(engine.passes(iter(requests)))
+        assert len([output for report in reports for output in report.outputs]) == 6
+        assert all(report.stats.expected is not None and report.stats.expected.seconds > 0 for report in reports)
+        assert engine.seconds_saved(workload) <= 0  # it has the plan for this
+    with Engine.load(tiny_model, options) as engine:
+        assert not engine.is_planned
+        assert engine.seconds_saved(workload) < 0
+
+
+def test_a_measured_profile_is_kept_and_known_again(tmp_path: Path, machine: Hardware) -> None:
+    identity = identity_of(HostDevice(), tmp_path)
+    mine = replace(machine, identity=identity)
+    said: list[str] = []
+    assert stored_profile(tmp_path) is None
+    assert profile_for(tmp_path, identity, lambda: mine, said.append) is mine
+    stored = stored_profile(tmp_path)
+    assert stored is not None
+    assert stored.hardware == mine
+    assert stored.is_of(identity)
+    assert not stored.is_of({**identity, "cores": "999"})
+    assert profile_for(tmp_path, identity, never, said.append) == mine
+    other = replace(mine, identity={**identity, "cores": "999"})
+    assert profile_for(tmp_path, dict(other.identity), lambda: other, said.append) is other
+    assert not said
+
+
+def test_a_damaged_profile_is_measured_anew(tmp_path: Path, machine: Hardware) -> None:
+    path = store_profile(tmp_path, machine)
+    path.write_text("{")
+    said: list[str] = []
+    assert profile_for(tmp_path, {}, lambda: machine, said.append) is machine
+    assert "measuring anew" in said[0]
+
+
+def figures(hardware: Hardware) -> Iterator[float]:
+    for figure in hardware.figures().values():
+        if isinstance(figure, Figure):
+            yield figure.value
+        else:
+            yield from (rate for _, rate in figure.points)
+
+
+def test_everything_is_measured(machine: Hardware) -> None:
+    assert all(value >= 0 for value in figures(machine))
+    assert sum(value == 0 for value in figures(machine)) <= 1  # what segments cost is in the rates of attention
+    assert machine.shares_host_memory
+    assert Hardware.from_json(machine.to_json()) == machine

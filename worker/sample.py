@@ -1,0 +1,43 @@
+"""What waits for a model, from a few of its rows: what a plan is made for."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.request import Request
+from storage.database import Database
+from storage.jobs import Job, peek_requests
+from worker.rows import RowKey, to_request
+
+if TYPE_CHECKING:
+    from engine.planner.workload import Workload
+
+ROWS = 256
+"""Of all jobs together; the first of each, since datasets are rarely sorted."""
+
+
+def sample_workload(database: Database, model_dir: Path, jobs: Sequence[Job]) -> "Workload | None":
+    """Lengths of what the jobs still want, as far as their first rows tell; ``None``: nothing can be computed.
+
+    Raises:
+        DatabaseUnreachable: nothing can be read.
+        CheckpointError: the model directory is absent or damaged.
+    """
+    from engine.lengths import workload_of
+
+    left = sum(job.num_left for job in jobs)
+    if not left:
+        return None
+    rows = list(_requests(database, jobs))
+    workload = workload_of(model_dir, rows)
+    return None if workload is None else workload.times(max(1.0, left / len(rows)))
+
+
+def _requests(database: Database, jobs: Sequence[Job]) -> Iterator[Request]:
+    each = max(1, ROWS // len(jobs))
+    for job in jobs:
+        for index, payload in peek_requests(database, job.id, each):
+            try:
+                yield to_request(RowKey(job.id, index, 0), job.task, payload, job.params, job.seed)
+            except ValueError:
+                continue  # it will be an error row
