@@ -1,5 +1,6 @@
 """`overnight plan`: what the planner would do on a machine, and why. It loads no weights and needs no GPU."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -49,7 +50,7 @@ def _tokens() -> Number:
 )
 @click.option("--sweep", type=click.Choice(_SWEEPS), help="Throughput against this memory, more of it and less.")
 @json_option
-@placement_options
+@partial(placement_options, least_device_memory=0)  # the answer says what the least would be
 @settings_options
 @click.pass_obj
 def command(app: App, /, model: str, hardware: str | None, sweep: str | None, as_json: bool, **values: Any) -> None:
