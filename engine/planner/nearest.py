@@ -55,12 +55,14 @@ def nearest_fit(
     )
     if fits(least):
         return f"the nearest that fits: {_difference(options, least)}"
-    # Each budget in turn is lowered to what it must be while those after it are endless.
-    bounded = replace(least, device_memory=_MOST, host_memory=_MOST, disk_space=_MOST)
+    # Where device and host are one memory, more of the host's would be the device's under another name.
+    names = [name for name in _BUDGETS if name != "host_memory" or not facts.shares_host_memory]
+    bounded = _with(least, **dict.fromkeys(names, _MOST))
     if not fits(bounded):
         return None
+    # Each budget in turn is lowered to what it must be while those after it are endless.
     raised = {}
-    for name in _BUDGETS:
+    for name in names:
         asked = _with(bounded, **{name: getattr(options, name)})
         if not fits(asked):
             raised[name] = _least(bounded, name, fits)
