@@ -163,12 +163,16 @@ def _count() -> Number:
     return Number(minimum=1, maximum=2**31 - 1, whole=True)
 
 
-def placement_options(command: Command) -> Command:
+def placement_options(command: Command, *, least_device_memory: int = 1) -> Command:
     """PLACEMENT: where weights, KV cache and activations live; see `cli.placement` for the values."""
     group = [
         click.option("--device", type=DeviceName(), help="cpu, or a GPU: cuda:0. Default: the first GPU, else cpu."),
         click.option("--dtype", type=click.Choice(DTYPES), help="Compute and KV cache type. Default: as stored."),
-        click.option("--device-memory", type=Size(minimum=1), help="Budget in device (GPU) memory, for example 4GiB."),
+        click.option(
+            "--device-memory",
+            type=Size(minimum=least_device_memory),
+            help="Budget in device (GPU) memory, for example 4GiB.",
+        ),
         click.option("--host-memory", type=Size(), help="Budget in host (CPU) memory."),
         click.option("--disk-space", type=Size(), help="Budget for spill files on disk."),
         click.option(

@@ -6,7 +6,7 @@ F is the width of the feed-forward block, E that of the word embedding.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,16 +15,14 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.memory.malloc import LARGEST_KEPT
-from engine.model.family import EMBED, HEAD, Attend, ModelShape, NamedWeights, TensorSpec, UnitSpec, layer_name
+from engine.model.family import Attend, NamedWeights
 from engine.model.linear import linear
-from engine.model.opt_shape import shape_of
+from engine.model.opt_shape import POSITION_OFFSET, OPTSizes
 from engine.units import MIB, div_ceil
 
 FFN_BYTES = LARGEST_KEPT - MIB
 """Of the widest tensor of a layer: the feed-forward block takes so many tokens at a time that this one is memory that
 was used a moment ago instead of fresh pages, and no fewer, for small products run at less speed."""
-POSITION_OFFSET = 2
-"""OPT's learned positions start at row 2: fairseq kept the first rows for padding."""
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -67,25 +65,11 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _linear_specs(name: str, sources: tuple[str, ...], out_size: int, in_size: int, bias: bool) -> list[TensorSpec]:
-    specs = [TensorSpec(f"{name}.weight", (out_size, in_size), tuple(f"{source}.weight" for source in sources))]
-    if bias:
-        specs.append(TensorSpec(f"{name}.bias", (out_size,), tuple(f"{source}.bias" for source in sources)))
-    return specs
-
-
 @dataclass(frozen=True, slots=True)
-class OPT:
+class OPT(OPTSizes):
     """One configuration of OPT; implements ``engine.model.family.Family``."""
 
-    shape: ModelShape
-    embed_size: int
-    norm_before: bool
-    final_norm: bool
-    bias: bool
-    norm_affine: bool
     activation: Callable[[Tensor], Tensor]
-    tied: bool
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "OPT":
@@ -94,62 +78,13 @@ class OPT:
         Raises:
             CheckpointError: a value that is out of range or not supported.
         """
-
         activation = config.get("activation_function", "relu")
         if activation not in _ACTIVATIONS:
             known = ", ".join(sorted(_ACTIVATIONS))
             raise CheckpointError(f"config.json: activation_function {activation!r} is not known; known are {known}")
-        norm_before = bool(config.get("do_layer_norm_before", True))
-        shape = shape_of(config)
-        return cls(
-            shape=shape,
-            embed_size=config.get("word_embed_proj_dim") or shape.hidden_size,
-            norm_before=norm_before,
-            final_norm=norm_before and not config.get("_remove_final_layer_norm", False),
-            bias=bool(config.get("enable_bias", True)),
-            norm_affine=bool(config.get("layer_norm_elementwise_affine", True)),
-            activation=_ACTIVATIONS[activation],
-            tied=bool(config.get("tie_word_embeddings", True)),
-        )
-
-    def units(self) -> tuple[UnitSpec, ...]:
-        """Embedding, layers in order, head."""
-        size, positions = self.shape.hidden_size, self.shape.max_positions + POSITION_OFFSET
-        decoder = "decoder"
-        embed = [
-            TensorSpec("tokens.weight", (self.shape.vocab_size, self.embed_size), (f"{decoder}.embed_tokens.weight",)),
-            TensorSpec("positions.weight", (positions, size), (f"{decoder}.embed_positions.weight",)),
-        ]
-        head = self._norm_specs("norm", f"{decoder}.final_layer_norm") if self.final_norm else []
-        if self.embed_size != size:
-            embed += _linear_specs("project_in", (f"{decoder}.project_in",), size, self.embed_size, bias=False)
-            head += _linear_specs("project_out", (f"{decoder}.project_out",), self.embed_size, size, bias=False)
-        if not self.tied:
-            head += _linear_specs("logits", ("lm_head",), self.shape.vocab_size, self.embed_size, bias=False)
-        layers = [
-            UnitSpec(layer_name(index), tuple(self._layer_specs(f"{decoder}.layers.{index}")))
-            for index in range(self.shape.num_layers)
-        ]
-        return (UnitSpec(EMBED, tuple(embed)), *layers, UnitSpec(HEAD, tuple(head)))
-
-    def _norm_specs(self, name: str, source: str) -> list[TensorSpec]:
-        if not self.norm_affine:
-            return []
-        size = (self.shape.hidden_size,)
-        return [TensorSpec(f"{name}.{part}", size, (f"{source}.{part}",)) for part in ("weight", "bias")]
-
-    def _layer_specs(self, source: str) -> list[TensorSpec]:
-        size, ffn_size = self.shape.hidden_size, self.shape.ffn_size
-        attention = f"{source}.self_attn"
-        projections = tuple(f"{attention}.{name}_proj" for name in "qkv")
-        return [
-            *self._norm_specs("attention_norm", f"{source}.self_attn_layer_norm"),
-            *_linear_specs("qkv", projections, 3 * size, size, self.bias),
-            *_linear_specs("out", (f"{attention}.out_proj",), size, size, self.bias),
-            *self._norm_specs("ffn_norm", f"{source}.final_layer_norm"),
-            *_linear_specs("fc1", (f"{source}.fc1",), ffn_size, size, self.bias),
-            *_linear_specs("fc2", (f"{source}.fc2",), size, ffn_size, self.bias),
-        ]
+        sizes = OPTSizes.from_config(config)
+        values = {field.name: getattr(sizes, field.name) for field in fields(sizes)}
+        return cls(**values, activation=_ACTIVATIONS[activation])
 
     def head_needs_embedding(self) -> bool:
         """Tied checkpoints multiply by the token table of the embedding unit."""

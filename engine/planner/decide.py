@@ -64,9 +64,11 @@ class Question:
             raise PlanDoesNotFit(f"{error}; {near}" if near else str(error)) from error
 
     def _nearest(self, budgets: Mapping[TierName, int]) -> str | None:
-        longest = max(each.reserved for each in self.workload.lengths)
-        if any(each.prompt + each.generated > self.shape.max_positions + 1 for each in self.workload.lengths):
-            return None
+        longest = max(self.workload.lengths, key=lambda each: each.prompt + each.generated)
+        positions = self.shape.max_positions
+        if longest.prompt + longest.generated > positions:
+            generated = min(longest.generated, positions - 1)
+            return f"the nearest that fits: --prompt-len {positions - generated} --gen-len {generated}"
         asked = self.options
         options = replace(
             asked,
@@ -81,7 +83,7 @@ class Question:
             shape=self.shape,
             stored=self.stored,
             facts=facts,
-            tokens=longest,
+            tokens=max(each.reserved for each in self.workload.lengths),
             device=self.hardware.device,
         )
 
@@ -125,9 +127,10 @@ def decide_plan(
         ruled = resolve_plan(options, shape=shape, stored=stored, device=device, facts=facts, disk_dir=disk_dir)
     except PlanDoesNotFit as error:
         refusal = error
-    tokens = max((each.reserved for each in outlook.workload.lengths), default=1) if outlook else 1
     if refusal is not None and outlook is None:
-        near = nearest_fit(options, shape=shape, stored=stored, facts=facts, tokens=tokens, device=device)
+        # Nobody knows what comes, so there shall be room for the longest that may.
+        asked = replace(options, disk_dir=options.disk_dir or disk_dir)
+        near = nearest_fit(asked, shape=shape, stored=stored, facts=facts, tokens=shape.max_positions, device=device)
         raise PlanDoesNotFit(f"{refusal}; {near}" if near else str(refusal)) from refusal
     if outlook is None or (ruled is not None and all(home is TierName.DEVICE for home in ruled.layers)):
         assert ruled is not None

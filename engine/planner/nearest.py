@@ -1,20 +1,25 @@
-"""When nothing fits: the nearest plan that would. Pure; no torch."""
+"""When nothing fits: the nearest plan that would, as the flags that give it. Pure; no torch.
 
-from collections.abc import Callable
+Nearest means, in this order: the same memory with one flag changed; the same memory with every placement flag free; the
+least memory, with weights on the disk and small batches. Each was sized by ``resolve_plan`` before it is named.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from engine.errors import PlanDoesNotFit
 from engine.model.family import ModelShape
 from engine.planner.default import StoredWeights, kv_bytes_per_token, resolve_plan
 from engine.planner.machine import MachineFacts
-from engine.planner.plan import Plan, PlanOptions, Shares
-from engine.units import MIB, align_up, format_bytes
+from engine.planner.plan import PlanOptions, Shares
+from engine.units import GIB, MIB, div_ceil
 
 SMALLEST_MICRO_BATCH = 256
 _MOST = 1 << 50
-_STEP = 64 * MIB
-"""Budgets are told in steps of this."""
+_FLAGS = ("weights", "kv", "activations", "micro_batch", "micro_batches")
+_BUDGETS = ("device_memory", "host_memory", "disk_space")
 
 
 def nearest_fit(
@@ -26,10 +31,7 @@ def nearest_fit(
     tokens: int,
     device: str,
 ) -> str | None:
-    """Flags of a plan near ``options`` that fits, with room for a sequence of ``tokens``; ``None``: there is none.
-
-    First within the same memory, if another placement or batch would do; else the least device memory.
-    """
+    """Flags of a plan near ``options`` that fits, with room for a sequence of ``tokens``; ``None``: there is none."""
 
     def fits(asked: PlanOptions) -> bool:
         try:
@@ -38,54 +40,92 @@ def nearest_fit(
             )
         except PlanDoesNotFit:
             return False
-        return _longest_sequence(plan, shape) >= tokens
+        return max(plan.kv_bytes.values()) // kv_bytes_per_token(shape, plan.dtype) >= tokens
 
-    freed = replace(options, weights=None, kv=None, micro_batch=None, micro_batches=None, activations=None)
-    if freed != options and fits(freed):
-        return _said(options, "without " + ", ".join(_fixed(options)))
-    least = replace(freed, weights=Shares(0, 0, 100), micro_batch=SMALLEST_MICRO_BATCH, micro_batches=1)
+    for changed in _one_change(options):
+        if changed != options and fits(changed):
+            return f"the nearest that fits: {_difference(options, changed)}"
+    least = replace(
+        options,
+        weights=Shares(0, 0, 100),
+        kv=None,
+        activations=None,
+        micro_batch=SMALLEST_MICRO_BATCH,
+        micro_batches=1,
+    )
     if fits(least):
-        return _said(options, _flags(least))
-    needed = _least(lambda num_bytes: fits(replace(least, device_memory=num_bytes)))
-    if needed is None:
+        return f"the nearest that fits: {_difference(options, least)}"
+    # Where device and host are one memory, more of the host's would be the device's under another name.
+    names = [name for name in _BUDGETS if name != "host_memory" or not facts.shares_host_memory]
+    bounded = _with(least, **dict.fromkeys(names, _MOST))
+    if not fits(bounded):
         return None
-    return _said(options, f"--device-memory {format_flag(needed)} with {_flags(least)}")
+    # Each budget in turn is lowered to what it must be while those after it are endless.
+    raised = {}
+    for name in names:
+        asked = _with(bounded, **{name: getattr(options, name)})
+        if not fits(asked):
+            raised[name] = _least(bounded, name, fits)
+            asked = _with(bounded, **{name: raised[name]})
+        bounded = asked
+    memory = " ".join(f"--{name.replace('_', '-')} {format_flag(num_bytes)}" for name, num_bytes in raised.items())
+    with_flags = _difference(options, _with(bounded, **{name: getattr(options, name) for name in _BUDGETS}))
+    return f"the smallest that fits: {memory} with {with_flags}" if with_flags else f"the smallest that fits: {memory}"
 
 
 def format_flag(num_bytes: int) -> str:
-    """Bytes as a flag takes them, rounded up."""
-    mib = align_up(num_bytes, MIB) // MIB
-    return f"{mib}MiB" if mib < 1024 else f"{-(-mib * 10 // 1024) / 10:g}GiB"
+    """Bytes as a flag takes them, rounded up to what a person would type."""
+    if num_bytes < GIB:
+        return f"{div_ceil(num_bytes, MIB)}MiB"
+    tenths = div_ceil(10 * num_bytes, GIB)
+    return f"{tenths // 10}.{tenths % 10}GiB" if tenths % 10 else f"{tenths // 10}GiB"
 
 
-def _longest_sequence(plan: Plan, shape: ModelShape) -> int:
-    return max(plan.kv_bytes.values()) // kv_bytes_per_token(shape, plan.dtype)
+def _one_change(options: PlanOptions) -> Iterator[PlanOptions]:
+    """The same with one flag changed, the smallest change first; then with the placement left to the engine."""
+    if options.weights is not None:
+        asked = options.weights
+        for device in range(asked.device - 1 if asked.device else 0, -1, -1):
+            yield replace(options, weights=Shares(device, asked.host + asked.device - device, asked.disk))
+        for host in range(asked.host - 1 if asked.host else 0, -1, -1):
+            yield replace(options, weights=Shares(0, host, 100 - host))
+    batch = options.micro_batch or 2 * SMALLEST_MICRO_BATCH
+    while batch > SMALLEST_MICRO_BATCH:
+        batch //= 2
+        yield replace(options, micro_batch=batch)
+    for name in _FLAGS:
+        if getattr(options, name) is not None:
+            yield _with(options, **{name: None})
+    yield _with(options, **dict.fromkeys(_FLAGS))
 
 
-def _fixed(options: PlanOptions) -> list[str]:
-    names = ("weights", "kv", "activations", "micro_batch", "micro_batches")
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+def _with(options: PlanOptions, **changes: Any) -> PlanOptions:
+    """``replace`` by names that are not known before the program runs."""
+    return replace(options, **changes)
 
 
-def _flags(options: PlanOptions) -> str:
-    return f"--weights {options.weights} --micro-batch {options.micro_batch} --micro-batches {options.micro_batches}"
+def _difference(asked: PlanOptions, changed: PlanOptions) -> str:
+    """What to write instead: the flags of ``changed`` that ``asked`` has not, and those to leave out."""
+    words, without = [], []
+    for name in _FLAGS:
+        value = getattr(changed, name)
+        if value == getattr(asked, name):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if value is None:
+            without.append(flag)
+        else:
+            words.append(f"{flag} {value}")
+    return " ".join(words) + (" " * bool(words) + "without " + ", ".join(without) if without else "")
 
 
-def _said(options: PlanOptions, flags: str) -> str:
-    memory = options.device_memory
-    within = f" within {format_bytes(memory)}" if memory is not None and "--device-memory" not in flags else ""
-    return f"the nearest plan that fits{within}: {flags}"
-
-
-def _least(fits: Callable[[int], bool]) -> int | None:
-    """The least device budget that fits, to a step; more never fits less."""
-    if not fits(_MOST):
-        return None
-    high = _STEP
-    while not fits(high):
-        high *= 2
-    low = high // 2
-    while high - low > _STEP:
-        middle = (low + high) // 2 // _STEP * _STEP
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+def _least(options: PlanOptions, name: str, fits: Callable[[PlanOptions], bool]) -> int:
+    """The least of one budget that fits, to a MiB, by bisection: a budget that is larger never fits less."""
+    low, high = 0, _MOST // MIB
+    while low < high:
+        middle = (low + high) // 2
+        if fits(_with(options, **{name: middle * MIB})):
+            high = middle
+        else:
+            low = middle + 1
+    return high * MIB

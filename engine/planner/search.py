@@ -7,7 +7,7 @@ what ``--weights`` and ``--kv`` say, and each rounding is sized by ``resolve_pla
 allocates: no second formula for memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil, floor
@@ -38,10 +38,17 @@ MICRO_BATCHES_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 MICRO_BATCHES = (1, 2, 4, 8)
 BUDGET_SHARES = {TierName.DEVICE: 0.92, TierName.HOST: 0.9, TierName.DISK: 0.95}
 """Of a profile's capacity, how much a plan takes unasked: the rest is for the runtime and for other people."""
-ROUNDED = 24
-"""Optima of the linear programme that are rounded, the best first."""
+RESIDENT = (1.0, 0.5, 0.0)
+"""Shares of the layers that may stay on the device. The programme takes products to be as fast for few tokens as for
+many, so it likes a device full of weights with room for two sequences too well; it is also asked without."""
+ROUNDED = 16
+"""Optima of the linear programme that are rounded, of each such share, the best first."""
+SLOWER = 0.9
+"""Optima so much slower than a plan that is known are looked at, too: they may need less time to fill and to drain."""
 SIMULATED = 40
-"""Roundings whose ramp-up and tail are reckoned, too, the best steady ones first."""
+"""Roundings whose ramp-up and tail are reckoned exactly, those first that a guess likes best; all, for blocks."""
+AHEAD = 1.02
+"""A workload is never faster than its steady state by more than this, so that slower steady states need no look."""
 TIE = 0.01
 """Throughput that is not worth putting KV cache on disk for: of plans as good as each other, the plainer one."""
 _ENDLESS = 1 << 60
@@ -72,6 +79,24 @@ class _Choice:
     host_attention: bool
     streams: frozenset[TierName]
     """Below the device, the tiers that may hold weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounding:
+    """A plan that fits."""
+
+    rate: float
+    """Requests per second once steady."""
+    residency_s: float
+    """Seconds from a request's admission to its end, then."""
+    options: PlanOptions
+    plan: Plan
+    host_attention: bool
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether it needs the disk."""
+        return bool(self.plan.kv_bytes[TierName.DISK] or self.plan.num_layers_in(TierName.DISK))
 
 
 def default_budgets(hardware: Hardware, stored: StoredWeights) -> dict[TierName, int]:
@@ -152,40 +177,64 @@ class _Search:
 
     def best(self, host_attention: bool | None) -> Found:
         """Bound, round, predict."""
-        bounds: list[tuple[float, _Choice, dict[TierName, float], dict[TierName, float]]] = []
-        for choice in self._choices(host_attention):
-            solved = self._solve(choice)
-            if solved is not None:
-                bounds.append((solved[0], choice, solved[1], solved[2]))
-        bounds.sort(key=lambda bound: -bound[0])
-        steady: list[tuple[float, PlanOptions, Plan, bool]] = []
-        for _, choice, layers, kv in bounds[:ROUNDED]:
-            for options in self._roundings(choice, layers, kv):
-                plan = self._resolved(options)
-                if plan is not None:
-                    rate = self._steady_rate(plan, choice.host_attention)
-                    if rate > 0:
-                        steady.append((rate, options, plan, choice.host_attention))
+        steady = self._rounded(host_attention)
         if not steady:
             raise self._nothing_fits()
-        steady.sort(key=lambda each: -each[0])
-        found = []
-        for _, options, plan, attends in steady[:SIMULATED]:
+        steady.sort(key=lambda each: self._workload.requests / each.rate + each.residency_s)
+        by_block = self._fixed.schedule == "block"
+        per_request = self._workload.generated / self._workload.requests
+        best: Prediction | None = None
+        simulated: list[tuple[_Rounding, Prediction]] = []
+        for each in steady if by_block else steady[:SIMULATED]:
+            if best is not None and not by_block and each.rate * per_request * AHEAD < best.generated_per_s:
+                continue
             prediction = predict(
-                self._hardware, self._shape, self._stored, plan, self._workload,
-                host_attention=attends, overlap=self._overlap,
+                self._hardware, self._shape, self._stored, each.plan, self._workload,
+                host_attention=each.host_attention, overlap=self._overlap,
             )  # fmt: skip
-            found.append(
-                Found(
-                    options=options,
-                    plan=plan,
-                    host_attention=attends,
-                    prediction=prediction,
-                    used=plan.used_bytes,
-                    considered=len(steady),
-                )
-            )
-        return min(found, key=lambda each: each.prediction.seconds)
+            simulated.append((each, prediction))
+            if best is None or prediction.seconds < best.seconds:
+                best = prediction
+        assert best is not None
+        ties = [pair for pair in simulated if pair[1].seconds <= best.seconds * (1 + TIE / 4)]
+        chosen, prediction = min(ties, key=lambda pair: (pair[0].on_disk, pair[1].seconds))
+        return Found(
+            options=chosen.options,
+            plan=chosen.plan,
+            host_attention=chosen.host_attention,
+            prediction=prediction,
+            used=chosen.plan.used_bytes,
+            considered=len(steady),
+        )
+
+    def _rounded(self, host_attention: bool | None) -> "list[_Rounding]":
+        """Plans near the optima of the programmes, each once, with their steady rates."""
+        found: dict[object, _Rounding] = {}
+        shares = RESIDENT if self._fixed.weights is None else RESIDENT[:1]
+        bounds: dict[float, list[tuple[float, _Choice, dict[TierName, float], dict[TierName, float]]]] = {
+            share: [] for share in shares
+        }
+        for choice in self._choices(host_attention):
+            for share, solved in self._solve(choice, shares).items():
+                bounds[share].append((solved[0], choice, solved[1], solved[2]))
+        for group in bounds.values():
+            best = 0.0
+            for bound, choice, layers, kv in sorted(group, key=lambda each: -each[0])[:ROUNDED]:
+                if bound < best * SLOWER:
+                    break
+                for options in self._roundings(choice, layers, kv):
+                    plan = self._resolved(options)
+                    if plan is None:
+                        continue
+                    key = (plan.layers, *plan.kv_bytes.values(), plan.micro_batch, plan.micro_batches,
+                           choice.host_attention)  # fmt: skip
+                    if key in found:
+                        continue
+                    rate, residency_s = self._steady(plan, choice.host_attention)
+                    if rate > 0:
+                        best = max(best, rate)
+                        found[key] = _Rounding(rate, residency_s, options, plan, choice.host_attention)
+        return list(found.values())
 
     def _choices(self, host_attention: bool | None) -> Iterator[_Choice]:
         batches = (self._fixed.micro_batch,) if self._fixed.micro_batch else MICRO_BATCHES_TOKENS
@@ -197,14 +246,17 @@ class _Search:
             if not attend or can_attend:
                 yield _Choice(micro_batch, count, attend, below)
 
-    def _solve(self, choice: _Choice) -> tuple[float, dict[TierName, float], dict[TierName, float]] | None:
-        """Requests per second at best, layers and share of sequences by tier; ``None`` if nothing fits."""
+    def _solve(
+        self, choice: _Choice, shares: Sequence[float]
+    ) -> dict[float, tuple[float, dict[TierName, float], dict[TierName, float]]]:
+        """Requests per second at best, layers and share of sequences by tier, for each share of the layers that may
+        stay on the device; nothing where nothing fits."""
         import numpy as np  # heavy, and only planning needs them
         from scipy.optimize import linprog
 
         room = self._room(choice)
         if room is None:
-            return None
+            return {}
         sample, per_request = self._sample(choice)
         occupied = self._workload.mean(lambda each: each.reserved * residency_passes(each, sample)) * self._token_bytes
         residency = self._workload.mean(lambda each: residency_passes(each, sample))
@@ -246,26 +298,30 @@ class _Search:
         equal = [[1.0, 1.0, 1.0, 0.0, 0.0, 0.0, -float(layers)]]
         right = [0.0]
         self._fix_shares(equal, right)
-        solved = linprog(
-            c=[0.0] * 3 + [-1.0, -1.0 + TIE / 4, -1.0 + TIE, 0.0],
-            A_ub=np.array(rows),
-            b_ub=np.array(limits),
-            A_eq=np.array(equal),
-            b_eq=np.array(right),
-            bounds=upper,
-            method="highs",
-        )
-        if solved.status != 0 or solved.x[6] <= 0:
-            return None
-        per_unit = [float(value) for value in solved.x]
-        served = sum(per_unit[3:6])
-        if served <= 0:
-            return None
-        return (
-            served / unit,
-            {tier: per_unit[index] / per_unit[6] for index, tier in enumerate(_TIERS)},
-            {tier: per_unit[3 + index] / served for index, tier in enumerate(_TIERS)},
-        )
+        found = {}
+        for share in shares:
+            if share < 1 and not choice.streams:
+                continue
+            solved = linprog(
+                c=[0.0] * 3 + [-1.0, -1.0 + TIE / 4, -1.0 + TIE, 0.0],
+                A_ub=np.array([*rows, [1.0] + [0.0] * 5 + [-share * layers]]),
+                b_ub=np.array([*limits, 0.0]),
+                A_eq=np.array(equal),
+                b_eq=np.array(right),
+                bounds=upper,
+                method="highs",
+            )
+            if solved.status != 0 or solved.x[6] <= 0:
+                continue
+            per_unit = [float(value) for value in solved.x]
+            served = sum(per_unit[3:6])
+            if served > 0:
+                found[share] = (
+                    served / unit,
+                    {tier: per_unit[index] / per_unit[6] for index, tier in enumerate(_TIERS)},
+                    {tier: per_unit[3 + index] / served for index, tier in enumerate(_TIERS)},
+                )
+        return found
 
     def _fix_shares(self, equal: list[list[float]], right: list[float]) -> None:
         """What a person fixed of weights and cache."""
@@ -374,16 +430,17 @@ class _Search:
             host_attention=choice.host_attention, overlap=self._overlap,
         )  # fmt: skip
 
-    def _steady_rate(self, plan: Plan, host_attention: bool) -> float:
-        """Requests per second once steady."""
+    def _steady(self, plan: Plan, host_attention: bool) -> tuple[float, float]:
+        """Requests per second once steady, and seconds that one of them is there; zeros if none finds room."""
         rate = steady_requests_per_pass(self._workload, plan, self._token_bytes)
         if not rate:
-            return 0.0
+            return 0.0, 0.0
         load = mean_request_load(self._workload, plan)
         model = PassModel(
             self._hardware, self._shape, self._stored, plan, host_attention=host_attention, overlap=self._overlap
         )
-        return rate / model.cost(load.scaled(rate)).seconds
+        seconds = model.cost(load.scaled(rate)).seconds
+        return rate / seconds, seconds * self._workload.mean(lambda each: residency_passes(each, plan))
 
     def _roundings(
         self, choice: _Choice, layers: Mapping[TierName, float], kv: Mapping[TierName, float]

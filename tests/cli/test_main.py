@@ -17,6 +17,7 @@ from worker.settings import KEYS
 FROZEN = {
     "import": "--dtype",
     "models": "--json",
+    "plan": "--model --hardware --prompt-len --gen-len --requests --dataset --prompt --sweep --json PLACEMENT",
     "worker": "--model --queue PLACEMENT",
     "enqueue": "JOB-OPTIONS --queue --json",
     "status": "--watch --json",

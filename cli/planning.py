@@ -1,0 +1,256 @@
+"""From the words of `overnight plan` to what a plan is made for: model, machine and lengths. Loads no weights."""
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import click
+
+from cli.context import App
+from cli.display import say, warn
+from cli.placement import Placement
+
+if TYPE_CHECKING:
+    from engine.model.family import ModelShape
+    from engine.planner.decide import Question
+    from engine.planner.default import StoredWeights
+    from engine.planner.hardware import Hardware
+    from engine.planner.workload import Workload
+
+DEFAULT_PROMPT_LEN, DEFAULT_GEN_LEN, DEFAULT_REQUESTS = 512, 32, 1000
+_MEASURED_ROWS = 5000
+"""Rows of a dataset whose prompts are measured; the others are taken to be like them."""
+_CHARACTERS_A_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthOptions:
+    """What a person said of the workload; None: not given."""
+
+    prompt_len: int | None
+    gen_len: int
+    requests: int | None
+    dataset: str | None
+    prompt: str
+    """The template, for ``dataset``."""
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> Self:
+        """Moves the values out of a command's keyword arguments.
+
+        Raises:
+            UsageError: the dataset and an option say the same thing.
+        """
+        names = ("prompt_len", "gen_len", "requests", "dataset", "prompt")
+        values = cls(**{name: options.pop(name) for name in names})
+        for name in ("prompt_len", "requests"):
+            if values.dataset is not None and getattr(values, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise click.UsageError(f"{flag} and --dataset: the dataset says that already; leave one of them out")
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What is known of a model without its weights."""
+
+    shape: "ModelShape"
+    stored: "StoredWeights"
+    folder: Path | None
+    """Where its tokenizer may lie."""
+
+
+def read_question(
+    app: App, model_name: str, hardware_name: str | None, placement: Placement, lengths: LengthOptions
+) -> "Question":
+    """Everything that a plan is made for.
+
+    Raises:
+        ModelNotFound, CheckpointError: there is no such model, or it is damaged.
+        HardwareAbsent, HardwareError: there is no such machine, its profile is damaged, or it lacks a figure.
+        FileAbsent, DatasetFault, TemplateFault: the dataset or the template cannot be used.
+        PlanDoesNotFit: the model is larger than the disk, or every prompt longer than the model.
+    """
+    from engine.planner.decide import Question, budgets_of_machine
+    from engine.planner.default import budgets_of
+
+    model = _read_model(app, model_name, placement.dtype)
+    hardware = _read_hardware(app, hardware_name)
+    options = placement.plan_options()
+    if options.device is not None and options.device.partition(":")[0] != hardware.device:
+        raise click.UsageError(
+            f"--device {options.device}: {hardware.name} is described as {hardware.device}; name another machine with "
+            "--hardware, or leave --device out"
+        )
+    workload = _read_workload(lengths, model)
+    if hardware_name is not None:
+        facts, budgets = None, budgets_of_machine(hardware, model.stored)
+    else:
+        facts = _facts_now(hardware)
+        budgets = budgets_of(options, facts, placement.disk_dir or app.settings.spill_dir)
+    return Question(
+        hardware=hardware,
+        shape=model.shape,
+        stored=model.stored,
+        workload=workload,
+        options=options,
+        budgets=budgets,
+        facts=facts,
+    )
+
+
+def _facts_now(hardware: "Hardware") -> Any:
+    """What is free on this machine; of a GPU, whose free memory only its driver knows, all that was there when it was
+    measured."""
+    from engine.planner.machine import MachineFacts, free_host_memory
+    from engine.planner.plan import TierName
+
+    host_free = free_host_memory()
+    if hardware.shares_host_memory:
+        return MachineFacts(host_free, host_free, shares_host_memory=True, attention_threads=os.cpu_count() or 1)
+    return MachineFacts(int(hardware.capacity[TierName.DEVICE].value), host_free, shares_host_memory=False)
+
+
+def _read_model(app: App, name: str, dtype: str | None) -> _Model:
+    from engine.model.opt_shape import OPTSizes
+    from engine.planner.default import StoredWeights
+    from engine.planner.shapes import known_model
+    from engine.weights.manifest import read_manifest
+    from worker.errors import ModelNotFound
+    from worker.models import resolve_model
+
+    try:
+        ref = resolve_model(name, app.settings)
+    except ModelNotFound as error:
+        known = known_model(name)
+        if known is None:
+            raise ModelNotFound(f"{error}; or name one whose shape is known, such as facebook/opt-30b") from error
+        return _Model(known.shape, known.stored(dtype or "float16"), None)
+    if not ref.is_imported:
+        return _read_checkpoint(ref.path)
+    manifest = read_manifest(ref.path)
+    sizes = OPTSizes.from_config(_checked_type(manifest.config))
+    return _Model(
+        sizes.shape, StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units}), ref.path
+    )
+
+
+def _read_checkpoint(folder: Path) -> _Model:
+    """A Hugging Face folder, as `overnight import` would store it."""
+    import json
+
+    from engine.errors import CheckpointError
+    from engine.model.opt_shape import OPTSizes
+    from engine.planner.default import StoredWeights
+    from engine.planner.plan import DTYPE_BYTES
+    from engine.weights.writer import UnitLayout
+
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); get the checkpoint again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object; get the checkpoint again")
+    sizes = OPTSizes.from_config(_checked_type(config))
+    named = str(config.get("torch_dtype") or config.get("dtype") or "").removeprefix("torch.")
+    dtype = named if named in DTYPE_BYTES else "float16"
+    if dtype != named:
+        say(f"{path} does not say how the weights are stored: taking {dtype}")
+    unit_bytes = {unit.name: UnitLayout.of(unit, dtype).num_bytes for unit in sizes.units()}
+    return _Model(sizes.shape, StoredWeights(dtype, unit_bytes), folder)
+
+
+def _checked_type(config: Any) -> Any:
+    from engine.errors import CheckpointError
+
+    if config.get("model_type") != "opt":
+        raise CheckpointError(f"model_type {config.get('model_type')!r} cannot be planned for; only 'opt' can")
+    return config
+
+
+def _read_hardware(app: App, name: str | None) -> "Hardware":
+    from engine.errors import HardwareAbsent
+    from engine.planner.hardware import PROFILE_NAME, load_hardware, preset_names
+
+    if name is not None:
+        return load_hardware(name)
+    path = app.settings.home / PROFILE_NAME
+    if not path.exists():
+        raise HardwareAbsent(
+            "this machine has not been measured yet; run: overnight doctor --measure, or name another with --hardware: "
+            f"{', '.join(preset_names())}"
+        )
+    return load_hardware(path)
+
+
+def _read_workload(lengths: LengthOptions, model: _Model) -> "Workload":
+    from engine.planner.workload import Workload
+
+    if lengths.dataset is None:
+        return Workload.uniform(
+            lengths.prompt_len or DEFAULT_PROMPT_LEN, lengths.gen_len, lengths.requests or DEFAULT_REQUESTS
+        )
+    prompts = _prompts(lengths.dataset, lengths.prompt)
+    measured = _token_counts(list(itertools.islice(prompts, _MEASURED_ROWS)), model)
+    more = sum(1 for _ in prompts)
+    return Workload.of(_that_fit(measured, lengths.gen_len, model.shape)).times((len(measured) + more) / len(measured))
+
+
+def _token_counts(texts: list[str], model: _Model) -> list[int]:
+    from engine.weights.manifest import TOKENIZER_NAME
+
+    if model.folder is None or not (model.folder / TOKENIZER_NAME).is_file():
+        say(f"no tokenizer for this model here: taking {_CHARACTERS_A_TOKEN} characters for a token")
+        return [max(1, len(text) // _CHARACTERS_A_TOKEN) for text in texts]
+    from engine.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(model.folder, model.shape.bos_token_id)
+    return [max(1, len(token_ids)) for token_ids in tokenizer.encode_batch(texts)]
+
+
+def _that_fit(counts: list[int], generated: int, shape: "ModelShape") -> list[tuple[int, int]]:
+    """Pairs for a workload, as the engine treats them: too long a prompt is an error row, too long an output is cut.
+
+    Raises:
+        PlanDoesNotFit: no prompt is short enough.
+    """
+    from engine.errors import PlanDoesNotFit
+
+    positions = shape.max_positions
+    pairs = [(count, min(generated, positions - count)) for count in counts if count < positions]
+    if not pairs:
+        shortest = min(counts)
+        raise PlanDoesNotFit(
+            f"every prompt of the dataset is longer than the model: the shortest has {shortest} tokens, "
+            f"{shortest - positions + 1} more than fit into {positions} positions with one generated; shorten them"
+        )
+    if len(pairs) < len(counts):
+        warn(f"{len(counts) - len(pairs)} of {len(counts)} prompts are longer than the model and will be error rows")
+    return pairs
+
+
+def _prompts(dataset_name: str, template: str) -> Iterator[str]:
+    """Rendered prompts; a row that lacks a field will be an error row and costs nothing.
+
+    Raises:
+        FileAbsent, DatasetFault, TemplateFault: the dataset, a line of it or its first row cannot be used.
+    """
+    from cli.datasets import BadLine, Dataset
+    from cli.errors import DatasetFault
+    from cli.templates import PromptTemplate, RowFault, read_template
+
+    dataset = Dataset(dataset_name)
+    dataset.check()
+    compiled = PromptTemplate(read_template(template))
+    for index, row in enumerate(dataset.rows()):
+        if isinstance(row, BadLine):
+            raise DatasetFault(f"{dataset.label}, line {row.line}: {row.reason}; mend the line")
+        try:
+            yield compiled.render(row.fields)
+        except RowFault as fault:
+            if index == 0:
+                raise DatasetFault(f"{dataset.label}, row 0 (line {row.line}): {fault}") from None

@@ -1,0 +1,49 @@
+"""What there is to say about a plan: as one JSON document. Pure; no torch."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from engine.planner.advice import Advice
+from engine.planner.cost import compute_ceiling_per_s
+from engine.planner.decide import Question
+from engine.planner.plan import PlanOptions
+from engine.planner.search import Found
+
+_BY_HAND = ("weights", "kv", "activations", "micro_batch", "micro_batches", "schedule")
+
+
+def flags_of(options: PlanOptions) -> str:
+    """The placement as a person would write it, to fix it by hand."""
+    given = ((name.replace("_", "-"), getattr(options, name)) for name in _BY_HAND)
+    return " ".join(f"--{name} {value}" for name, value in given if value is not None)
+
+
+def product_ceiling_per_s(found: Found, question: Question) -> float:
+    """Generated tokens per second that no plan on this machine exceeds: nothing takes time but products."""
+    return compute_ceiling_per_s(
+        question.hardware, question.shape, question.stored, question.workload, found.plan.dtype
+    )
+
+
+def document(found: Found, advice: Sequence[Advice], question: Question) -> dict[str, object]:
+    """Plan, prediction, memory and advice in plain JSON values; bytes, seconds, tokens per second."""
+    prediction = found.prediction
+    return {
+        "plan": found.plan.to_json(),
+        "flags": flags_of(found.options),
+        "predicted": {
+            "generated_per_s": prediction.generated_per_s,
+            "total_per_s": prediction.total_per_s,
+            "bound_by": str(prediction.bound_by),
+            "steady_generated_per_s": prediction.steady_generated_per_s,
+            "lane_ceiling_per_s": prediction.lane_ceiling_per_s,
+            "product_ceiling_per_s": product_ceiling_per_s(found, question),
+            "seconds": prediction.seconds,
+            "requests": question.workload.requests,
+        },
+        "memory": {
+            str(tier): {"used": used, "budget": found.plan.budgets[tier]}
+            for tier, used in found.plan.used_bytes.items()
+        },
+        "advice": [asdict(each) for each in advice],
+    }
