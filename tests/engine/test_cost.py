@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from math import inf
 from pathlib import Path
+from time import process_time
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from engine.planner.cost import (
     WAITING,
     BlockCost,
     BlockPolicy,
+    Overlap,
     PassLoad,
     PassModel,
     Prediction,
@@ -60,8 +62,8 @@ def flexgen(name: str) -> BlockCost:
     return block_cost(T4, model(name).shape, model(name).stored(), POLICIES[name], Lengths(512, 32, 1))
 
 
-def found(name: str, hardware: Hardware = T4, workload: Workload = MANY) -> Found:
-    return search(hardware, model(name).shape, model(name).stored(), workload)
+def found(name: str, overlap: Overlap = OVERLAPPED, host_attention: bool | None = None) -> Found:
+    return search(T4, model(name).shape, model(name).stored(), MANY, overlap=overlap, host_attention=host_attention)
 
 
 @pytest.mark.parametrize("name", ["facebook/opt-6.7b", "facebook/opt-30b"])
@@ -76,22 +78,56 @@ def test_flexgen_from_disk_comes_out_without_the_page_caches_help() -> None:
     assert cost.bound_by is LaneName.DISK_READ
 
 
-def test_mixed_passes_of_opt_30b_double_what_flexgen_published() -> None:
-    best = found("facebook/opt-30b").prediction
+OPT_30B_ASSUMING = {
+    "what this engine does: it waits for KV copies": (WAITING, False, 1.25, 9.35),
+    "KV copies are overlapped": (OVERLAPPED, False, 2.0, 14.83),
+    "KV copies are overlapped and the host attends": (OVERLAPPED, None, 2.0, 19.93),
+}
+"""Overlap, host attention; how many times FlexGen's published figure is reached; token/s when this was written."""
+OPT_175B_ASSUMING = {
+    "what this engine does: it waits for KV copies": (WAITING, False, 1.15, 0.624),
+    "KV copies are overlapped": (OVERLAPPED, False, 1.25, 0.700),
+    "KV copies are overlapped and the host attends": (OVERLAPPED, None, 1.25, 0.700),
+}
+"""The same, over our own prediction of FlexGen's policy without page cache."""
+
+
+@pytest.mark.parametrize("assuming", OPT_30B_ASSUMING)
+def test_mixed_passes_of_opt_30b_against_what_flexgen_published(assuming: str) -> None:
+    """Twice as fast needs KV copies that are overlapped; below what products alone would allow in any case."""
+    overlap, host_attention, times, known = OPT_30B_ASSUMING[assuming]
+    best = found("facebook/opt-30b", overlap, host_attention).prediction
     opt_30b = model("facebook/opt-30b")
     ceiling = compute_ceiling_per_s(T4, opt_30b.shape, opt_30b.stored(), MANY, "float16")
     # 29.6e9 values in its layers, each of 543 tokens a request multiplied with them.
     assert ceiling == pytest.approx(32 / (2 * 29.6e9 * 543 / 21.24e12), rel=0.01)
     for rate in (best.generated_per_s, best.steady_generated_per_s):
-        assert 2.0 * PUBLISHED["facebook/opt-30b"] <= rate <= min(22, ceiling)
+        assert times * PUBLISHED["facebook/opt-30b"] <= rate <= min(22, ceiling)
     assert best.steady_generated_per_s <= best.lane_ceiling_per_s
+    assert best.generated_per_s >= known * 0.99
 
 
-def test_mixed_passes_of_opt_175b_stay_below_what_its_disk_can_read() -> None:
-    best = found("facebook/opt-175b").prediction
-    assert 1.25 * flexgen("facebook/opt-175b").generated_per_s <= best.generated_per_s
+@pytest.mark.parametrize("assuming", OPT_175B_ASSUMING)
+def test_mixed_passes_of_opt_175b_stay_below_what_its_disk_can_read(assuming: str) -> None:
+    overlap, host_attention, times, known = OPT_175B_ASSUMING[assuming]
+    best = found("facebook/opt-175b", overlap, host_attention).prediction
+    assert times * flexgen("facebook/opt-175b").generated_per_s <= best.generated_per_s
+    assert best.generated_per_s >= known * 0.99
     assert best.steady_generated_per_s <= 0.75
     assert best.bound_by is LaneName.DISK_READ
+
+
+def test_a_device_that_is_full_of_weights_is_not_taken_for_the_best() -> None:
+    """It would leave OPT-6.7B room for two sequences: 28 token/s instead of 51."""
+    best = found("facebook/opt-6.7b", WAITING, host_attention=False)
+    assert best.prediction.generated_per_s >= 2.0 * PUBLISHED["facebook/opt-6.7b"]
+    assert best.plan.num_layers_in(TierName.DEVICE) < 32
+
+
+def test_searching_for_opt_175b_takes_under_five_seconds() -> None:
+    started = process_time()
+    found("facebook/opt-175b")
+    assert process_time() - started < 5
 
 
 def test_every_figure_of_every_preset_has_a_source() -> None:
