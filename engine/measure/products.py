@@ -1,0 +1,133 @@
+"""Products with weights: whole layers without their attention, and logits with the choice of a token.
+
+Norms and residuals are in proportion to tokens, as products are, so their time is counted as the products'.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from engine.devices.base import Device
+from engine.measure.effort import SOURCE, Effort, Points, timed
+from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
+from engine.model.linear import padded_rows
+from engine.model.opt import OPT
+from engine.model.sampling import next_tokens
+from engine.planner.hardware import Rate, Width
+from engine.planner.plan import DTYPE_BYTES
+from engine.request import SamplingParams
+from engine.weights.writer import UnitLayout
+
+_LEAST_SHARE = 0.1
+"""Of the measured time that is left at least once overheads, measured by themselves, are taken off."""
+
+
+def family_of(hidden_size: int, effort: Effort) -> OPT:
+    """An OPT of two layers."""
+    return OPT.from_config(
+        {
+            "hidden_size": hidden_size,
+            "num_attention_heads": hidden_size // effort.head_size,
+            "ffn_dim": 4 * hidden_size,
+            "num_hidden_layers": 2,
+            "vocab_size": effort.vocabulary,
+        }
+    )
+
+
+def unit_weights(family: OPT, unit_name: str, device: Device, dtype: str) -> NamedWeights:
+    """Random weights of one unit, in device memory."""
+    unit = next(unit for unit in family.units() if unit.name == unit_name)
+    kind: torch.dtype = getattr(torch, dtype)
+    return {
+        tensor.name: (torch.randn(tensor.shape) * 0.02).to(dtype=kind, device=device.torch_device)
+        for tensor in unit.tensors
+    }
+
+
+def unit_flops(family: OPT, unit_name: str, dtype: str) -> float:
+    """Of one token: two a value, as the cost model counts them."""
+    unit = next(unit for unit in family.units() if unit.name == unit_name)
+    return 2.0 * UnitLayout.of(unit, dtype).num_bytes / DTYPE_BYTES[dtype]
+
+
+class Layers:
+    """Layers with weights of their own, computed one after the other, so that weights come from where a model's do."""
+
+    def __init__(self, device: Device, hidden_size: int, number: int, dtype: str, effort: Effort) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._effort = effort
+        self.family = family_of(hidden_size, effort)
+        name = layer_name(0)
+        first = unit_weights(self.family, name, device, dtype)
+        others = [{key: tensor.clone() for key, tensor in first.items()} for _ in range(number - 1)]
+        self._weights: Iterator[NamedWeights] = cycle([first, *others])
+        self.token_flops = unit_flops(self.family, name, dtype)
+
+    def seconds(self, tokens: int, budget_s: float | None = None) -> float:
+        """One layer for so many tokens."""
+        kind: torch.dtype = getattr(torch, self._dtype)
+        rows = padded_rows(tokens, kind, self._device.torch_device)
+        hidden_TD = torch.randn(rows, self.family.shape.hidden_size).to(dtype=kind, device=self._device.torch_device)
+        budget_s = self._effort.figure_s if budget_s is None else budget_s
+        return timed(self._device, lambda: self.family.layer(next(self._weights), hidden_TD, _first), budget_s)
+
+    def points(self, tokens: Sequence[int], overhead_s: float) -> Points:
+        """``(tokens, FLOP/s)``; what a layer takes however narrow it is, is left out."""
+        return curve([(count, self.token_flops * count, self.seconds(count)) for count in tokens], overhead_s)
+
+
+def curve(measured: Sequence[tuple[float, float, float]], overhead_s: float) -> Points:
+    """From ``(size, amount, seconds)``, without what is counted elsewhere."""
+    return tuple(
+        (float(size), amount / max(seconds - overhead_s, _LEAST_SHARE * seconds)) for size, amount, seconds in measured
+    )
+
+
+def head_points(device: Device, hidden_size: int, dtype: str, rows: Sequence[int], effort: Effort) -> Points:
+    """``(rows, FLOP/s)`` of logits, greedy choice included."""
+    family = family_of(hidden_size, effort)
+    embedding, head = (unit_weights(family, name, device, dtype) for name in (EMBED, HEAD))
+    kind: torch.dtype = getattr(torch, dtype)
+    row_flops = unit_flops(family, HEAD, dtype) + 2.0 * hidden_size * family.shape.vocab_size
+
+    def seconds(count: int) -> float:
+        padded = padded_rows(count, kind, device.torch_device)
+        hidden_RD = torch.randn(padded, hidden_size).to(dtype=kind, device=device.torch_device)
+        params, numbers = [SamplingParams()] * count, [0.0] * count
+
+        def choose() -> None:
+            logits_RV = family.head(head, embedding, hidden_RD)[:count]
+            device.download(next_tokens(logits_RV, params, numbers, device.upload))
+
+        return timed(device, choose, effort.figure_s)
+
+    return curve([(count, row_flops * count, seconds(count)) for count in rows], 0.0)
+
+
+def widths_of(device: Device, dtypes: Sequence[str], overhead_s: float, effort: Effort) -> tuple[Width, ...]:
+    """Layers and logits of each width, in each dtype; the first dtype in more detail."""
+    widths = []
+    for hidden_size, number in effort.widths:
+        matmul, head = {}, {}
+        for dtype in dtypes:
+            best = dtype == dtypes[0]
+            layers = Layers(device, hidden_size, number if best else 2, dtype, effort)
+            matmul[dtype] = Rate(layers.points(effort.tokens if best else effort.few_tokens, overhead_s), SOURCE)
+            rows = effort.rows if best else effort.few_rows
+            head[dtype] = Rate(head_points(device, hidden_size, dtype, rows, effort), SOURCE)
+        widths.append(Width(hidden_size=hidden_size, matmul=matmul, head=head))
+    return tuple(widths)
+
+
+def small_layer_seconds(device: Device, dtype: str, effort: Effort) -> float:
+    """A layer that is too small to compute anything, without its attention."""
+    return Layers(device, effort.head_size, 2, dtype, effort).seconds(1)
+
+
+def _first(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001
+    """Instead of attention, which is measured by itself."""
+    return query
