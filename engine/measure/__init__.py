@@ -2,19 +2,18 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from engine.devices.base import Device
 from engine.devices.open import facts_of
-from engine.measure.attention import attention, spilled
-from engine.measure.disk import copies, disk_reads, disk_writes, scratch_folder, scratch_units, together
-from engine.measure.effort import FULL, QUICK, SOURCE, Effort
+from engine.measure.disk import Reading, copies, disk_reads, disk_writes, scratch_folder, scratch_units
+from engine.measure.effort import FULL, QUICK, SOURCE, Effort, Points
 from engine.measure.identity import identity_of
 from engine.measure.overheads import overheads
-from engine.measure.products import small_layer_seconds, widths_of
+from engine.measure.widths import width_of
 from engine.memory.lane import LaneName
 from engine.planner.hardware import Figure, Hardware, Rate
 from engine.planner.machine import free_disk_space
@@ -36,37 +35,35 @@ def measure(device: Device, folder: Path, *, effort: Effort = FULL, say: Say = l
         say("overheads")
         found = overheads(device, dtypes[0], scratch, effort)
         with torch.inference_mode(), device.computing():
-            say("products")
-            widths = widths_of(device, dtypes, small_layer_seconds(device, dtypes[0], effort), effort)
-            say("attention")
-            attends = attention(device, dtypes[0], found, scratch, effort)
-            say("disk and links")
             with scratch_units(scratch, effort) as files:
+                say("disk")
                 reads = disk_reads(files, device, effort)
-                disk_share, compute_share = together(files, device, dtypes[0], effort)
-            kv_lanes = spilled(device, dtypes[0], scratch, effort)
+                reading = Reading(files, device, effort)
+                widths, spills = [], []
+                for width in effort.widths:
+                    say(f"layers of width {width[0]}")
+                    one, spill = width_of(device, width, dtypes, found, scratch, effort, reading.share_of)
+                    widths.append(one)
+                    spills.append(spill)
+            say("links")
             writes = disk_writes(scratch, effort)
             to_device, to_host = (
                 copies(device, lane, effort) for lane in (LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
             )
-    shares = device.shares_host_memory
+    disk_share = min(reading.shares)
     return Hardware(
         name="this machine",
         description=f"{device.name} on {platform.node()}, measured {time.strftime('%Y-%m-%d %H:%M')}",
         device=device.torch_device.type,
-        shares_host_memory=shares,
+        shares_host_memory=device.shares_host_memory,
         capacity={
             TierName.DEVICE: Figure(facts.device_free, "free when measured"),
             TierName.HOST: Figure(facts.host_free, "free when measured"),
             TierName.DISK: Figure(free_disk_space(folder), "free when measured"),
         },
-        matmul={
-            # Only a processor that reads and computes with the same cores and memory is slowed by reading.
-            dtype: Rate(rate.points, rate.source, busy_share=compute_share if shares else 1.0)
-            for dtype, rate in widths[-1].matmul.items()
-        },
-        prompt_attention=attends.prompt,
-        decode_attention=attends.decode,
+        matmul=widths[-1].matmul,
+        prompt_attention=widths[-1].prompt_attention,
+        decode_attention=widths[-1].decode_attention,
         host_attention=None,
         lanes={
             LaneName.DISK_READ: Rate(reads, SOURCE, busy_share=disk_share),
@@ -78,10 +75,19 @@ def measure(device: Device, folder: Path, *, effort: Effort = FULL, say: Say = l
         segment_overhead=Figure(found.of_segment, SOURCE),
         pass_overhead=Figure(found.of_pass, SOURCE),
         sequence_overhead=Figure(found.of_sequence, SOURCE),
-        widths=widths,
-        kv_lanes=kv_lanes,
+        widths=tuple(widths),
+        scratch_attention=_merged(each.attention for each in spills),
+        kv_lanes={
+            LaneName.DISK_READ: _merged(each.reads for each in spills),
+            LaneName.DISK_WRITE: _merged(each.writes for each in spills),
+        },
         identity=identity_of(device, folder),
     )
+
+
+def _merged(curves: Iterable[Points]) -> Rate:
+    """One curve through the points of several; what they have in common, the last one says."""
+    return Rate(tuple(sorted({size: rate for points in curves for size, rate in points}.items())), SOURCE)
 
 
 def _dtypes(device: Device) -> tuple[str, ...]:

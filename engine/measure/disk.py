@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from threading import Event, Thread
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from engine.devices.base import Device
 from engine.measure.effort import Effort, Points, timed
-from engine.measure.products import Layers
 from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
 from engine.units import MIB
@@ -77,7 +77,9 @@ def disk_reads(files: WeightFiles, device: Device, effort: Effort) -> Points:
     """``(bytes of a transfer, bytes/s)``; each file's first read, which checks it, does not count."""
     out = device.allocate_host(max(effort.transfers))
     points = []
-    for size in effort.transfers:
+    for size in sorted(
+        effort.transfers, reverse=True
+    ):  # many disks are faster for a moment: that passes with the first
         names = _units_of(size, effort)
         for name in names:
             files.read_unit(name, out)
@@ -88,7 +90,7 @@ def disk_reads(files: WeightFiles, device: Device, effort: Effort) -> Points:
                 files.read_unit(name, out)
             found.append(size * len(names) / (time.perf_counter() - start))
         points.append((float(size), median(found)))
-    return tuple(points)
+    return tuple(sorted(points))
 
 
 def disk_writes(folder: Path, effort: Effort) -> Points:
@@ -119,46 +121,46 @@ def _copy(device: Device, lane: LaneName, into: Tensor, source: Tensor) -> Calla
     return lambda: device.copy(lane, into, source, device.compute_mark()).wait()
 
 
-def together(files: WeightFiles, device: Device, dtype: str, effort: Effort) -> tuple[float, float]:
-    """What is left of the disk's and of compute's rate while the other is busy, each at most 1."""
-    hidden_size, number = effort.widths[-1]
-    layers = Layers(device, hidden_size, number, dtype, effort)
-    tokens = min(512, max(effort.tokens))
-    out = device.allocate_host(max(effort.transfers))
-    names = _units_of(effort.transfers[-1], effort)
-    stop = Event()
-    done = 0
+class Reading:
+    """The disk read over and over by a thread of its own, as the engine reads weights, while something else is done."""
 
-    def read() -> None:
-        nonlocal done
-        while True:
-            for name in names:
-                done += files.read_unit(name, out)
-                if stop.is_set():
-                    return
+    def __init__(self, files: WeightFiles, device: Device, effort: Effort) -> None:
+        self._files = files
+        self._effort = effort
+        self._names = _units_of(effort.transfers[-1], effort)
+        self._out = device.allocate_host(max(effort.transfers))
+        self._stop = Event()
+        self._done = 0
+        self._alone: float | None = None
+        self.shares: list[float] = []
+        """Of the disk's rate, what was left each time."""
 
-    def rate_while(work: Callable[[], object]) -> float:
-        """Bytes/s of the disk while ``work`` runs in this thread."""
-        nonlocal done
-        stop.clear()
-        done = 0
+    def share_of(self, compute: Callable[[], float]) -> float:
+        """What is left of the rate of ``compute``, which tells how long it took."""
+        if self._alone is None:
+            self._alone = self._rate_while(lambda: time.sleep(self._effort.busy_s))
+        alone_s = compute()
+        busy_s: list[float] = []
+        rate = self._rate_while(lambda: busy_s.append(compute()))
+        self.shares.append(min(1.0, rate / self._alone))
+        return min(1.0, alone_s / busy_s[0])
+
+    def _rate_while(self, work: Callable[[], object]) -> float:
+        """Bytes/s while ``work`` runs in this thread."""
+        self._stop.clear()
+        self._done = 0
         start = time.perf_counter()
-        thread = Thread(target=read)
+        thread = Thread(target=self._read)
         thread.start()
         try:
             work()
         finally:
-            stop.set()
+            self._stop.set()
             thread.join()
-        return done / (time.perf_counter() - start)
+        return self._done / (time.perf_counter() - start)
 
-    alone_s = layers.seconds(tokens)
-    disk_alone = rate_while(lambda: time.sleep(effort.busy_s))
-    busy_s = 0.0
-
-    def compute() -> None:
-        nonlocal busy_s
-        busy_s = layers.seconds(tokens, effort.busy_s)
-
-    disk_busy = rate_while(compute)
-    return min(1.0, disk_busy / disk_alone), min(1.0, alone_s / busy_s)
+    def _read(self) -> None:
+        for name in cycle(self._names):
+            self._done += self._files.read_unit(name, self._out)
+            if self._stop.is_set():
+                return

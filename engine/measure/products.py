@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from engine.devices.base import Device
-from engine.measure.effort import SOURCE, Effort, Points, timed
-from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
+from engine.measure.effort import Effort, Points, timed
+from engine.model.family import EMBED, HEAD, Attend, NamedWeights, layer_name
 from engine.model.linear import padded_rows
 from engine.model.opt import OPT
 from engine.model.sampling import next_tokens
-from engine.planner.hardware import Rate, Width
 from engine.planner.plan import DTYPE_BYTES
 from engine.request import SamplingParams
 from engine.weights.writer import UnitLayout
@@ -67,24 +66,25 @@ class Layers:
         self._weights: Iterator[NamedWeights] = cycle([first, *others])
         self.token_flops = unit_flops(self.family, name, dtype)
 
-    def seconds(self, tokens: int, budget_s: float | None = None) -> float:
-        """One layer for so many tokens."""
+    def seconds(self, tokens: int, attend: Attend | None = None, budget_s: float | None = None) -> float:
+        """One layer for so many tokens, with attention if there is any."""
         kind: torch.dtype = getattr(torch, self._dtype)
         rows = padded_rows(tokens, kind, self._device.torch_device)
         hidden_TD = torch.randn(rows, self.family.shape.hidden_size).to(dtype=kind, device=self._device.torch_device)
         budget_s = self._effort.figure_s if budget_s is None else budget_s
-        return timed(self._device, lambda: self.family.layer(next(self._weights), hidden_TD, _first), budget_s)
-
-    def points(self, tokens: Sequence[int], overhead_s: float) -> Points:
-        """``(tokens, FLOP/s)``; what a layer takes however narrow it is, is left out."""
-        return curve([(count, self.token_flops * count, self.seconds(count)) for count in tokens], overhead_s)
+        return timed(
+            self._device, lambda: self.family.layer(next(self._weights), hidden_TD, attend or _first), budget_s
+        )
 
 
-def curve(measured: Sequence[tuple[float, float, float]], overhead_s: float) -> Points:
-    """From ``(size, amount, seconds)``, without what is counted elsewhere."""
-    return tuple(
-        (float(size), amount / max(seconds - overhead_s, _LEAST_SHARE * seconds)) for size, amount, seconds in measured
-    )
+def curve(measured: Sequence[tuple[float, float, float]]) -> Points:
+    """From ``(size, amount, seconds)``."""
+    return tuple((float(size), amount / seconds) for size, amount, seconds in measured)
+
+
+def without(seconds: float, counted_s: float) -> float:
+    """What is left of a measured time when that is taken off which other figures count; never nothing."""
+    return max(seconds - counted_s, _LEAST_SHARE * seconds)
 
 
 def head_points(device: Device, hidden_size: int, dtype: str, rows: Sequence[int], effort: Effort) -> Points:
@@ -105,27 +105,7 @@ def head_points(device: Device, hidden_size: int, dtype: str, rows: Sequence[int
 
         return timed(device, choose, effort.figure_s)
 
-    return curve([(count, row_flops * count, seconds(count)) for count in rows], 0.0)
-
-
-def widths_of(device: Device, dtypes: Sequence[str], overhead_s: float, effort: Effort) -> tuple[Width, ...]:
-    """Layers and logits of each width, in each dtype; the first dtype in more detail."""
-    widths = []
-    for hidden_size, number in effort.widths:
-        matmul, head = {}, {}
-        for dtype in dtypes:
-            best = dtype == dtypes[0]
-            layers = Layers(device, hidden_size, number if best else 2, dtype, effort)
-            matmul[dtype] = Rate(layers.points(effort.tokens if best else effort.few_tokens, overhead_s), SOURCE)
-            rows = effort.rows if best else effort.few_rows
-            head[dtype] = Rate(head_points(device, hidden_size, dtype, rows, effort), SOURCE)
-        widths.append(Width(hidden_size=hidden_size, matmul=matmul, head=head))
-    return tuple(widths)
-
-
-def small_layer_seconds(device: Device, dtype: str, effort: Effort) -> float:
-    """A layer that is too small to compute anything, without its attention."""
-    return Layers(device, effort.head_size, 2, dtype, effort).seconds(1)
+    return curve([(count, row_flops * count, seconds(count)) for count in rows])
 
 
 def _first(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001

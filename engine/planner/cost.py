@@ -128,6 +128,8 @@ class PassModel:
         self._item = DTYPE_BYTES[plan.dtype]
         self._matmul = hardware.matmul_rate(plan.dtype, shape.hidden_size)
         self._head = hardware.head_rate(plan.dtype, shape.hidden_size)
+        self._prompt_attention = hardware.prompt_rate(shape.hidden_size)
+        self._decode_attention = hardware.decode_rate(shape.hidden_size)
         # A weight takes part in one multiplication and one addition a token.
         self._layer_flops = [
             2 * stored.unit_bytes[layer_name(index)] / DTYPE_BYTES[stored.dtype] for index in range(shape.num_layers)
@@ -145,6 +147,10 @@ class PassModel:
         self._weight_bytes = {tier: sum(size for home, size in homes if home is tier) for tier in TierName}
         self._transfer_bytes = max(size for _, size in homes)
         self._shares_host = hardware.shares_host_memory
+        # What compute cannot address where it lies passes through scratch.
+        self._brought_share = self._kv_share[TierName.DISK] + (
+            0.0 if self._shares_host else self._kv_share[TierName.HOST]
+        )
         self._host_attends = host_attention and not self._shares_host and hardware.host_attention is not None
 
     @property
@@ -200,13 +206,17 @@ class PassModel:
         compute_s += self._in_parts(self._head, self._head_flops, load.logits_rows, self._plan.logits_rows)
         pair_flops = 4 * self._shape.num_heads * self._shape.head_size * layers
         prompt_length = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 0.0
-        compute_s += hardware.prompt_attention.seconds(pair_flops * load.prompt_pairs, prompt_length)
+        compute_s += self._prompt_attention.seconds(pair_flops * load.prompt_pairs, prompt_length)
         on_host = self._kv_share[TierName.HOST] + self._kv_share[TierName.DISK] if self._host_attends else 0.0
         read = load.looked_back * self._token_bytes
         size = read / load.decode_tokens / layers if load.decode_tokens else 0.0
-        compute_s += hardware.decode_attention.seconds(read * (1 - on_host), size)
+        scratch = hardware.scratch_attention
+        brought = 0.0 if on_host or scratch is None else self._brought_share
+        if scratch is not None:
+            compute_s += scratch.seconds(read * brought, size)
+        compute_s += self._decode_attention.seconds(read * (1 - on_host - brought), size)
         compute_s += hardware.layer_overhead.value * layers * batches
-        segments = load.prompt_segments + load.decode_tokens * (1 - on_host)
+        segments = load.prompt_segments + load.decode_tokens * (1 - on_host - brought)
         compute_s += hardware.segment_overhead.value * layers * segments
         compute_s += hardware.sequence_overhead.value * (load.prompt_segments + load.decode_tokens)
         host_s = hardware.host_attention.seconds(read * on_host, size) if hardware.host_attention and on_host else 0.0
@@ -269,7 +279,7 @@ class PassModel:
 
     def _busy_share(self, lane: LaneName) -> float:
         if lane is LaneName.DEVICE_COMPUTE:
-            return self._hardware.matmul_rate(self._plan.dtype).busy_share
+            return self._matmul.busy_share
         if lane is LaneName.HOST_COMPUTE:
             return self._hardware.host_attention.busy_share if self._hardware.host_attention else 1.0
         return self._hardware.lanes[lane].busy_share

@@ -111,6 +111,8 @@ class Width:
     """By dtype: FLOP/s of a layer's products, norms and residuals included, over the tokens of a micro-batch."""
     head: Mapping[str, Rate]
     """By dtype: FLOP/s of logits, the choice of a token included, over the rows computed together."""
+    prompt_attention: Rate
+    decode_attention: Rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +147,9 @@ class Hardware:
     """Seconds that a sequence costs in each pass, beside its layers."""
     widths: tuple[Width, ...] = ()
     """By hidden size, ascending; empty: ``matmul`` holds for all, and for logits, too."""
+    scratch_attention: Rate | None = None
+    """As ``decode_attention``, over keys and values that pass through a scratch buffer, without the time of the lanes
+    that bring them, but with ``segment_overhead``; ``None``: nobody measured it, and it is taken to be the same."""
     kv_lanes: Mapping[LaneName, Rate] = field(default_factory=dict)
     """Lanes on which keys and values move at another rate than weights do: through a spill file and the page cache,
     over the bytes that one sequence moves in one layer."""
@@ -186,6 +191,16 @@ class Hardware:
         curves = {width.hidden_size: width.head[dtype] for width in self.widths if dtype in width.head}
         return between(curves, hidden_size) if curves else self.matmul_rate(dtype, hidden_size)
 
+    def prompt_rate(self, hidden_size: int) -> Rate:
+        """Attention over prompts on the device."""
+        curves = {width.hidden_size: width.prompt_attention for width in self.widths}
+        return between(curves, hidden_size) if curves else self.prompt_attention
+
+    def decode_rate(self, hidden_size: int) -> Rate:
+        """Decode attention on the device."""
+        curves = {width.hidden_size: width.decode_attention for width in self.widths}
+        return between(curves, hidden_size) if curves else self.decode_attention
+
     def kv_rate(self, lane: LaneName) -> Rate:
         """A lane for keys and values."""
         return self.kv_lanes.get(lane, self.lanes[lane])
@@ -195,7 +210,7 @@ class Hardware:
         found: dict[str, Figure | Rate] = {f"capacity.{tier}": figure for tier, figure in self.capacity.items()}
         found |= {f"matmul.{dtype}": rate for dtype, rate in self.matmul.items()}
         found |= {f"lanes.{lane}": rate for lane, rate in self.lanes.items()}
-        for name in ("prompt_attention", "decode_attention", "host_attention"):
+        for name in ("prompt_attention", "decode_attention", "host_attention", "scratch_attention"):
             rate = getattr(self, name)
             if rate is not None:
                 found[name] = rate
@@ -204,6 +219,8 @@ class Hardware:
         for width in self.widths:
             found |= {f"widths.{width.hidden_size}.matmul.{dtype}": rate for dtype, rate in width.matmul.items()}
             found |= {f"widths.{width.hidden_size}.head.{dtype}": rate for dtype, rate in width.head.items()}
+            found[f"widths.{width.hidden_size}.prompt_attention"] = width.prompt_attention
+            found[f"widths.{width.hidden_size}.decode_attention"] = width.decode_attention
         return found | {f"kv_lanes.{lane}": rate for lane, rate in self.kv_lanes.items()}
 
     def to_json(self) -> dict[str, object]:
@@ -231,9 +248,12 @@ class Hardware:
                     "hidden_size": width.hidden_size,
                     "matmul": {dtype: _rate_json(rate) for dtype, rate in width.matmul.items()},
                     "head": {dtype: _rate_json(rate) for dtype, rate in width.head.items()},
+                    "prompt_attention": _rate_json(width.prompt_attention),
+                    "decode_attention": _rate_json(width.decode_attention),
                 }
                 for width in self.widths
             ],
+            "scratch_attention": None if self.scratch_attention is None else _rate_json(self.scratch_attention),
             "kv_lanes": {str(lane): _rate_json(rate) for lane, rate in self.kv_lanes.items()},
         }
 
@@ -272,6 +292,7 @@ class Hardware:
                 # The shipped presets, whose other figures contain these, have none of them.
                 sequence_overhead=top.figure("sequence_overhead") if top.has("sequence_overhead") else _CONTAINED,
                 widths=tuple(width.width() for width in top.items("widths")) if top.has("widths") else (),
+                scratch_attention=top.rate("scratch_attention") if top.is_given("scratch_attention") else None,
                 kv_lanes=_lanes(top.at("kv_lanes")) if top.has("kv_lanes") else {},
             )
         except ValueError as error:
@@ -328,6 +349,9 @@ class _Reader:
     def has(self, key: str) -> bool:
         return key in self._data
 
+    def is_given(self, key: str) -> bool:
+        return self._data.get(key) is not None
+
     def items(self, key: str) -> "list[_Reader]":
         values = self._get(key)
         if not isinstance(values, list):
@@ -340,6 +364,8 @@ class _Reader:
             hidden_size=int(self.number("hidden_size")),
             matmul={dtype: matmul.rate(dtype) for dtype in DTYPES if matmul.has(dtype)},
             head={dtype: head.rate(dtype) for dtype in DTYPES if head.has(dtype)},
+            prompt_attention=self.rate("prompt_attention"),
+            decode_attention=self.rate("decode_attention"),
         )
 
     def at(self, key: str) -> "_Reader":
