@@ -3,17 +3,18 @@
 import platform
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from engine.devices.base import Device
 from engine.devices.open import facts_of
-from engine.measure.disk import Reading, copies, disk_reads, disk_writes, scratch_folder, scratch_units
+from engine.measure.disk import copies, disk_writes, scratch_folder, small_reads
 from engine.measure.effort import FULL, QUICK, SOURCE, Effort, Points
 from engine.measure.identity import identity_of
 from engine.measure.overheads import overheads
-from engine.measure.widths import width_of
+from engine.measure.widths import least_segment_s, width_of
 from engine.memory.lane import LaneName
 from engine.planner.hardware import Figure, Hardware, Rate
 from engine.planner.machine import free_disk_space
@@ -35,22 +36,23 @@ def measure(device: Device, folder: Path, *, effort: Effort = FULL, say: Say = l
         say("overheads")
         found = overheads(device, dtypes[0], scratch, effort)
         with torch.inference_mode(), device.computing():
-            with scratch_units(scratch, effort) as files:
-                say("disk")
-                reads = disk_reads(files, device, effort)
-                reading = Reading(files, device, effort)
-                widths, spills = [], []
-                for width in effort.widths:
-                    say(f"layers of width {width[0]}")
-                    one, spill = width_of(device, width, dtypes, found, scratch, effort, reading.share_of)
-                    widths.append(one)
-                    spills.append(spill)
+            found = replace(found, of_segment=least_segment_s(device, dtypes[0], found, scratch, effort))
+            say("disk")
+            reads = [small_reads(scratch, dtypes[0], device, effort)]
+            widths, spills, shares = [], [], []
+            for width in effort.widths:
+                say(f"layers of width {width[0]}")
+                one, spill, from_disk = width_of(device, width, dtypes, found, scratch, effort)
+                widths.append(one)
+                spills.append(spill)
+                reads.append((float(from_disk.layer_bytes), from_disk.read_rate))
+                shares.append(from_disk.read_share)
             say("links")
             writes = disk_writes(scratch, effort)
             to_device, to_host = (
                 copies(device, lane, effort) for lane in (LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
             )
-    disk_share = min(reading.shares)
+    disk_share = min(shares)
     return Hardware(
         name="this machine",
         description=f"{device.name} on {platform.node()}, measured {time.strftime('%Y-%m-%d %H:%M')}",
@@ -66,7 +68,7 @@ def measure(device: Device, folder: Path, *, effort: Effort = FULL, say: Say = l
         decode_attention=widths[-1].decode_attention,
         host_attention=None,
         lanes={
-            LaneName.DISK_READ: Rate(reads, SOURCE, busy_share=disk_share),
+            LaneName.DISK_READ: Rate(tuple(reads), SOURCE, busy_share=disk_share),
             LaneName.DISK_WRITE: Rate(writes, SOURCE, busy_share=disk_share),
             LaneName.HOST_TO_DEVICE: Rate(to_device, SOURCE),
             LaneName.DEVICE_TO_HOST: Rate(to_host, SOURCE),

@@ -50,14 +50,23 @@ def decode_points(cache: "Cache", overheads: Overheads) -> Points:
     """``(bytes of a sequence's layer, bytes/s)``."""
     measured = []
     for length in cache.effort.lengths:
-        number = max(2, min(cache.effort.sequences, cache.effort.cached_tokens // length))
-        with cache.prompts(number, length) as prompts:
-            for prompt in prompts:  # untouched memory would be read faster than any
-                cache.fill([prompt])
-            steps = [Segment(prompt.sequence, length - 1, 1, keeps_kv=True) for prompt in prompts]
-            num_bytes = cache.layer_token_bytes * length
-            measured.append((num_bytes, num_bytes, without(cache.seconds(steps) / number, overheads.of_segment)))
+        num_bytes = cache.layer_token_bytes * length
+        measured.append((num_bytes, num_bytes, without(_decode_s(cache, length), overheads.of_segment)))
     return curve(measured)
+
+
+def least_decode_s(cache: "Cache") -> float:
+    """Of one sequence in one layer, however short it is."""
+    return min(_decode_s(cache, length) for length in cache.effort.lengths[:3])
+
+
+def _decode_s(cache: "Cache", length: int) -> float:
+    number = max(2, min(cache.effort.sequences, cache.effort.cached_tokens // length))
+    with cache.prompts(number, length) as prompts:
+        for prompt in prompts:  # untouched memory would be read faster than any
+            cache.fill([prompt])
+        steps = [Segment(prompt.sequence, length - 1, 1, keeps_kv=True) for prompt in prompts]
+        return cache.seconds(steps) / number
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,11 @@ class Effort:
     cached_tokens: int = 16384
     """In the KV cache of each of these layers, at most: as with the weights, more than caches hold."""
     cached_layers: int = 4
-    transfers: tuple[int, ...] = (4 * MIB, 32 * MIB, 96 * MIB)
-    transfer_total: int = 384 * MIB
+    streamed_bytes: int = 384 * MIB
+    """Of the files of each width that are read from the disk, more or less."""
+    small_transfer: int = 4 * MIB
+    copies: tuple[int, ...] = (4 * MIB, 32 * MIB, 96 * MIB)
+    """Bytes brought to the device, and back, at a time."""
     small_layers: tuple[int, int] = (4, 16)
     """Depths of two models that are too small to compute anything: what differs is the overhead of a layer."""
     small_steps: int = 24
@@ -51,7 +54,8 @@ FULL = Effort()
 QUICK = Effort(
     widths=((64, 2), (128, 2)), head_size=16, vocabulary=512, tokens=(1, 32), few_tokens=(1, 32), rows=(1, 4),
     few_rows=(1,), lengths=(8, 16), spilled=(8,), sequences=2, cached_tokens=64, cached_layers=2,
-    transfers=(MIB, 2 * MIB), transfer_total=4 * MIB, small_layers=(2, 4), small_steps=4, figure_s=0.001, busy_s=0.02,
+    streamed_bytes=MIB, small_transfer=MIB // 16, copies=(MIB, 2 * MIB),
+    small_layers=(2, 4), small_steps=4, figure_s=0.001, busy_s=0.02,
 )  # fmt: skip
 """For tests."""
 

@@ -3,7 +3,7 @@
 Norms and residuals are in proportion to tokens, as products are, so their time is counted as the products'.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 
 import torch
@@ -56,8 +56,8 @@ class Layers:
     """Layers with weights of their own, computed one after the other, so that weights come from where a model's do."""
 
     def __init__(self, device: Device, hidden_size: int, number: int, dtype: str, effort: Effort) -> None:
-        self._device = device
-        self._dtype = dtype
+        self.device = device
+        self.dtype = dtype
         self._effort = effort
         self.family = family_of(hidden_size, effort)
         name = layer_name(0)
@@ -66,15 +66,17 @@ class Layers:
         self._weights: Iterator[NamedWeights] = cycle([first, *others])
         self.token_flops = unit_flops(self.family, name, dtype)
 
-    def seconds(self, tokens: int, attend: Attend | None = None, budget_s: float | None = None) -> float:
+    def work(self, tokens: int, attend: Attend | None = None) -> Callable[[NamedWeights], object]:
         """One layer for so many tokens, with attention if there is any."""
-        kind: torch.dtype = getattr(torch, self._dtype)
-        rows = padded_rows(tokens, kind, self._device.torch_device)
-        hidden_TD = torch.randn(rows, self.family.shape.hidden_size).to(dtype=kind, device=self._device.torch_device)
-        budget_s = self._effort.figure_s if budget_s is None else budget_s
-        return timed(
-            self._device, lambda: self.family.layer(next(self._weights), hidden_TD, attend or _first), budget_s
-        )
+        kind: torch.dtype = getattr(torch, self.dtype)
+        rows = padded_rows(tokens, kind, self.device.torch_device)
+        hidden_TD = torch.randn(rows, self.family.shape.hidden_size).to(dtype=kind, device=self.device.torch_device)
+        return lambda weights: self.family.layer(weights, hidden_TD, attend or _first)
+
+    def seconds(self, tokens: int, attend: Attend | None = None, budget_s: float | None = None) -> float:
+        """Of that, each layer in turn."""
+        work = self.work(tokens, attend)
+        return timed(self.device, lambda: work(next(self._weights)), budget_s or self._effort.figure_s)
 
 
 def curve(measured: Sequence[tuple[float, float, float]]) -> Points:

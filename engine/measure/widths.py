@@ -1,21 +1,19 @@
 """All that depends on a model's width: layers, logits and attention."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from engine.devices.base import Device
-from engine.measure.attention import Cache, Spilled, cache_in, decode_points, prompt_points, spilled
+from engine.measure.attention import Cache, Spilled, cache_in, decode_points, least_decode_s, prompt_points, spilled
 from engine.measure.effort import SOURCE, Effort, Points
 from engine.measure.overheads import Overheads
 from engine.measure.products import Layers, curve, head_points, without
+from engine.measure.streaming import Streamed, streamed
 from engine.planner.hardware import Rate, Width
 from engine.planner.plan import TierName
 
+_LEAST_SHARE = 0.9
 _LONGEST_PROMPT = 256
 """Tokens of the prompts in a pass whose layers are measured."""
-
-ShareOf = Callable[[Callable[[], float]], float]
-"""What is left of compute, timed by its argument, while the disk is read."""
 
 
 def width_of(
@@ -25,8 +23,7 @@ def width_of(
     overheads: Overheads,
     folder: Path,
     effort: Effort,
-    share_of: ShareOf,
-) -> tuple[Width, Spilled]:
+) -> tuple[Width, Spilled, Streamed]:
     """One width, in each dtype; the first dtype in more detail."""
     hidden_size, number = width
     best = dtypes[0]
@@ -35,7 +32,7 @@ def width_of(
         decode = Rate(decode_points(cache, overheads), SOURCE)
         layers = Layers(device, hidden_size, number, best, effort)
         points = _layer_points(layers, cache, prompt, overheads, effort)
-        share = share_of(lambda: _seconds(layers, cache, min(_LONGEST_PROMPT, max(effort.tokens)), effort.busy_s)[0])
+        share, from_disk = _beside_reads(layers, cache, folder, effort)
         matmul = {best: Rate(points, SOURCE, busy_share=share)}
     del layers
     head = {best: Rate(head_points(device, hidden_size, best, effort.rows, effort), SOURCE)}
@@ -46,9 +43,17 @@ def width_of(
         head[dtype] = Rate(head_points(device, hidden_size, dtype, effort.few_rows, effort), SOURCE)
     with cache_in(TierName.DISK, device, best, hidden_size, folder, effort) as cache:
         found = spilled(cache)
-    return Width(
-        hidden_size=hidden_size, matmul=matmul, head=head, prompt_attention=prompt, decode_attention=decode
-    ), found
+    return (
+        Width(hidden_size=hidden_size, matmul=matmul, head=head, prompt_attention=prompt, decode_attention=decode),
+        found,
+        from_disk,
+    )
+
+
+def least_segment_s(device: Device, dtype: str, overheads: Overheads, folder: Path, effort: Effort) -> float:
+    """Overhead of a segment, which is no more than most of what the shortest sequences take in the narrowest model."""
+    with cache_in(TierName.DEVICE, device, dtype, effort.widths[0][0], folder, effort) as cache:
+        return min(overheads.of_segment, _LEAST_SHARE * least_decode_s(cache))
 
 
 def _layer_points(layers: Layers, cache: Cache, prompt: Rate, overheads: Overheads, effort: Effort) -> Points:
@@ -70,3 +75,14 @@ def _seconds(layers: Layers, cache: Cache, tokens: int, budget_s: float) -> tupl
     number = max(1, tokens // length)
     with cache.prompts(number, length) as prompts:
         return layers.seconds(tokens, cache.attend(prompts), budget_s), number, length
+
+
+def _beside_reads(layers: Layers, cache: Cache, folder: Path, effort: Effort) -> tuple[float, Streamed]:
+    """What is left of a layer's speed while others are read from the disk."""
+    tokens = min(_LONGEST_PROMPT, max(effort.tokens))
+    alone_s, number, length = _seconds(layers, cache, tokens, effort.figure_s)
+    with cache.prompts(number, length) as prompts:
+        compute = layers.work(tokens, cache.attend(prompts))
+        hidden_size = layers.family.shape.hidden_size
+        found = streamed(layers.device, layers.dtype, hidden_size, compute, folder, effort)
+    return min(1.0, alone_s / found.layer_s), found

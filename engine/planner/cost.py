@@ -524,6 +524,21 @@ class _Run:
             logits_rows=tokens,
         )
 
+    def _balanced(self) -> tuple[float, float]:
+        """Compute seconds of a prompt token where a pass carries as many as it can, and how many the links hide then.
+
+        A pass that carries few takes longer for each; what an engine has seen of the former, it goes by.
+        """
+        requests = min(
+            self._plan.tokens_per_pass / self._starting.prompt_tokens,
+            self._room / self._reserved,
+            float(self._workload.requests),
+        )
+        cost = self._model.cost(self._starting.scaled(requests))
+        prompt_s = cost.lane_seconds[LaneName.DEVICE_COMPUTE] / (requests * self._starting.prompt_tokens)
+        links_s = max(cost.lane_seconds[lane] for lane in LINKS)
+        return prompt_s, links_s / prompt_s if links_s else math.inf
+
     def _simulate(self, steady: PassCost) -> tuple[float, float]:
         """Passes and seconds, as the scheduler fills passes: decode tokens first, then prompts that find room.
 
@@ -531,7 +546,7 @@ class _Run:
         """
         total, seconds, skipped = float(self._workload.requests), 0.0, 0.0
         begun = [0.0]  # requests admitted up to and including each pass, from pass 1
-        balance = prompt_s = math.inf
+        prompt_s, balance = self._balanced()
         while True:
             now = len(begun) - 1
             running = [
@@ -554,7 +569,9 @@ class _Run:
                 max(0.0, self._plan.tokens_per_pass - decoding.tokens) / self._starting.prompt_tokens,
             )
             if waiting * self._reserved > room:
-                admitted = min(admitted, max(MIN_BALANCED_PROMPT_TOKENS, balance) / self._starting.prompt_tokens)
+                # Where nobody decodes, nobody is kept waiting: a whole prompt begins.
+                least = MIN_BALANCED_PROMPT_TOKENS if decoding.tokens else self._starting.prompt_tokens
+                admitted = min(admitted, max(least, balance) / self._starting.prompt_tokens)
             cost = self._model.cost(decoding + self._starting.scaled(admitted))
             seconds += cost.seconds
             begun.append(begun[now] + admitted)
