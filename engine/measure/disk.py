@@ -77,19 +77,23 @@ def _write_unit(path: Path, name: str, layout: UnitLayout, dtype: str) -> UnitEn
     return UnitEntry(name, name, layout.num_bytes, f"sha256:{digest.hexdigest()}", layout.tensors)
 
 
-def read_rate(files: WeightFiles, names: Sequence[str], device: Device) -> float:
+def read_rate(files: WeightFiles, names: Sequence[str], device: Device, effort: Effort) -> float:
     """Bytes/s of reading units one after the other, into two buffers in turn, as staging does.
 
-    Each file's first read, which checks it, does not count; nor what many disks are faster at first.
+    A file's first read, which checks it, does not count; nor does the first half of the time, in which many disks are
+    faster than they can go on being.
     """
     size = max(files.num_bytes(name) for name in names)
     buffers = cycle([device.allocate_host(size) for _ in range(2)])
-    found = []
-    for _ in range(_REPEATS + 1):
+    for name in names:
+        files.read_unit(name, next(buffers))
+    found: list[float] = []
+    until = time.perf_counter() + effort.busy_s
+    while len(found) < 2 or time.perf_counter() < until:
         start = time.perf_counter()
         done = sum(files.read_unit(name, next(buffers)) for name in names)
         found.append(done / (time.perf_counter() - start))
-    return median(found[1:])
+    return median(found[len(found) // 2 :])
 
 
 def small_reads(folder: Path, dtype: str, device: Device, effort: Effort) -> tuple[float, float]:
@@ -97,7 +101,7 @@ def small_reads(folder: Path, dtype: str, device: Device, effort: Effort) -> tup
     number = max(2, effort.streamed_bytes // 4 // effort.small_transfer)
     units = {f"unit.{index}": UnitLayout({}, effort.small_transfer) for index in range(number)}
     with unit_files(folder / "small-units", units, dtype) as files:
-        return float(effort.small_transfer), read_rate(files, list(units), device)
+        return float(effort.small_transfer), read_rate(files, list(units), device, effort)
 
 
 def disk_writes(folder: Path, effort: Effort) -> Points:

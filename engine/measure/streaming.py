@@ -54,7 +54,7 @@ def streamed(device: Device, dtype: str, hidden_size: int, compute: Compute, fol
     nothing = UnitLayout({}, UnitLayout.of(replace(spec, tensors=()), dtype).num_bytes)
     units = {EMBED: nothing, **dict.fromkeys(layers, layout), HEAD: nothing}
     with unit_files(folder / f"width-{hidden_size}", units, dtype) as files:
-        alone = read_rate(files, layers, device)
+        alone = read_rate(files, layers, device, effort)
         sizes = {name: unit.num_bytes for name, unit in units.items()}
         rate, layer_s = _together(device, dtype, family.shape.hidden_size, sizes, files, compute, effort)
     return Streamed(layout.num_bytes, alone, min(1.0, rate / alone), layer_s)

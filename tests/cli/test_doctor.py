@@ -68,7 +68,7 @@ def test_a_measured_machine_is_kept_and_told(home: Path, run: Run, little: None)
     assert profile["device"] == "cpu"
     check = by_name(done.stdout)["profile"]
     assert (check["status"], "cpu on" in check["detail"]) == ("ok", True)
-    assert "measuring products" in done.stderr
+    assert "measuring disk" in done.stderr
     assert list((home / "spill").iterdir()) == []
 
 
@@ -95,12 +95,16 @@ def test_a_home_that_cannot_be_written_is_one_sentence(home: Path, run: Run, lit
     assert str(home) in done.stderr
 
 
-def test_a_home_that_is_a_file_is_one_sentence(home: Path, run: Run, little: None) -> None:
-    home.write_text("")
+def test_a_folder_that_cannot_be_made_is_one_sentence(
+    home: Path, run: Run, little: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("notes").write_text("")
+    monkeypatch.setenv("OVERNIGHT_SPILL", str(Path("notes").resolve()))
     done = run("doctor", "--measure", "--device", "cpu")
     assert done.exit_code == 1
     assert done.stderr.count("\n") == 1
-    assert str(home) in done.stderr
+    assert "notes" in done.stderr
+    assert not home.exists()
 
 
 def test_a_device_is_named_only_to_measure_it(home: Path, run: Run) -> None:

@@ -29,6 +29,7 @@ def measured(folder: Path) -> Hardware:
 def test_every_figure_is_there_and_above_nothing(measured: Hardware) -> None:
     figures = measured.figures()
     assert {f"lanes.{lane}" for lane in LINKS} <= set(figures)
+    assert {"scratch_attention", "widths.64.decode_attention", "widths.128.prompt_attention"} <= set(figures)
     assert {"kv_lanes.disk_read", "kv_lanes.disk_write", "sequence_overhead", "prompt_attention"} <= set(figures)
     for place, figure in figures.items():
         if isinstance(figure, Rate):
@@ -57,7 +58,7 @@ def test_nothing_is_left_in_the_folder_nor_of_threads(measured: Hardware, folder
 
 def test_an_interrupted_measurement_leaves_nothing(tmp_path: Path) -> None:
     def interrupted(what: str) -> None:
-        if what == "attention":
+        if what == "links":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -151,8 +152,10 @@ def test_a_width_in_between_is_between(
 
 def test_what_a_width_lacks_comes_from_elsewhere(measured: Hardware) -> None:
     one = Rate.constant(1.0, "a test")
-    narrow = Width(hidden_size=64, matmul={"bfloat16": one}, head={})
+    narrow = Width(hidden_size=64, matmul={"bfloat16": one}, head={}, prompt_attention=one, decode_attention=one)
     hardware = replace(measured, widths=(narrow,), sequence_overhead=Figure(0, "a test"), kv_lanes={})
+    assert hardware.prompt_rate(768) == hardware.decode_rate(768) == one
+    assert replace(measured, widths=()).prompt_rate(768) == measured.prompt_attention
     assert hardware.matmul_rate("bfloat16", 768) == one
     assert hardware.head_rate("bfloat16", 768) == one
     assert hardware.matmul_rate("float32", 768) == measured.matmul["float32"]
