@@ -15,7 +15,7 @@ from engine.memory.lane import LaneName
 from engine.model.family import HEAD, ModelShape, layer_name
 from engine.passes import Segment
 from engine.planner.default import StoredWeights, kv_bytes_per_token
-from engine.planner.hardware import LINKS, Hardware
+from engine.planner.hardware import LINKS, Hardware, Rate
 from engine.planner.plan import DTYPE_BYTES, Plan, Shares, TierName
 from engine.planner.workload import Lengths, Workload
 
@@ -126,7 +126,10 @@ class PassModel:
         self._plan = plan
         self._overlap = overlap
         self._item = DTYPE_BYTES[plan.dtype]
-        self._matmul = hardware.matmul_rate(plan.dtype)
+        self._matmul = hardware.matmul_rate(plan.dtype, shape.hidden_size)
+        self._head = hardware.head_rate(plan.dtype, shape.hidden_size)
+        self._prompt_attention = hardware.prompt_rate(shape.hidden_size)
+        self._decode_attention = hardware.decode_rate(shape.hidden_size)
         # A weight takes part in one multiplication and one addition a token.
         self._layer_flops = [
             2 * stored.unit_bytes[layer_name(index)] / DTYPE_BYTES[stored.dtype] for index in range(shape.num_layers)
@@ -144,6 +147,10 @@ class PassModel:
         self._weight_bytes = {tier: sum(size for home, size in homes if home is tier) for tier in TierName}
         self._transfer_bytes = max(size for _, size in homes)
         self._shares_host = hardware.shares_host_memory
+        # What compute cannot address where it lies passes through scratch.
+        self._brought_share = self._kv_share[TierName.DISK] + (
+            0.0 if self._shares_host else self._kv_share[TierName.HOST]
+        )
         self._host_attends = host_attention and not self._shares_host and hardware.host_attention is not None
 
     @property
@@ -157,12 +164,11 @@ class PassModel:
         weights, kv, activations = self._link_bytes(load)
         lane_bytes: dict[LaneName, float] = {}
         lane_seconds: dict[LaneName, float] = {LaneName.DEVICE_COMPUTE: compute_s, LaneName.HOST_COMPUTE: host_s}
-        kv_transfer = self._kv_transfer_bytes(load)
         batch_bytes = self._hidden_bytes * load.tokens / self._batches(load.tokens)
         waits_s = 0.0
         for lane in LINKS:
             rate = self._hardware.lanes[lane]
-            kv_s = rate.seconds(kv[lane], kv_transfer)
+            kv_s = self._kv_seconds(lane, kv[lane], load)
             activations_s = rate.seconds(activations[lane], batch_bytes)
             lane_bytes[lane] = weights[lane] + kv[lane] + activations[lane]
             lane_seconds[lane] = rate.seconds(weights[lane], self._transfer_bytes) + kv_s + activations_s
@@ -186,23 +192,33 @@ class PassModel:
     def _batches(self, tokens: float) -> int:
         return max(1, math.ceil(tokens / self._plan.micro_batch - 1e-9))
 
+    @staticmethod
+    def _in_parts(rate: Rate, flops: float, number: float, most: int) -> float:
+        """Seconds of so many tokens or rows of so many FLOP each: as many full parts as there are, and the rest."""
+        full, rest = divmod(number, most)
+        return rate.seconds(full * most * flops, most) + rate.seconds(rest * flops, rest)
+
     def _compute_seconds(self, load: PassLoad) -> tuple[float, float]:
         """Busy seconds of the device and of the host."""
         hardware, layers = self._hardware, self._shape.num_layers
         batches = self._batches(load.tokens)
-        compute_s = self._matmul.seconds(sum(self._layer_flops) * load.tokens, load.tokens / batches)
-        rows_at_once = min(load.logits_rows, self._plan.logits_rows)
-        compute_s += self._matmul.seconds(self._head_flops * load.logits_rows, rows_at_once)
+        compute_s = self._in_parts(self._matmul, sum(self._layer_flops), load.tokens, self._plan.micro_batch)
+        compute_s += self._in_parts(self._head, self._head_flops, load.logits_rows, self._plan.logits_rows)
         pair_flops = 4 * self._shape.num_heads * self._shape.head_size * layers
         prompt_length = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 0.0
-        compute_s += hardware.prompt_attention.seconds(pair_flops * load.prompt_pairs, prompt_length)
+        compute_s += self._prompt_attention.seconds(pair_flops * load.prompt_pairs, prompt_length)
         on_host = self._kv_share[TierName.HOST] + self._kv_share[TierName.DISK] if self._host_attends else 0.0
         read = load.looked_back * self._token_bytes
         size = read / load.decode_tokens / layers if load.decode_tokens else 0.0
-        compute_s += hardware.decode_attention.seconds(read * (1 - on_host), size)
+        scratch = hardware.scratch_attention
+        brought = 0.0 if on_host or scratch is None else self._brought_share
+        if scratch is not None:
+            compute_s += scratch.seconds(read * brought, size)
+        compute_s += self._decode_attention.seconds(read * (1 - on_host - brought), size)
         compute_s += hardware.layer_overhead.value * layers * batches
-        segments = load.prompt_segments + load.decode_tokens * (1 - on_host)
+        segments = load.prompt_segments + load.decode_tokens * (1 - on_host - brought)
         compute_s += hardware.segment_overhead.value * layers * segments
+        compute_s += hardware.sequence_overhead.value * (load.prompt_segments + load.decode_tokens)
         host_s = hardware.host_attention.seconds(read * on_host, size) if hardware.host_attention and on_host else 0.0
         return compute_s, host_s
 
@@ -235,11 +251,19 @@ class PassModel:
                 activations[LaneName.DISK_READ] = activations[LaneName.DISK_WRITE] = num_bytes
         return weights, kv, activations
 
-    def _kv_transfer_bytes(self, load: PassLoad) -> float:
-        """One layer of one extent; for what decoding does not move, of a prompt."""
-        segments = load.decode_tokens or load.prompt_segments
-        tokens = (load.moved if load.decode_tokens else load.prompt_tokens) / segments if segments else 0.0
-        return max(1.0, min(tokens, self._plan.extent_tokens) * self._layer_token_bytes)
+    def _kv_seconds(self, lane: LaneName, num_bytes: float, load: PassLoad) -> float:
+        """For keys and values on a lane: read extent by extent, written as they are computed, layer by layer."""
+        if not num_bytes:
+            return 0.0
+        rate = self._hardware.kv_rate(lane)
+        if lane in (LaneName.DISK_READ, LaneName.HOST_TO_DEVICE):
+            segments = load.decode_tokens or load.prompt_segments
+            tokens = (load.moved if load.decode_tokens else load.prompt_tokens) / segments if segments else 0.0
+            return rate.seconds(num_bytes, max(1.0, min(tokens, self._plan.extent_tokens) * self._layer_token_bytes))
+        decoded = num_bytes * load.decode_tokens / load.tokens
+        prompt = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 1.0
+        size = min(max(1.0, prompt), self._plan.extent_tokens) * self._layer_token_bytes
+        return rate.seconds(decoded, self._layer_token_bytes) + rate.seconds(num_bytes - decoded, size)
 
     def _longest(self, lane_seconds: Mapping[LaneName, float], compute_s: float) -> float:
         """Seconds until the last lane ends. While others work, each runs at what contention leaves it of its rate."""
@@ -295,7 +319,7 @@ def compute_ceiling_per_s(
     """Generated tokens per second if nothing took time but products with the layers' weights: no plan exceeds it."""
     flops = sum(2 * stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers))
     tokens = workload.mean(lambda each: each.reserved)
-    fastest = max(rate for _, rate in hardware.matmul_rate(dtype).points)
+    fastest = max(rate for _, rate in hardware.matmul_rate(dtype, shape.hidden_size).points)
     generated = workload.generated / workload.requests
     return generated * fastest * DTYPE_BYTES[stored.dtype] / (flops * tokens)
 
@@ -500,6 +524,21 @@ class _Run:
             logits_rows=tokens,
         )
 
+    def _balanced(self) -> tuple[float, float]:
+        """Compute seconds of a prompt token where a pass carries as many as it can, and how many the links hide then.
+
+        A pass that carries few takes longer for each; what an engine has seen of the former, it goes by.
+        """
+        requests = min(
+            self._plan.tokens_per_pass / self._starting.prompt_tokens,
+            self._room / self._reserved,
+            float(self._workload.requests),
+        )
+        cost = self._model.cost(self._starting.scaled(requests))
+        prompt_s = cost.lane_seconds[LaneName.DEVICE_COMPUTE] / (requests * self._starting.prompt_tokens)
+        links_s = max(cost.lane_seconds[lane] for lane in LINKS)
+        return prompt_s, links_s / prompt_s if links_s else math.inf
+
     def _simulate(self, steady: PassCost) -> tuple[float, float]:
         """Passes and seconds, as the scheduler fills passes: decode tokens first, then prompts that find room.
 
@@ -507,7 +546,7 @@ class _Run:
         """
         total, seconds, skipped = float(self._workload.requests), 0.0, 0.0
         begun = [0.0]  # requests admitted up to and including each pass, from pass 1
-        balance = prompt_s = math.inf
+        prompt_s, balance = self._balanced()
         while True:
             now = len(begun) - 1
             running = [
@@ -530,7 +569,9 @@ class _Run:
                 max(0.0, self._plan.tokens_per_pass - decoding.tokens) / self._starting.prompt_tokens,
             )
             if waiting * self._reserved > room:
-                admitted = min(admitted, max(MIN_BALANCED_PROMPT_TOKENS, balance) / self._starting.prompt_tokens)
+                # Where nobody decodes, nobody is kept waiting: a whole prompt begins.
+                least = MIN_BALANCED_PROMPT_TOKENS if decoding.tokens else self._starting.prompt_tokens
+                admitted = min(admitted, max(least, balance) / self._starting.prompt_tokens)
             cost = self._model.cost(decoding + self._starting.scaled(admitted))
             seconds += cost.seconds
             begun.append(begun[now] + admitted)

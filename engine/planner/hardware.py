@@ -38,6 +38,9 @@ class Figure:
             raise ValueError(f"a figure must be a number of 0 or more, not {self.value}")
 
 
+_CONTAINED = Figure(0, "contained in the other figures")
+
+
 @dataclass(frozen=True, slots=True)
 class Rate:
     """A throughput as a curve over the size of what is done at once: tokens of a product, bytes of a transfer.
@@ -82,6 +85,36 @@ class Rate:
         return amount / self.at(size) if amount > 0 else 0.0
 
 
+def between(curves: Mapping[int, Rate], size: int) -> Rate:
+    """The curve for a size from those of others: nearest where it is beyond all, else the logarithm in between."""
+    if size in curves or len(curves) == 1:
+        return curves.get(size) or next(iter(curves.values()))
+    low = max((each for each in curves if each < size), default=None)
+    high = min((each for each in curves if each > size), default=None)
+    if low is None or high is None:
+        return curves[low or high or size]
+    weight = math.log(size / low) / math.log(high / low)
+    below, above = curves[low], curves[high]
+    sizes = sorted({point[0] for rate in (below, above) for point in rate.points})
+    points = tuple((each, below.at(each) ** (1 - weight) * above.at(each) ** weight) for each in sizes)
+    share = below.busy_share ** (1 - weight) * above.busy_share**weight
+    return Rate(points, f"between the curves of {low} and {high}", below.fitted or above.fitted, share)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Width:
+    """What products reach in a model of one hidden size: narrow layers, which stay in caches and in which more of the
+    time goes to everything but products, differ from wide ones."""
+
+    hidden_size: int
+    matmul: Mapping[str, Rate]
+    """By dtype: FLOP/s of a layer's products, norms and residuals included, over the tokens of a micro-batch."""
+    head: Mapping[str, Rate]
+    """By dtype: FLOP/s of logits, the choice of a token included, over the rows computed together."""
+    prompt_attention: Rate
+    decode_attention: Rate
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
     """One machine."""
@@ -110,6 +143,16 @@ class Hardware:
     """Seconds that a sequence costs in each layer, whatever its length."""
     pass_overhead: Figure
     """Seconds before and after the layers of a pass, beside which nothing else is done."""
+    sequence_overhead: Figure = _CONTAINED
+    """Seconds that a sequence costs in each pass, beside its layers."""
+    widths: tuple[Width, ...] = ()
+    """By hidden size, ascending; empty: ``matmul`` holds for all, and for logits, too."""
+    scratch_attention: Rate | None = None
+    """As ``decode_attention``, over keys and values that pass through a scratch buffer, without the time of the lanes
+    that bring them, but with ``segment_overhead``; ``None``: nobody measured it, and it is taken to be the same."""
+    kv_lanes: Mapping[LaneName, Rate] = field(default_factory=dict)
+    """Lanes on which keys and values move at another rate than weights do: through a spill file and the page cache,
+    over the bytes that one sequence moves in one layer."""
     identity: Mapping[str, str] = field(default_factory=dict)
     """What tells this machine from others: processor, device, driver, when and with which version it was measured."""
 
@@ -118,13 +161,19 @@ class Hardware:
         missing += [lane for lane in LINKS if lane not in self.lanes]
         if missing or not self.matmul:
             raise ValueError(f"no figure for {', '.join(missing) or 'matmul'}")
+        sizes = [width.hidden_size for width in self.widths]
+        if sizes != sorted(set(sizes)) or any(size < 1 for size in sizes):
+            raise ValueError(f"widths must be of ascending hidden sizes, not {sizes}")
 
-    def matmul_rate(self, dtype: str) -> Rate:
-        """Products in one dtype.
+    def matmul_rate(self, dtype: str, hidden_size: int | None = None) -> Rate:
+        """Products in one dtype with the layers of a model of that hidden size; ``None``: of a wide one.
 
         Raises:
             HardwareError: nobody measured them.
         """
+        curves = {width.hidden_size: width.matmul[dtype] for width in self.widths if dtype in width.matmul}
+        if hidden_size is not None and curves:
+            return between(curves, hidden_size)
         if dtype not in self.matmul:
             raise HardwareError(
                 f"hardware profile {self.name!r} has no figure for products in {dtype}, only in "
@@ -133,18 +182,46 @@ class Hardware:
             )
         return self.matmul[dtype]
 
+    def head_rate(self, dtype: str, hidden_size: int) -> Rate:
+        """Logits in one dtype; as the layers' products where nobody measured them.
+
+        Raises:
+            HardwareError: nobody measured those, either.
+        """
+        curves = {width.hidden_size: width.head[dtype] for width in self.widths if dtype in width.head}
+        return between(curves, hidden_size) if curves else self.matmul_rate(dtype, hidden_size)
+
+    def prompt_rate(self, hidden_size: int) -> Rate:
+        """Attention over prompts on the device."""
+        curves = {width.hidden_size: width.prompt_attention for width in self.widths}
+        return between(curves, hidden_size) if curves else self.prompt_attention
+
+    def decode_rate(self, hidden_size: int) -> Rate:
+        """Decode attention on the device."""
+        curves = {width.hidden_size: width.decode_attention for width in self.widths}
+        return between(curves, hidden_size) if curves else self.decode_attention
+
+    def kv_rate(self, lane: LaneName) -> Rate:
+        """A lane for keys and values."""
+        return self.kv_lanes.get(lane, self.lanes[lane])
+
     def figures(self) -> dict[str, Figure | Rate]:
         """Every figure by its place in the JSON form."""
         found: dict[str, Figure | Rate] = {f"capacity.{tier}": figure for tier, figure in self.capacity.items()}
         found |= {f"matmul.{dtype}": rate for dtype, rate in self.matmul.items()}
         found |= {f"lanes.{lane}": rate for lane, rate in self.lanes.items()}
-        for name in ("prompt_attention", "decode_attention", "host_attention"):
+        for name in ("prompt_attention", "decode_attention", "host_attention", "scratch_attention"):
             rate = getattr(self, name)
             if rate is not None:
                 found[name] = rate
-        for name in ("layer_overhead", "segment_overhead", "pass_overhead"):
+        for name in ("layer_overhead", "segment_overhead", "pass_overhead", "sequence_overhead"):
             found[name] = getattr(self, name)
-        return found
+        for width in self.widths:
+            found |= {f"widths.{width.hidden_size}.matmul.{dtype}": rate for dtype, rate in width.matmul.items()}
+            found |= {f"widths.{width.hidden_size}.head.{dtype}": rate for dtype, rate in width.head.items()}
+            found[f"widths.{width.hidden_size}.prompt_attention"] = width.prompt_attention
+            found[f"widths.{width.hidden_size}.decode_attention"] = width.decode_attention
+        return found | {f"kv_lanes.{lane}": rate for lane, rate in self.kv_lanes.items()}
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON values that ``from_json`` takes back."""
@@ -165,6 +242,19 @@ class Hardware:
             "layer_overhead": _figure_json(self.layer_overhead),
             "segment_overhead": _figure_json(self.segment_overhead),
             "pass_overhead": _figure_json(self.pass_overhead),
+            "sequence_overhead": _figure_json(self.sequence_overhead),
+            "widths": [
+                {
+                    "hidden_size": width.hidden_size,
+                    "matmul": {dtype: _rate_json(rate) for dtype, rate in width.matmul.items()},
+                    "head": {dtype: _rate_json(rate) for dtype, rate in width.head.items()},
+                    "prompt_attention": _rate_json(width.prompt_attention),
+                    "decode_attention": _rate_json(width.decode_attention),
+                }
+                for width in self.widths
+            ],
+            "scratch_attention": None if self.scratch_attention is None else _rate_json(self.scratch_attention),
+            "kv_lanes": {str(lane): _rate_json(rate) for lane, rate in self.kv_lanes.items()},
         }
 
     @classmethod
@@ -199,6 +289,11 @@ class Hardware:
                 layer_overhead=top.figure("layer_overhead"),
                 segment_overhead=top.figure("segment_overhead"),
                 pass_overhead=top.figure("pass_overhead"),
+                # The shipped presets, whose other figures contain these, have none of them.
+                sequence_overhead=top.figure("sequence_overhead") if top.has("sequence_overhead") else _CONTAINED,
+                widths=tuple(width.width() for width in top.items("widths")) if top.has("widths") else (),
+                scratch_attention=top.rate("scratch_attention") if top.is_given("scratch_attention") else None,
+                kv_lanes=_lanes(top.at("kv_lanes")) if top.has("kv_lanes") else {},
             )
         except ValueError as error:
             raise HardwareError(f"{where}: {error}") from error
@@ -250,6 +345,28 @@ class _Reader:
 
     def names(self) -> tuple[str, ...]:
         return tuple(str(key) for key in self._data)
+
+    def has(self, key: str) -> bool:
+        return key in self._data
+
+    def is_given(self, key: str) -> bool:
+        return self._data.get(key) is not None
+
+    def items(self, key: str) -> "list[_Reader]":
+        values = self._get(key)
+        if not isinstance(values, list):
+            raise self._wrong(key, "a list")
+        return [_Reader(value, f"{self._where}: {key}[{index}]") for index, value in enumerate(values)]
+
+    def width(self) -> Width:
+        matmul, head = self.at("matmul"), self.at("head")
+        return Width(
+            hidden_size=int(self.number("hidden_size")),
+            matmul={dtype: matmul.rate(dtype) for dtype in DTYPES if matmul.has(dtype)},
+            head={dtype: head.rate(dtype) for dtype in DTYPES if head.has(dtype)},
+            prompt_attention=self.rate("prompt_attention"),
+            decode_attention=self.rate("decode_attention"),
+        )
 
     def at(self, key: str) -> "_Reader":
         return _Reader(self._get(key), f"{self._where}: {key}")
@@ -304,6 +421,10 @@ class _Reader:
 
     def _wrong(self, key: str, wanted: str) -> HardwareError:
         return HardwareError(f"{self._where}: {key} should be {wanted}, not {self._data.get(key)!r}")
+
+
+def _lanes(reader: _Reader) -> dict[LaneName, Rate]:
+    return {lane: reader.rate(lane) for lane in LINKS if reader.has(lane)}
 
 
 def _is_point(point: object) -> bool:

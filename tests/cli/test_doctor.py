@@ -1,6 +1,10 @@
 import json
+import os
 import sqlite3
+from functools import partial
 from pathlib import Path
+
+import pytest
 
 from tests.cli.conftest import Command, Run
 
@@ -47,3 +51,63 @@ def test_a_home_that_others_can_read_is_a_warning(home: Path, run: Run) -> None:
     home.chmod(0o755)
     check = by_name(run("doctor", "--json").stdout)["home"]
     assert (check["status"], "chmod 700" in check["remedy"]) == ("warn", True)
+
+
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures next to nothing, in no time."""
+    import engine.measure as measuring
+
+    monkeypatch.setattr(measuring, "measure", partial(measuring.measure, effort=measuring.QUICK))
+
+
+def test_a_measured_machine_is_kept_and_told(home: Path, run: Run, little: None) -> None:
+    done = run("doctor", "--measure", "--device", "cpu", "--json")
+    assert done.exit_code == 0
+    profile = json.loads((home / "profile.json").read_text())
+    assert profile["device"] == "cpu"
+    check = by_name(done.stdout)["profile"]
+    assert (check["status"], "cpu on" in check["detail"]) == ("ok", True)
+    assert "measuring disk" in done.stderr
+    assert list((home / "spill").iterdir()) == []
+
+
+def test_a_profile_of_another_machine_is_a_warning_that_says_what_to_do(home: Path, run: Run, little: None) -> None:
+    run("doctor", "--measure", "--device", "cpu")
+    path = home / "profile.json"
+    profile = json.loads(path.read_text())
+    profile["identity"]["cores"] = "1024"
+    path.write_text(json.dumps(profile))
+    check = by_name(run("doctor", "--json").stdout)["profile"]
+    assert check["status"] == "warn"
+    assert check["remedy"] == "overnight doctor --measure"
+    path.write_text("{")
+    check = by_name(run("doctor", "--json").stdout)["profile"]
+    assert (check["status"], "not JSON" in check["detail"]) == ("warn", True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_home_that_cannot_be_written_is_one_sentence(home: Path, run: Run, little: None) -> None:
+    home.mkdir(mode=0o500)
+    done = run("doctor", "--measure", "--device", "cpu")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert str(home) in done.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(
+    home: Path, run: Run, little: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("notes").write_text("")
+    monkeypatch.setenv("OVERNIGHT_SPILL", str(Path("notes").resolve()))
+    done = run("doctor", "--measure", "--device", "cpu")
+    assert done.exit_code == 1
+    assert done.stderr.count("\n") == 1
+    assert "notes" in done.stderr
+    assert not home.exists()
+
+
+def test_a_device_is_named_only_to_measure_it(home: Path, run: Run) -> None:
+    done = run("doctor", "--device", "cpu")
+    assert done.exit_code == 2
+    assert "--measure" in done.stderr

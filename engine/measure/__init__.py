@@ -1,0 +1,102 @@
+"""The machine, measured: what the planner needs to know, by running what the engine runs. It takes under a minute."""
+
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from engine.devices.base import Device
+from engine.devices.open import facts_of
+from engine.measure.disk import copies, disk_writes, scratch_folder, small_reads
+from engine.measure.effort import FULL, QUICK, SOURCE, Effort, Points
+from engine.measure.identity import identity_of
+from engine.measure.overheads import overheads
+from engine.measure.widths import least_segment_s, width_of
+from engine.memory.lane import LaneName
+from engine.planner.hardware import Figure, Hardware, Rate
+from engine.planner.machine import free_disk_space
+from engine.planner.plan import TierName
+
+Say = Callable[[str], None]
+
+
+def measure(device: Device, folder: Path, *, effort: Effort = FULL, say: Say = lambda _: None) -> Hardware:
+    """What this machine can do with ``device``; ``folder`` is where spill files and models lie.
+
+    Raises:
+        EngineError: the disk or the device failed, or the disk has no room for the scratch files.
+        OSError: nothing can be written to ``folder``.
+    """
+    facts = facts_of(device)
+    dtypes = _dtypes(device)
+    with scratch_folder(folder) as scratch:
+        say("overheads")
+        found = overheads(device, dtypes[0], scratch, effort)
+        with torch.inference_mode(), device.computing():
+            found = replace(found, of_segment=least_segment_s(device, dtypes[0], found, scratch, effort))
+            say("disk")
+            reads = [small_reads(scratch, dtypes[0], device, effort)]
+            widths, spills, shares = [], [], []
+            for width in effort.widths:
+                say(f"layers of width {width[0]}")
+                one, spill, from_disk = width_of(device, width, dtypes, found, scratch, effort)
+                widths.append(one)
+                spills.append(spill)
+                reads.append((float(from_disk.layer_bytes), from_disk.read_rate))
+                shares.append(from_disk.read_share)
+            say("links")
+            writes = disk_writes(scratch, effort)
+            to_device, to_host = (
+                copies(device, lane, effort) for lane in (LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
+            )
+    disk_share = min(shares)
+    return Hardware(
+        name="this machine",
+        description=f"{device.name} on {platform.node()}, measured {time.strftime('%Y-%m-%d %H:%M')}",
+        device=device.torch_device.type,
+        shares_host_memory=device.shares_host_memory,
+        capacity={
+            TierName.DEVICE: Figure(facts.device_free, "free when measured"),
+            TierName.HOST: Figure(facts.host_free, "free when measured"),
+            TierName.DISK: Figure(free_disk_space(folder), "free when measured"),
+        },
+        matmul=widths[-1].matmul,
+        prompt_attention=widths[-1].prompt_attention,
+        decode_attention=widths[-1].decode_attention,
+        host_attention=None,
+        lanes={
+            LaneName.DISK_READ: Rate(tuple(reads), SOURCE, busy_share=disk_share),
+            LaneName.DISK_WRITE: Rate(writes, SOURCE, busy_share=disk_share),
+            LaneName.HOST_TO_DEVICE: Rate(to_device, SOURCE),
+            LaneName.DEVICE_TO_HOST: Rate(to_host, SOURCE),
+        },
+        layer_overhead=Figure(found.of_layer, SOURCE),
+        segment_overhead=Figure(found.of_segment, SOURCE),
+        pass_overhead=Figure(found.of_pass, SOURCE),
+        sequence_overhead=Figure(found.of_sequence, SOURCE),
+        widths=tuple(widths),
+        scratch_attention=_merged(each.attention for each in spills),
+        kv_lanes={
+            LaneName.DISK_READ: _merged(each.reads for each in spills),
+            LaneName.DISK_WRITE: _merged(each.writes for each in spills),
+        },
+        identity=identity_of(device, folder),
+    )
+
+
+def _merged(curves: Iterable[Points]) -> Rate:
+    """One curve through the points of several; what they have in common, the last one says."""
+    return Rate(tuple(sorted({size: rate for points in curves for size, rate in points}.items())), SOURCE)
+
+
+def _dtypes(device: Device) -> tuple[str, ...]:
+    """The best first."""
+    if device.torch_device.type == "cuda":
+        return ("float16", "bfloat16", "float32")
+    return ("bfloat16", "float32")
+
+
+__all__ = ["FULL", "QUICK", "Effort", "identity_of", "measure"]

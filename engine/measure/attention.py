@@ -1,0 +1,198 @@
+"""Attention through the KV cache itself: over prompts, while decoding, and over what lies in a spill file.
+
+Shapes: T tokens of a micro-batch, N heads, H head size.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+
+import torch
+
+from engine.devices.base import Device
+from engine.devices.open import facts_of
+from engine.kvcache.store import KVStore
+from engine.measure.effort import Effort, Points, timed
+from engine.measure.overheads import Overheads
+from engine.measure.products import curve, family_of, without
+from engine.memory.lane import LaneName
+from engine.memory.spill import DiskTier
+from engine.memory.tier import MemoryTier
+from engine.memory.traffic import Moved, Traffic
+from engine.model.family import EMBED, HEAD, Attend, ModelShape, layer_name
+from engine.passes import MicroBatch, Segment
+from engine.planner.default import StoredWeights, kv_bytes_per_token, resolve_plan
+from engine.planner.plan import PlanOptions, Shares, TierName
+from engine.request import SamplingParams
+from engine.sequence import Sequence as TokenSequence
+from engine.units import GIB
+from engine.weights.manifest import PAGE_BYTES
+
+_SPILLED = 4
+"""Sequences in a spill file."""
+
+
+def prompt_points(cache: "Cache", overheads: Overheads) -> Points:
+    """``(tokens of a prompt, FLOP/s)``, counted over the whole square of a prompt; of as many as a pass carries."""
+    measured = []
+    for length in cache.effort.lengths:
+        at_once = max(2, max(cache.effort.lengths) // length)
+        with cache.prompts(at_once, length) as prompts:
+            seconds = without(cache.seconds(prompts) / at_once, overheads.of_segment)
+            measured.append((length, cache.pair_flops * length**2, seconds))
+    return curve(measured)
+
+
+def decode_points(cache: "Cache", overheads: Overheads) -> Points:
+    """``(bytes of a sequence's layer, bytes/s)``."""
+    measured = []
+    for length in cache.effort.lengths:
+        num_bytes = cache.layer_token_bytes * length
+        measured.append((num_bytes, num_bytes, without(_decode_s(cache, length), overheads.of_segment)))
+    return curve(measured)
+
+
+def least_decode_s(cache: "Cache") -> float:
+    """Of one sequence in one layer, however short it is."""
+    return min(_decode_s(cache, length) for length in cache.effort.lengths[:3])
+
+
+def _decode_s(cache: "Cache", length: int) -> float:
+    number = max(2, min(cache.effort.sequences, cache.effort.cached_tokens // length))
+    with cache.prompts(number, length) as prompts:
+        for prompt in prompts:  # untouched memory would be read faster than any
+            cache.fill([prompt])
+        steps = [Segment(prompt.sequence, length - 1, 1, keeps_kv=True) for prompt in prompts]
+        return cache.seconds(steps) / number
+
+
+@dataclass(frozen=True, slots=True)
+class Spilled:
+    """``(bytes of a sequence's layer, bytes/s)`` of keys and values in a spill file, through the page cache."""
+
+    reads: Points
+    writes: Points
+    attention: Points
+    """Without the lanes' time."""
+
+
+def spilled(cache: "Cache") -> Spilled:
+    """Of a cache on disk."""
+    reads: dict[float, float] = {}
+    writes: dict[float, float] = {}
+    attends: dict[float, float] = {}
+    token_bytes = float(cache.layer_token_bytes)
+    for length in cache.effort.spilled:
+        with cache.prompts(_SPILLED, length, more=1) as prompts:
+            steps = [Segment(prompt.sequence, length, 1, keeps_kv=True) for prompt in prompts]
+            cache.moved(prompts)  # the first time, the file grows
+            writes[token_bytes * length] = _rate(cache.moved(prompts)[1], LaneName.DISK_WRITE)
+            cache.moved(steps)
+            seconds, moved = min((cache.moved(steps) for _ in range(3)), key=lambda found: found[0])
+            read = token_bytes * (length + 1)
+            writes[token_bytes] = _rate(moved, LaneName.DISK_WRITE)
+            reads[read] = _rate(moved, LaneName.DISK_READ)
+            number = len(steps) * cache.shape.num_layers
+            attends[read] = read * number / without(seconds, sum(moved.seconds.values()))
+    return Spilled(*(tuple(sorted(each.items())) for each in (reads, writes, attends)))
+
+
+def _rate(moved: Moved, lane: LaneName) -> float:
+    return moved.num_bytes[lane] / max(moved.seconds[lane], 1e-9)
+
+
+class Cache:
+    """A KV cache of a few layers, and random queries, keys and values to bring to it."""
+
+    def __init__(self, device: Device, dtype: str, shape: ModelShape, effort: Effort, traffic: Traffic) -> None:
+        self.shape = shape
+        self.layer_token_bytes = kv_bytes_per_token(shape, dtype) // shape.num_layers
+        self.store: KVStore
+        self._device = device
+        self.effort = effort
+        self._traffic = traffic
+        tokens = max(2 * max(effort.lengths), effort.sequences, _SPILLED * max(effort.spilled))
+        self._qkv_T3NH = torch.randn(tokens, 3, shape.num_heads, shape.head_size).to(
+            dtype=getattr(torch, dtype), device=device.torch_device
+        )
+        self._layers = cycle(range(shape.num_layers))
+
+    @property
+    def pair_flops(self) -> float:
+        """Of a query and a key in one layer."""
+        return 4.0 * self.shape.num_heads * self.shape.head_size
+
+    @contextmanager
+    def prompts(self, number: int, length: int, more: int = 0) -> Iterator[list[Segment]]:
+        """So many prompts of so many tokens, with room for more."""
+        total = length + more
+        found = [TokenSequence([1] * total, length, total + 1, SamplingParams()) for _ in range(number)]
+        try:
+            for sequence in found:
+                if not self.store.admit(sequence):
+                    raise AssertionError("the cache was made large enough")
+            yield [Segment(each, 0, length, keeps_kv=True) for each in found]
+        finally:
+            for sequence in found:
+                self.store.release(sequence)
+
+    def fill(self, batch: Sequence[Segment]) -> None:
+        """Attend in every layer."""
+        for layer in range(self.shape.num_layers):
+            self._attend(layer, batch)
+
+    def attend(self, batch: Sequence[Segment]) -> Attend:
+        """For a layer; the next time, it is the next one's keys and values."""
+        micro_batch = MicroBatch(tuple(batch))
+        return lambda q, k, v: self.store.attend(next(self._layers), micro_batch, q, k, v)
+
+    def seconds(self, batch: Sequence[Segment]) -> float:
+        """Of one layer; the next time it is the next one's turn, so that caches cannot help more than in a model."""
+        return timed(self._device, lambda: self._attend(next(self._layers), batch), self.effort.figure_s)
+
+    def moved(self, batch: Sequence[Segment]) -> tuple[float, Moved]:
+        """Seconds of attending in all layers, and what the lanes did."""
+        self._device.compute_mark().wait()
+        self._traffic.take()
+        start = time.perf_counter()
+        self.fill(batch)
+        self._device.compute_mark().wait()
+        return time.perf_counter() - start, self._traffic.take()
+
+    def _attend(self, layer: int, batch: Sequence[Segment]) -> None:
+        micro_batch = MicroBatch(tuple(batch))
+        q, k, v = (self._qkv_T3NH[: micro_batch.num_tokens, index] for index in range(3))
+        self.store.attend(layer, micro_batch, q, k, v)
+
+
+@contextmanager
+def cache_in(
+    tier: TierName, device: Device, dtype: str, hidden_size: int, folder: Path, effort: Effort
+) -> Iterator[Cache]:
+    """With room for what is measured, in one tier."""
+    shape = replace(family_of(hidden_size, effort).shape, num_layers=effort.cached_layers)
+    tokens = max(effort.cached_tokens, 2 * max(effort.lengths), _SPILLED * (max(effort.spilled) + 1), *effort.tokens)
+    room = kv_bytes_per_token(shape, dtype) * (tokens + 1) + GIB
+    units = dict.fromkeys((EMBED, HEAD, *(layer_name(index) for index in range(shape.num_layers))), PAGE_BYTES)
+    shares = Shares(*(100 if each is tier else 0 for each in TierName))
+    plan = resolve_plan(
+        PlanOptions(
+            device=device.name, dtype=dtype, kv=shares, device_memory=room, host_memory=room, disk_space=room,
+            weights=Shares(100, 0, 0), micro_batch=max(effort.lengths),
+        ),
+        shape=shape, stored=StoredWeights(dtype, units), device=device.name, facts=facts_of(device), disk_dir=folder,
+    )  # fmt: skip
+    tiers = {
+        TierName.DEVICE: MemoryTier(TierName.DEVICE, room, device.allocate),
+        TierName.HOST: MemoryTier(TierName.HOST, room, device.allocate_host),
+    }
+    traffic = Traffic(device.compute_mark)
+    cache = Cache(device, dtype, shape, effort, traffic)
+    with (
+        closing(DiskTier(room, folder)) as disk,
+        closing(KVStore(plan, shape, device, tiers, disk, traffic)) as cache.store,
+    ):
+        yield cache

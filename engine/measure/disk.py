@@ -1,0 +1,132 @@
+"""The disk, and the links between host and device."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from engine.devices.base import Device
+from engine.measure.effort import Effort, Points, timed
+from engine.memory.lane import LaneName
+from engine.memory.spill import DiskTier
+from engine.units import MIB
+from engine.weights.files import WeightFiles
+from engine.weights.manifest import Manifest, UnitEntry
+from engine.weights.writer import UnitLayout
+
+_REPEATS = 3
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """A new folder within ``folder``, gone afterwards.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = Path(tempfile.mkdtemp(prefix=".measure-", dir=folder))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def unit_files(path: Path, units: Mapping[str, UnitLayout], dtype: str) -> Iterator[WeightFiles]:
+    """A model directory of nothing but units, gone afterwards.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.mkdir()
+    try:
+        entries = [_write_unit(path, name, layout, dtype) for name, layout in units.items()]
+        manifest = Manifest(
+            model_type="none", config={}, dtype=dtype, units=tuple(entries),
+            num_bytes=sum(unit.num_bytes for unit in entries), source="", created_by="",
+        )  # fmt: skip
+        with WeightFiles(path, manifest) as files:
+            yield files
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_unit(path: Path, name: str, layout: UnitLayout, dtype: str) -> UnitEntry:
+    digest = hashlib.sha256()
+    values = torch.randn(MIB // 4).mul_(0.02).to(getattr(torch, dtype))
+    piece = values.view(torch.uint8).numpy().tobytes()
+    with (path / name).open("wb") as file:
+        for first in range(0, layout.num_bytes, len(piece)):
+            part = piece[: layout.num_bytes - first]
+            file.write(part)
+            digest.update(part)
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return UnitEntry(name, name, layout.num_bytes, f"sha256:{digest.hexdigest()}", layout.tensors)
+
+
+def read_rate(files: WeightFiles, names: Sequence[str], device: Device, effort: Effort) -> float:
+    """Bytes/s of reading units one after the other, into two buffers in turn, as staging does.
+
+    A file's first read, which checks it, does not count; nor does the first half of the time, in which many disks are
+    faster than they can go on being.
+    """
+    size = max(files.num_bytes(name) for name in names)
+    buffers = cycle([device.allocate_host(size) for _ in range(2)])
+    for name in names:
+        files.read_unit(name, next(buffers))
+    found: list[float] = []
+    until = time.perf_counter() + effort.busy_s
+    while len(found) < 2 or time.perf_counter() < until:
+        start = time.perf_counter()
+        done = sum(files.read_unit(name, next(buffers)) for name in names)
+        found.append(done / (time.perf_counter() - start))
+    return median(found[len(found) // 2 :])
+
+
+def small_reads(folder: Path, dtype: str, device: Device, effort: Effort) -> tuple[float, float]:
+    """``(bytes, bytes/s)`` of units that are smaller than any layer."""
+    number = max(2, effort.streamed_bytes // 4 // effort.small_transfer)
+    units = {f"unit.{index}": UnitLayout({}, effort.small_transfer) for index in range(number)}
+    with unit_files(folder / "small-units", units, dtype) as files:
+        return float(effort.small_transfer), read_rate(files, list(units), device, effort)
+
+
+def disk_writes(folder: Path, effort: Effort) -> Points:
+    """``(bytes, bytes/s)`` of a spill file."""
+    size = effort.copies[-1]
+    with closing(DiskTier(2 * size, folder)) as disk:
+        extent = disk.allocate(size, "measuring")
+        data = torch.ones(size, dtype=torch.uint8)
+        extent.write(0, data)
+        start = time.perf_counter()
+        for _ in range(_REPEATS):
+            extent.write(0, data)
+        return ((float(MIB), size * _REPEATS / (time.perf_counter() - start)),)
+
+
+def copies(device: Device, lane: LaneName, effort: Effort) -> Points:
+    """One way between host and device, ``(bytes, bytes/s)``."""
+    points = []
+    for size in effort.copies:
+        host, on_device = device.allocate_host(size), device.allocate(size)
+        into, source = (on_device, host) if lane is LaneName.HOST_TO_DEVICE else (host, on_device)
+        source.zero_()
+        points.append((float(size), size / timed(device, _copy(device, lane, into, source), effort.figure_s)))
+    return tuple(points)
+
+
+def _copy(device: Device, lane: LaneName, into: Tensor, source: Tensor) -> Callable[[], None]:
+    return lambda: device.copy(lane, into, source, device.compute_mark()).wait()

@@ -1,0 +1,87 @@
+"""How much is measured, and how a piece of work is timed."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from engine.devices.base import Device
+from engine.units import MIB
+
+SOURCE = "measured on this machine"
+Points = tuple[tuple[float, float], ...]
+"""Of a curve: ``(size, units per second)``, sizes ascending."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How large and how often: what is measured is the same."""
+
+    widths: tuple[tuple[int, int], ...] = ((768, 12), (2048, 8))
+    """Hidden sizes of the layers whose products are measured (feed-forward blocks are four times as wide), and how many
+    of them have weights of their own: 170 MB as the narrow model has them, 800 MB, which no cache holds."""
+    head_size: int = 64
+    vocabulary: int = 50272
+    tokens: tuple[int, ...] = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
+    few_tokens: tuple[int, ...] = (1, 64, 512)
+    """For dtypes other than the machine's best."""
+    rows: tuple[int, ...] = (1, 16, 64, 256)
+    """Of logits computed together."""
+    few_rows: tuple[int, ...] = (1, 64)
+    lengths: tuple[int, ...] = (16, 64, 256, 512, 1024, 2000)
+    """Tokens of sequences whose attention is measured."""
+    spilled: tuple[int, ...] = (64, 512)
+    """The same, of sequences in a spill file."""
+    sequences: int = 32
+    """That decode side by side."""
+    cached_tokens: int = 16384
+    """In the KV cache of each of these layers, at most: as with the weights, more than caches hold."""
+    cached_layers: int = 4
+    streamed_bytes: int = 384 * MIB
+    """Of the files of each width that are read from the disk, more or less."""
+    small_transfer: int = 4 * MIB
+    copies: tuple[int, ...] = (4 * MIB, 32 * MIB, 96 * MIB)
+    """Bytes brought to the device, and back, at a time."""
+    small_layers: tuple[int, int] = (4, 16)
+    """Depths of two models that are too small to compute anything: what differs is the overhead of a layer."""
+    small_steps: int = 24
+    figure_s: float = 0.3
+    """Seconds one figure may take, more or less."""
+    busy_s: float = 2.0
+
+
+FULL = Effort()
+QUICK = Effort(
+    widths=((64, 2), (128, 2)), head_size=16, vocabulary=512, tokens=(1, 32), few_tokens=(1, 32), rows=(1, 4),
+    few_rows=(1,), lengths=(8, 16), spilled=(8,), sequences=2, cached_tokens=64, cached_layers=2,
+    streamed_bytes=MIB, small_transfer=MIB // 16, copies=(MIB, 2 * MIB),
+    small_layers=(2, 4), small_steps=4, figure_s=0.001, busy_s=0.02,
+)  # fmt: skip
+"""For tests."""
+
+_LEAST, _MOST = 3, 40
+_SHORTEST_S = 0.002
+"""A sample takes at least so long: in less, waiting for the device to be done would be most of it."""
+
+
+def timed(device: Device, work: Callable[[], object], budget_s: float) -> float:
+    """Seconds of one call, the median over as many as ``budget_s`` allows and three at least.
+
+    The first calls are thrown away: they allocate and compile.
+    """
+    if _sample(device, work, 1) > 4 * budget_s:
+        return _sample(device, work, 1)
+    repeats = max(1, round(_SHORTEST_S / max(_sample(device, work, 1), 1e-7)))
+    found: list[float] = []
+    while len(found) < _LEAST or (sum(found) < budget_s and len(found) < _MOST):
+        found.append(_sample(device, work, repeats))
+    return median(found) / repeats
+
+
+def _sample(device: Device, work: Callable[[], object], repeats: int) -> float:
+    device.compute_mark().wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    device.compute_mark().wait()
+    return time.perf_counter() - start

@@ -1,0 +1,116 @@
+"""What passes, layers and sequences cost however little is computed: whole engines with models of almost nothing.
+
+A decode pass of B sequences through L layers takes ``pass + B × sequence + L × (layer + B × segment)``; two numbers of
+sequences and two depths tell the four.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from tokenizers import Tokenizer, models
+
+from engine.devices.base import Device
+from engine.engine import Engine
+from engine.measure.effort import Effort
+from engine.model.registry import family_for
+from engine.planner.plan import PlanOptions, Shares
+from engine.request import Generate, Request, SamplingParams
+from engine.units import MIB
+from engine.weights.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, UnitEntry
+from engine.weights.writer import UnitLayout
+
+_HIDDEN, _VOCABULARY, _PROMPT = 64, 64, 8
+_RUNS = 4
+_FEW, _MANY = 1, 32
+"""Sequences that decode side by side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """Seconds."""
+
+    of_pass: float
+    of_sequence: float
+    """In each pass."""
+    of_layer: float
+    of_segment: float
+    """In each layer."""
+
+
+def overheads(device: Device, dtype: str, folder: Path, effort: Effort) -> Overheads:
+    """Of this engine on this machine; ``folder`` receives two models of a few kilobytes.
+
+    Raises:
+        EngineError, OSError: the engine cannot be run, or nothing can be written.
+    """
+    shallow, deep = effort.small_layers
+    found: dict[tuple[int, int], float] = {}
+    for depth in effort.small_layers:
+        model_dir = _small_model(folder / f"small-{depth}", depth, dtype)
+        for number in (_FEW, _MANY):
+            found[depth, number] = _pass_seconds(device, model_dir, number, effort)
+    layers, sequences = deep - shallow, _MANY - _FEW
+    few = (found[deep, _FEW] - found[shallow, _FEW]) / layers
+    many = (found[deep, _MANY] - found[shallow, _MANY]) / layers
+    segment = max(0.0, (many - few) / sequences)
+    layer = max(0.0, few - _FEW * segment)
+    ends = {number: found[shallow, number] - shallow * (layer + number * segment) for number in (_FEW, _MANY)}
+    sequence = max(0.0, (ends[_MANY] - ends[_FEW]) / sequences)
+    return Overheads(max(0.0, ends[_FEW] - _FEW * sequence), sequence, layer, segment)
+
+
+def _pass_seconds(device: Device, model_dir: Path, number: int, effort: Effort) -> float:
+    """A decode pass of so many sequences, from one report to the next; of many, one of the shortest.
+
+    The median would do for itself, but small differences of these are wanted, and what disturbs only makes longer.
+    """
+    options = PlanOptions(
+        device=device.name, device_memory=256 * MIB, host_memory=64 * MIB, disk_space=0, weights=Shares(100, 0, 0),
+        kv=Shares(100, 0, 0), micro_batch=_MANY * _PROMPT,
+    )  # fmt: skip
+    found: list[float] = []
+    with Engine.load(model_dir, options) as engine:
+        for again in range(_RUNS):
+            before = perf_counter()
+            for report in engine.passes(_requests(number, effort.small_steps)):
+                now = perf_counter()
+                if again and report.stats.decode_tokens == number and not report.stats.prefill_tokens:
+                    found.append(now - before)  # the first time compiles
+                before = now
+    return sorted(found)[len(found) // 4]
+
+
+def _requests(number: int, steps: int) -> Iterator[Request]:
+    sampling = SamplingParams(max_new_tokens=steps + 2, ignore_eos=True)
+    for index in range(number):
+        yield Request(index, Generate("x" * (_PROMPT - 1), sampling))
+
+
+def _small_model(path: Path, depth: int, dtype: str) -> Path:
+    """A model directory of random weights."""
+    config = {
+        "model_type": "opt", "num_hidden_layers": depth, "hidden_size": _HIDDEN, "word_embed_proj_dim": _HIDDEN,
+        "ffn_dim": 4 * _HIDDEN, "num_attention_heads": 1, "vocab_size": _VOCABULARY, "max_position_embeddings": 128,
+        "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1,
+    }  # fmt: skip
+    path.mkdir()
+    units = []
+    for unit in family_for(config).units():
+        layout = UnitLayout.of(unit, dtype)
+        values = torch.randn(layout.num_bytes // getattr(torch, dtype).itemsize).mul_(0.02).to(getattr(torch, dtype))
+        data = values.view(torch.uint8).numpy().tobytes()
+        (path / unit.name).write_bytes(data)
+        checksum = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        units.append(UnitEntry(unit.name, unit.name, layout.num_bytes, checksum, layout.tensors))
+    names = {name: index for index, name in enumerate(("<s>", "<pad>", "</s>", "<unk>", "x"))}
+    Tokenizer(models.BPE(names, [])).save(str(path / TOKENIZER_NAME))
+    manifest = Manifest(
+        model_type="opt", config=config, dtype=dtype, units=tuple(units),
+        num_bytes=sum(unit.num_bytes for unit in units), source="", created_by="",
+    )  # fmt: skip
+    (path / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return path

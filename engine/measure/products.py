@@ -1,0 +1,115 @@
+"""Products with weights: whole layers without their attention, and logits with the choice of a token.
+
+Norms and residuals are in proportion to tokens, as products are, so their time is counted as the products'.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from engine.devices.base import Device
+from engine.measure.effort import Effort, Points, timed
+from engine.model.family import EMBED, HEAD, Attend, NamedWeights, layer_name
+from engine.model.linear import padded_rows
+from engine.model.opt import OPT
+from engine.model.sampling import next_tokens
+from engine.planner.plan import DTYPE_BYTES
+from engine.request import SamplingParams
+from engine.weights.writer import UnitLayout
+
+_LEAST_SHARE = 0.1
+"""Of the measured time that is left at least once overheads, measured by themselves, are taken off."""
+
+
+def family_of(hidden_size: int, effort: Effort) -> OPT:
+    """An OPT of two layers."""
+    return OPT.from_config(
+        {
+            "hidden_size": hidden_size,
+            "num_attention_heads": hidden_size // effort.head_size,
+            "ffn_dim": 4 * hidden_size,
+            "num_hidden_layers": 2,
+            "vocab_size": effort.vocabulary,
+        }
+    )
+
+
+def unit_weights(family: OPT, unit_name: str, device: Device, dtype: str) -> NamedWeights:
+    """Random weights of one unit, in device memory."""
+    unit = next(unit for unit in family.units() if unit.name == unit_name)
+    kind: torch.dtype = getattr(torch, dtype)
+    return {
+        tensor.name: (torch.randn(tensor.shape) * 0.02).to(dtype=kind, device=device.torch_device)
+        for tensor in unit.tensors
+    }
+
+
+def unit_flops(family: OPT, unit_name: str, dtype: str) -> float:
+    """Of one token: two a value, as the cost model counts them."""
+    unit = next(unit for unit in family.units() if unit.name == unit_name)
+    return 2.0 * UnitLayout.of(unit, dtype).num_bytes / DTYPE_BYTES[dtype]
+
+
+class Layers:
+    """Layers with weights of their own, computed one after the other, so that weights come from where a model's do."""
+
+    def __init__(self, device: Device, hidden_size: int, number: int, dtype: str, effort: Effort) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._effort = effort
+        self.family = family_of(hidden_size, effort)
+        name = layer_name(0)
+        first = unit_weights(self.family, name, device, dtype)
+        others = [{key: tensor.clone() for key, tensor in first.items()} for _ in range(number - 1)]
+        self._weights: Iterator[NamedWeights] = cycle([first, *others])
+        self.token_flops = unit_flops(self.family, name, dtype)
+
+    def work(self, tokens: int, attend: Attend | None = None) -> Callable[[NamedWeights], object]:
+        """One layer for so many tokens, with attention if there is any."""
+        kind: torch.dtype = getattr(torch, self.dtype)
+        rows = padded_rows(tokens, kind, self.device.torch_device)
+        hidden_TD = torch.randn(rows, self.family.shape.hidden_size).to(dtype=kind, device=self.device.torch_device)
+        return lambda weights: self.family.layer(weights, hidden_TD, attend or _first)
+
+    def seconds(self, tokens: int, attend: Attend | None = None, budget_s: float | None = None) -> float:
+        """Of that, each layer in turn."""
+        work = self.work(tokens, attend)
+        return timed(self.device, lambda: work(next(self._weights)), budget_s or self._effort.figure_s)
+
+
+def curve(measured: Sequence[tuple[float, float, float]]) -> Points:
+    """From ``(size, amount, seconds)``."""
+    return tuple((float(size), amount / seconds) for size, amount, seconds in measured)
+
+
+def without(seconds: float, counted_s: float) -> float:
+    """What is left of a measured time when that is taken off which other figures count; never nothing."""
+    return max(seconds - counted_s, _LEAST_SHARE * seconds)
+
+
+def head_points(device: Device, hidden_size: int, dtype: str, rows: Sequence[int], effort: Effort) -> Points:
+    """``(rows, FLOP/s)`` of logits, greedy choice included."""
+    family = family_of(hidden_size, effort)
+    embedding, head = (unit_weights(family, name, device, dtype) for name in (EMBED, HEAD))
+    kind: torch.dtype = getattr(torch, dtype)
+    row_flops = unit_flops(family, HEAD, dtype) + 2.0 * hidden_size * family.shape.vocab_size
+
+    def seconds(count: int) -> float:
+        padded = padded_rows(count, kind, device.torch_device)
+        hidden_RD = torch.randn(padded, hidden_size).to(dtype=kind, device=device.torch_device)
+        params, numbers = [SamplingParams()] * count, [0.0] * count
+
+        def choose() -> None:
+            logits_RV = family.head(head, embedding, hidden_RD)[:count]
+            device.download(next_tokens(logits_RV, params, numbers, device.upload))
+
+        return timed(device, choose, effort.figure_s)
+
+    return curve([(count, row_flops * count, seconds(count)) for count in rows])
+
+
+def _first(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001
+    """Instead of attention, which is measured by itself."""
+    return query

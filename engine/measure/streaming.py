@@ -1,0 +1,103 @@
+"""Layers streamed from the disk as the engine streams them: what reading is alone, and what both lose together."""
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from engine.devices.base import Device
+from engine.devices.open import facts_of
+from engine.measure.disk import read_rate, unit_files
+from engine.measure.effort import Effort
+from engine.measure.products import family_of
+from engine.memory.lane import LaneName
+from engine.memory.tier import MemoryTier
+from engine.memory.traffic import Traffic
+from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
+from engine.planner.default import StoredWeights, resolve_plan
+from engine.planner.plan import PlanOptions, Shares, TierName
+from engine.units import GIB
+from engine.weights.files import WeightFiles
+from engine.weights.stream import WeightStream
+from engine.weights.writer import UnitLayout
+
+Compute = Callable[[NamedWeights], object]
+"""One layer with these weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """Of layers of one width."""
+
+    layer_bytes: int
+    read_rate: float
+    """Bytes/s, nothing else being done."""
+    read_share: float
+    """What is left of it while layers are computed."""
+    layer_s: float
+    """Seconds of computing a layer while others are read, its weights just having come."""
+
+
+def streamed(device: Device, dtype: str, hidden_size: int, compute: Compute, folder: Path, effort: Effort) -> Streamed:
+    """By a weight stream of its own.
+
+    Raises:
+        EngineError, OSError: the disk failed, or has no room.
+    """
+    family = family_of(hidden_size, effort)
+    spec = next(unit for unit in family.units() if unit.name == layer_name(0))
+    layout = UnitLayout.of(spec, dtype)
+    number = max(4, effort.streamed_bytes // layout.num_bytes)  # more than the ring has room for
+    layers = [layer_name(index) for index in range(number)]
+    nothing = UnitLayout({}, UnitLayout.of(replace(spec, tensors=()), dtype).num_bytes)
+    units = {EMBED: nothing, **dict.fromkeys(layers, layout), HEAD: nothing}
+    with unit_files(folder / f"width-{hidden_size}", units, dtype) as files:
+        alone = read_rate(files, layers, device, effort)
+        sizes = {name: unit.num_bytes for name, unit in units.items()}
+        rate, layer_s = _together(device, dtype, family.shape.hidden_size, sizes, files, compute, effort)
+    return Streamed(layout.num_bytes, alone, min(1.0, rate / alone), layer_s)
+
+
+def _together(
+    device: Device,
+    dtype: str,
+    hidden_size: int,
+    sizes: dict[str, int],
+    files: WeightFiles,
+    compute: Compute,
+    effort: Effort,
+) -> tuple[float, float]:
+    """Bytes/s of reading and seconds of a layer, side by side."""
+    shape = replace(family_of(hidden_size, effort).shape, num_layers=len(sizes) - 2)
+    options = PlanOptions(
+        device=device.name, dtype=dtype, weights=Shares(0, 0, 100), device_memory=2 * GIB, host_memory=2 * GIB,
+        disk_space=0, micro_batch=max(effort.tokens),
+    )  # fmt: skip
+    plan = resolve_plan(
+        options, shape=shape, stored=StoredWeights(dtype, sizes), device=device.name, facts=facts_of(device),
+        disk_dir=Path(),
+    )  # fmt: skip
+    tiers = {
+        TierName.DEVICE: MemoryTier(TierName.DEVICE, 2 * GIB, device.allocate),
+        TierName.HOST: MemoryTier(TierName.HOST, 2 * GIB, device.allocate_host),
+    }
+    traffic = Traffic(device.compute_mark)
+    found: list[float] = []
+    with closing(WeightStream(plan, files, device, tiers, traffic)) as stream:
+        until = time.perf_counter() + effort.busy_s
+        for one_pass in range(1000):
+            if one_pass == 1:
+                found.clear()  # the first compiles, and finds what was read before it
+                traffic.take()
+            for index in range(shape.num_layers):
+                with stream.layer(index) as weights:
+                    start = time.perf_counter()
+                    compute(weights)
+                    device.compute_mark().wait()
+                    found.append(time.perf_counter() - start)
+            if one_pass and time.perf_counter() > until:
+                break
+        moved = traffic.take()
+    return moved.num_bytes[LaneName.DISK_READ] / moved.seconds[LaneName.DISK_READ], median(found)

@@ -1,0 +1,88 @@
+"""All that depends on a model's width: layers, logits and attention."""
+
+from pathlib import Path
+
+from engine.devices.base import Device
+from engine.measure.attention import Cache, Spilled, cache_in, decode_points, least_decode_s, prompt_points, spilled
+from engine.measure.effort import SOURCE, Effort, Points
+from engine.measure.overheads import Overheads
+from engine.measure.products import Layers, curve, head_points, without
+from engine.measure.streaming import Streamed, streamed
+from engine.planner.hardware import Rate, Width
+from engine.planner.plan import TierName
+
+_LEAST_SHARE = 0.9
+_LONGEST_PROMPT = 256
+"""Tokens of the prompts in a pass whose layers are measured."""
+
+
+def width_of(
+    device: Device,
+    width: tuple[int, int],
+    dtypes: tuple[str, ...],
+    overheads: Overheads,
+    folder: Path,
+    effort: Effort,
+) -> tuple[Width, Spilled, Streamed]:
+    """One width, in each dtype; the first dtype in more detail."""
+    hidden_size, number = width
+    best = dtypes[0]
+    with cache_in(TierName.DEVICE, device, best, hidden_size, folder, effort) as cache:
+        prompt = Rate(prompt_points(cache, overheads), SOURCE)
+        decode = Rate(decode_points(cache, overheads), SOURCE)
+        layers = Layers(device, hidden_size, number, best, effort)
+        points = _layer_points(layers, cache, prompt, overheads, effort)
+        share, from_disk = _beside_reads(layers, cache, folder, effort)
+        matmul = {best: Rate(points, SOURCE, busy_share=share)}
+    del layers
+    head = {best: Rate(head_points(device, hidden_size, best, effort.rows, effort), SOURCE)}
+    for dtype in dtypes[1:]:
+        layers = Layers(device, hidden_size, 2, dtype, effort)
+        measured = [(count, layers.token_flops * count, layers.seconds(count)) for count in effort.few_tokens]
+        matmul[dtype] = Rate(curve(measured), SOURCE, busy_share=share)
+        head[dtype] = Rate(head_points(device, hidden_size, dtype, effort.few_rows, effort), SOURCE)
+    with cache_in(TierName.DISK, device, best, hidden_size, folder, effort) as cache:
+        found = spilled(cache)
+    return (
+        Width(hidden_size=hidden_size, matmul=matmul, head=head, prompt_attention=prompt, decode_attention=decode),
+        found,
+        from_disk,
+    )
+
+
+def least_segment_s(device: Device, dtype: str, overheads: Overheads, folder: Path, effort: Effort) -> float:
+    """Overhead of a segment, which is no more than most of what the shortest sequences take in the narrowest model."""
+    with cache_in(TierName.DEVICE, device, dtype, effort.widths[0][0], folder, effort) as cache:
+        return min(overheads.of_segment, _LEAST_SHARE * least_decode_s(cache))
+
+
+def _layer_points(layers: Layers, cache: Cache, prompt: Rate, overheads: Overheads, effort: Effort) -> Points:
+    """``(tokens, FLOP/s)`` of whole layers with their attention, which is then taken off: products between which other
+    things are done are slower than one product after the other."""
+    measured = []
+    for tokens in effort.tokens:
+        seconds, number, length = _seconds(layers, cache, tokens, effort.figure_s)
+        attention_s = number * (prompt.seconds(cache.pair_flops * length**2, length) + overheads.of_segment)
+        seconds = without(seconds, attention_s + overheads.of_layer)
+        measured.append((tokens, layers.token_flops * tokens, seconds))
+    return curve(measured)
+
+
+def _seconds(layers: Layers, cache: Cache, tokens: int, budget_s: float) -> tuple[float, int, int]:
+    """Of a layer for so many tokens; how many prompts they were, and of how many tokens each."""
+    most = min(tokens, _LONGEST_PROMPT)
+    length = max((each for each in cache.effort.lengths if each <= most), default=tokens)
+    number = max(1, tokens // length)
+    with cache.prompts(number, length) as prompts:
+        return layers.seconds(tokens, cache.attend(prompts), budget_s), number, length
+
+
+def _beside_reads(layers: Layers, cache: Cache, folder: Path, effort: Effort) -> tuple[float, Streamed]:
+    """What is left of a layer's speed while others are read from the disk."""
+    tokens = min(_LONGEST_PROMPT, max(effort.tokens))
+    alone_s, number, length = _seconds(layers, cache, tokens, effort.figure_s)
+    with cache.prompts(number, length) as prompts:
+        compute = layers.work(tokens, cache.attend(prompts))
+        hidden_size = layers.family.shape.hidden_size
+        found = streamed(layers.device, layers.dtype, hidden_size, compute, folder, effort)
+    return min(1.0, alone_s / found.layer_s), found
