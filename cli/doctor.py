@@ -12,7 +12,7 @@ from cli.options import DeviceName, json_option, settings_options
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-@click.command("doctor", short_help="Check the installation; say how to mend it. --measure: the machine.")
+@click.command("doctor", short_help="Check the installation, or measure the machine.")
 @click.option("--measure", "measures", is_flag=True, help="Measure the machine for the planner; takes under a minute.")
 @click.option("--device", type=DeviceName(), help="With --measure: cpu or cuda:0. Default: the first GPU, else cpu.")
 @json_option

@@ -27,7 +27,7 @@ FROZEN = {
     "retry": "",
     "run": "--output --format --resume --trace JOB-OPTIONS PLACEMENT",
     "demo": "--json",
-    "doctor": "--json",
+    "doctor": "--measure --device --json",
     "completion": "",
 }
 """Every command's options; all but `completion` also take --database and --redis."""
