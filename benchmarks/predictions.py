@@ -14,7 +14,6 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from benchmarks.checkpoints import default_cache, make_checkpoint
 from benchmarks.workload import Item, Range
 from benchmarks.workload import Workload as Texts
 from engine.errors import EngineError
@@ -85,6 +84,8 @@ class Outcome:
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, and return 0 if all lines hold."""
     limit_spinning()
+    from benchmarks.checkpoints import default_cache  # torch comes after that, or its threads spin as ever
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predictions", description=__doc__)
     parser.add_argument("--profile", type=Path, metavar="FILE", help="default: the machine is measured now")
     parser.add_argument("--only", metavar="TEXT", help="configurations whose name contains this")
@@ -129,6 +130,7 @@ def _measured(cache: Path) -> Hardware:
 
 
 def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outcome:
+    from benchmarks.checkpoints import make_checkpoint
     from engine.engine import Engine
     from engine.model.opt_shape import shape_of
     from engine.planner.cost import bytes_taken, predict

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -52,7 +53,7 @@ def measure(device: Device, folder: Path, *, effort: Effort = FULL, say: Say = l
             to_device, to_host = (
                 copies(device, lane, effort) for lane in (LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
             )
-    disk_share = min(shares)
+    disk_share = median(shares)
     return Hardware(
         name="this machine",
         description=f"{device.name} on {platform.node()}, measured {time.strftime('%Y-%m-%d %H:%M')}",
