@@ -47,6 +47,8 @@ SLOWER = 0.9
 """Optima so much slower than a plan that is known are looked at, too: they may need less time to fill and to drain."""
 SIMULATED = 40
 """Roundings whose ramp-up and tail are reckoned exactly, those first that a guess likes best; all, for blocks."""
+STEPS = (16, 4, 1)
+"""Percents by which the best roundings are moved from tier to tier while that helps."""
 AHEAD = 1.02
 """A workload is never faster than its steady state by more than this, so that slower steady states need no look."""
 TIE = 0.01
@@ -92,6 +94,12 @@ class _Rounding:
     options: PlanOptions
     plan: Plan
     host_attention: bool
+
+    @property
+    def key(self) -> object:
+        """Equal for plans that are one."""
+        plan = self.plan
+        return (plan.layers, *plan.kv_bytes.values(), plan.micro_batch, plan.micro_batches, self.host_attention)
 
     @property
     def on_disk(self) -> bool:
@@ -180,7 +188,8 @@ class _Search:
         steady = self._rounded(host_attention)
         if not steady:
             raise self._nothing_fits()
-        steady.sort(key=lambda each: self._workload.requests / each.rate + each.residency_s)
+        steady += [self._climbed(start) for start in self._starts(steady)]
+        steady.sort(key=self._guess)
         by_block = self._fixed.schedule == "block"
         per_request = self._workload.generated / self._workload.requests
         best: Prediction | None = None
@@ -223,18 +232,55 @@ class _Search:
                 if bound < best * SLOWER:
                     break
                 for options in self._roundings(choice, layers, kv):
-                    plan = self._resolved(options)
-                    if plan is None:
-                        continue
-                    key = (plan.layers, *plan.kv_bytes.values(), plan.micro_batch, plan.micro_batches,
-                           choice.host_attention)  # fmt: skip
-                    if key in found:
-                        continue
-                    rate, residency_s = self._steady(plan, choice.host_attention)
-                    if rate > 0:
-                        best = max(best, rate)
-                        found[key] = _Rounding(rate, residency_s, options, plan, choice.host_attention)
+                    rounding = self._rounding(options, choice.host_attention)
+                    if rounding is not None:
+                        best = max(best, rounding.rate)
+                        found.setdefault(rounding.key, rounding)
         return list(found.values())
+
+    def _rounding(self, options: PlanOptions, host_attention: bool) -> "_Rounding | None":
+        """The plan and its steady rate; ``None`` if it does not fit or no sequence finds room."""
+        plan = self._resolved(options)
+        if plan is None:
+            return None
+        rate, residency_s = self._steady(plan, host_attention)
+        return _Rounding(rate, residency_s, options, plan, host_attention) if rate > 0 else None
+
+    def _guess(self, each: "_Rounding") -> float:
+        """Seconds for the workload, near enough to compare by."""
+        return self._workload.requests / each.rate + each.residency_s
+
+    def _starts(self, steady: "Iterable[_Rounding]") -> "list[_Rounding]":
+        """The best of each kind: attending here or there, with most layers on the device, some or none."""
+        kinds: dict[tuple[bool, int], _Rounding] = {}
+        for each in sorted(steady, key=self._guess):
+            on_device = each.plan.num_layers_in(TierName.DEVICE)
+            kinds.setdefault((each.host_attention, ceil(2 * on_device / self._shape.num_layers)), each)
+        return list(kinds.values())
+
+    def _climbed(self, best: "_Rounding") -> "_Rounding":
+        """A plan from which no small move is better: the programme is linear, the machine is not quite."""
+        for step in STEPS:
+            better = True
+            while better:
+                better = False
+                for options in self._moves(best, step):
+                    moved = self._rounding(options, best.host_attention)
+                    if moved is not None and self._guess(moved) < self._guess(best) * (1 - TIE / 10):
+                        best, better = moved, True
+                        break
+        return best
+
+    def _moves(self, best: "_Rounding", step: int) -> Iterator[PlanOptions]:
+        options, pool = best.options, sum(best.plan.kv_bytes.values())
+        kv = options.kv
+        if kv is None:
+            device = round(100 * best.plan.kv_bytes[TierName.DEVICE] / pool)
+            kv = Shares(device, 100 - device, 0)
+        if self._fixed.weights is None and options.weights is not None:
+            yield from (replace(options, weights=moved) for moved in _moved(options.weights, step))
+        if self._fixed.kv is None:
+            yield from (replace(options, kv=moved) for moved in _moved(kv, step))
 
     def _choices(self, host_attention: bool | None) -> Iterator[_Choice]:
         batches = (self._fixed.micro_batch,) if self._fixed.micro_batch else MICRO_BATCHES_TOKENS
@@ -521,6 +567,17 @@ def _check_lengths(shape: ModelShape, workload: Workload) -> None:
             f"{shape.max_positions} positions by {longest.prompt + longest.generated - shape.max_positions}; shorten "
             "the prompts or generate fewer tokens"
         )
+
+
+def _moved(shares: Shares, step: int) -> Iterator[Shares]:
+    """Up to so many percent from one tier to another."""
+    for source, target in product(_TIERS, _TIERS):
+        percent = min(step, shares.of(source))
+        if source is not target and percent:
+            parts = {tier: shares.of(tier) for tier in _TIERS}
+            parts[source] -= percent
+            parts[target] += percent
+            yield Shares(*parts.values())
 
 
 def _near_percents(shares: Mapping[TierName, float]) -> Iterable[Shares]:

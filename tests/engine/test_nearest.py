@@ -15,6 +15,8 @@ from engine.planner.nearest import format_flag, nearest_fit
 from engine.planner.plan import Plan, PlanOptions, Shares
 from engine.planner.shapes import KNOWN_MODELS
 from engine.units import GIB, MIB, parse_bytes
+from engine.weights.importers.huggingface import import_checkpoint
+from tests.engine.checkpoints import make_checkpoint
 
 MODEL = KNOWN_MODELS["facebook/opt-1.3b"]
 STORED = MODEL.stored()
@@ -100,7 +102,10 @@ def test_a_flag_is_never_less_than_what_is_needed(num_bytes: int) -> None:
     assert num_bytes <= parse_bytes(format_flag(num_bytes)) <= num_bytes + max(MIB, GIB // 10 + 1)
 
 
-def test_the_engines_own_refusal_names_a_plan_with_which_it_loads(model_dir: Path) -> None:
+def test_the_engines_own_refusal_names_a_plan_with_which_it_loads(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", tmp_path / "model")
+    model_dir = tmp_path / "model"
     options = PlanOptions(device="cpu", device_memory=1000)
     with pytest.raises(PlanDoesNotFit, match=r"short; .*the smallest that fits: --device-memory \d") as refused:
         Engine.load(model_dir, options)
