@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.errors import HardwareError, PlanDoesNotFit
-from engine.model.family import ModelShape
+from engine.model.family import ModelShape, layer_name
 from engine.planner.cost import WAITING
 from engine.planner.default import StoredWeights, budgets_of, resolve_plan
 from engine.planner.hardware import Hardware
@@ -14,7 +14,7 @@ from engine.planner.nearest import nearest_fit
 from engine.planner.plan import Plan, PlanOptions, TierName
 from engine.planner.search import Found, default_budgets, search
 from engine.planner.workload import Workload
-from engine.units import format_bytes
+from engine.units import GIB, format_bytes
 
 ENGINE_OVERLAP = WAITING
 """What runs beside compute in this engine: weights do; keys, values and activations of other tiers are waited for."""
@@ -95,6 +95,8 @@ class Outlook:
     workload: Workload
     hardware: Callable[[], Hardware]
     """Asked only where there is something to decide: measuring takes most of a minute."""
+    worth_bytes: int = GIB
+    """Weights streamed in a pass from which a search pays; below, rules will do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ def decide_plan(
         asked = replace(options, disk_dir=options.disk_dir or disk_dir)
         near = nearest_fit(asked, shape=shape, stored=stored, facts=facts, tokens=shape.max_positions, device=device)
         raise PlanDoesNotFit(f"{refusal}; {near}" if near else str(refusal)) from refusal
-    if outlook is None or (ruled is not None and all(home is TierName.DEVICE for home in ruled.layers)):
+    if outlook is None or (ruled is not None and _streamed_bytes(ruled, stored) < max(1, outlook.worth_bytes)):
         assert ruled is not None
         return Decision(ruled, None)
     hardware = outlook.hardware()
@@ -152,6 +154,11 @@ def decide_plan(
         if ruled is None:
             raise
         return Decision(ruled, None)
+
+
+def _streamed_bytes(plan: Plan, stored: StoredWeights) -> int:
+    away = (index for index, home in enumerate(plan.layers) if home is not TierName.DEVICE)
+    return sum(stored.unit_bytes[layer_name(index)] for index in away)
 
 
 def budgets_of_machine(hardware: Hardware, stored: StoredWeights) -> dict[TierName, int]:

@@ -48,6 +48,10 @@ def test_what_fits_whole_needs_no_measuring() -> None:
     decide(PlanOptions(device_memory=8 * GIB), Outlook(WORK, never))
 
 
+def test_little_that_is_streamed_is_not_worth_measuring() -> None:
+    decide(PlanOptions(device_memory=8 * GIB, weights=Shares(90, 0, 10)), Outlook(WORK, never))
+
+
 def test_what_must_be_streamed_is_searched_for(machine: Hardware) -> None:
     asked: list[Hardware] = []
 
@@ -132,7 +136,7 @@ def test_an_engine_that_knows_what_comes_predicts_each_pass(tiny_model: Path, ma
     workload = workload_of(tiny_model, requests)
     assert workload is not None
     options = PlanOptions(device="cpu", weights=Shares(0, 0, 100), device_memory=256 * MIB)
-    with Engine.load(tiny_model, options, outlook=Outlook(workload, lambda: machine)) as engine:
+    with Engine.load(tiny_model, options, outlook=Outlook(workload, lambda: machine, worth_bytes=0)) as engine:
         assert engine.is_planned
         reports = list(engine.passes(iter(requests)))
         assert len([output for report in reports for output in report.outputs]) == 6
