@@ -73,6 +73,9 @@ class TraceFile:
         """A slice with the pass's figures."""
         self._num_passes += 1
         figures = asdict(stats)
+        del figures["expected"]
+        if stats.expected is not None:
+            figures["expected_seconds"] = stats.expected.seconds
         for name in ("seconds", "lane_bytes", "lane_seconds"):  # the slices of the lanes say it better
             del figures[name]
         self._slice("passes", f"pass {self._num_passes}", span, figures)
