@@ -148,7 +148,7 @@ def test_the_dataset_is_refused_as_output_before_anything_starts(home: Path, run
 def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(
     home: Path, command: Command, start: Start, model: str
 ) -> None:
-    dataset = write_rows(Path("d.jsonl"), *({"id": i, "prompt": "ab"} for i in range(120)))
+    dataset = write_rows(Path("d.jsonl"), *({"id": i, "prompt": "ab"} for i in range(300)))
     slow = ("--max-new-tokens", "60", "--micro-batch", "4", "--micro-batches", "1")
     process = start("run", dataset, "--model", model, *GENERATE, *slow, "-o", "out.jsonl")
     until("the job to run", lambda: begun(home))
@@ -163,7 +163,7 @@ def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(
     assert not job.is_finished
     done = command("run", "--resume", "1", *GENERATE[2:], "-o", "out.jsonl")
     assert done.returncode == 0, done.stderr
-    assert [json.loads(line)["id"] for line in Path("out.jsonl").read_text().splitlines()] == list(range(120))
+    assert [json.loads(line)["id"] for line in Path("out.jsonl").read_text().splitlines()] == list(range(300))
 
 
 def test_redis_and_worker_end_with_their_owner_on_kill_9(home: Path, start: Start, model: str) -> None:
