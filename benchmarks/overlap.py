@@ -1,35 +1,43 @@
 """Do the lanes overlap? A pass over throttled links should take as long as its busiest lane, not as all of them.
 
 ``python -m benchmarks.overlap``: the simulated device, with its links and the disk so slow that waiting dominates and
-the schedule is measured, not this machine. Prints the time of the passes over that of their busiest lane, and over the
+the schedule is measured, not this machine. Decode passes, with weights, keys and values wherever they can be.
+Prints the time of the passes over that of their busiest lane, and over the
 sum of the lanes; exits with 1 where it is more than 1.15 of the busiest lane.
 """
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.checkpoints import default_cache, make_checkpoint
 from engine import Engine, Generate, PassStats, PlanOptions, Request, SamplingParams, Shares
 from engine.devices.simulated import SimulatedDevice
+from engine.memory.spill import DiskTier
 from engine.units import GIB
 from engine.weights.files import WeightFiles
 
 LINE = 1.15
 WARM_PASSES = 2
+REQUESTS = 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """Where weights live, and how fast they come."""
+    """Where weights, keys and values live, and how fast they come."""
 
     weights: str
     disk_speed: float
     """Bytes a second."""
     link_speed: float
+    kv: str = "100/0/0"
+    words: int = 2
+    """Of a prompt."""
 
 
 CASES = {
@@ -38,39 +46,52 @@ CASES = {
     "weights on disk, which is as fast as the link": Case("0/0/100", 500e6, 500e6),
     "weights on disk, which is faster than the link": Case("0/0/100", 600e6, 400e6),
     "weights in all three tiers": Case("20/40/40", 300e6, 300e6),
+    "KV cache on host": Case("100/0/0", 1e12, 300e6, "0/100/0", 500),
+    "KV cache on disk, which is slower than the link": Case("100/0/0", 200e6, 300e6, "0/0/100", 500),
+    "KV cache on disk, which is as fast as the link": Case("100/0/0", 200e6, 200e6, "0/0/100", 500),
+    "weights and KV cache on host": Case("0/100/0", 1e12, 500e6, "0/100/0", 500),
+    "weights on disk, KV cache on host": Case("0/0/100", 300e6, 500e6, "0/100/0", 500),
+    "weights on host, KV cache on disk": Case("0/100/0", 200e6, 500e6, "0/0/100", 500),
 }
 
 
-def throttle_disk(bytes_per_second: float) -> None:
-    """Reads of weights take as long as such a disk would."""
-    read_unit = WeightFiles.read_unit
+@contextmanager
+def throttled_disk(bytes_per_second: float) -> Iterator[None]:
+    """Reads of weights, and what spill files read and write, take as long as such a disk would."""
 
-    def read_slowly(self: WeightFiles, name: str, out: Tensor) -> int:
-        start = time.perf_counter()
-        num_bytes = read_unit(self, name, out)
-        time.sleep(max(0.0, num_bytes / bytes_per_second - (time.perf_counter() - start)))
-        return num_bytes
+    def slow(method: Callable[..., Any]) -> Callable[..., Any]:
+        def slowly(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = method(*arguments)
+            num_bytes = result or arguments[-1].numel()  # a read of weights says how many it was
+            time.sleep(max(0.0, num_bytes / bytes_per_second - (time.perf_counter() - start)))
+            return result
 
-    WeightFiles.read_unit = read_slowly  # type: ignore[method-assign]
+        return slowly
+
+    with ExitStack() as stack:
+        for owner, name in ((WeightFiles, "read_unit"), (DiskTier, "read"), (DiskTier, "write")):
+            method = getattr(owner, name)
+            setattr(owner, name, slow(method))
+            stack.callback(setattr, owner, name, method)
+        yield
 
 
 def measure(case: Case) -> list[PassStats]:
-    """The passes of a small job, first and last ones left out."""
+    """The decode passes of a small job, the first ones left out."""
     checkpoint = make_checkpoint("opt-125m", "bfloat16", default_cache(), print)
     options = PlanOptions(
-        device_memory=GIB, host_memory=GIB, weights=Shares.parse(case.weights), kv=Shares(100, 0, 0),
-        micro_batch=16, micro_batches=1, device="simulated",
+        device_memory=GIB, host_memory=GIB, disk_space=GIB, weights=Shares.parse(case.weights),
+        kv=Shares.parse(case.kv), micro_batch=REQUESTS * case.words * 2, micro_batches=1, device="simulated",
+        disk_dir=default_cache(),
     )  # fmt: skip
     sampling = SamplingParams(max_new_tokens=8, ignore_eos=True)
     device = SimulatedDevice(bytes_per_second=case.link_speed)
-    with Engine.load(checkpoint.model_dir, options, device=device) as engine:
-        read_unit = WeightFiles.read_unit
-        throttle_disk(case.disk_speed)
-        try:
-            reports = list(engine.passes(iter([Request(index, Generate("w9 w8", sampling)) for index in range(4)])))
-        finally:
-            WeightFiles.read_unit = read_unit  # type: ignore[method-assign]
-    return [report.stats for report in reports[WARM_PASSES:-1]]
+    requests = [Request(index, Generate("w9 " * case.words, sampling)) for index in range(REQUESTS)]
+    with Engine.load(checkpoint.model_dir, options, device=device) as engine, throttled_disk(case.disk_speed):
+        reports = list(engine.passes(iter(requests)))
+    decode = [report.stats for report in reports if not report.stats.prefill_tokens]
+    return decode[WARM_PASSES:-1]
 
 
 def main() -> int:

@@ -133,8 +133,7 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outco
     from benchmarks.checkpoints import make_checkpoint
     from engine.engine import Engine
     from engine.model.opt_shape import shape_of
-    from engine.planner.cost import bytes_taken, predict
-    from engine.planner.decide import ENGINE_OVERLAP
+    from engine.planner.cost import AS_ENGINE, bytes_taken, predict
     from engine.planner.default import StoredWeights
     from engine.planner.workload import Workload
     from engine.weights.manifest import read_manifest
@@ -154,9 +153,7 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outco
         )  # fmt: skip
         with Engine.load(checkpoint.model_dir, options) as engine:
             workload = Workload.of((len(item.prompt), len(item.continuation)) for item in items)
-            prediction = predict(
-                hardware, shape_of(manifest.config), stored, engine.plan, workload, overlap=ENGINE_OVERLAP
-            )
+            prediction = predict(hardware, shape_of(manifest.config), stored, engine.plan, workload, overlap=AS_ENGINE)
             taken = bytes_taken(engine.plan, shape_of(manifest.config), workload)
             _drain(engine.passes(_requests(items)), until_full=True)
             start = perf_counter()

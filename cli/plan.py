@@ -42,11 +42,9 @@ def _tokens() -> Number:
 @click.option("--dataset", type=Text(), metavar="FILE", help="Number and lengths of the prompts from this dataset.")
 @click.option(
     "--prompt",
-    default=templates.DEFAULT,
-    show_default=True,
     type=Text(),
     metavar="TEMPLATE|@FILE",
-    help="With --dataset: Jinja2 template over a row's fields.",
+    help=f"With --dataset: Jinja2 template over a row's fields. [default: {templates.DEFAULT}]",
 )
 @click.option("--sweep", type=click.Choice(_SWEEPS), help="Throughput against this memory, more of it and less.")
 @json_option

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
+from cli import templates
 from cli.context import App
 from cli.display import say, warn
 from cli.placement import Placement
@@ -34,7 +35,7 @@ class LengthOptions:
     gen_len: int
     requests: int | None
     dataset: str | None
-    prompt: str
+    prompt: str | None
     """The template, for ``dataset``."""
 
     @classmethod
@@ -42,7 +43,7 @@ class LengthOptions:
         """Moves the values out of a command's keyword arguments.
 
         Raises:
-            UsageError: the dataset and an option say the same thing.
+            UsageError: the dataset and an option say the same thing, or one is of no use without the other.
         """
         names = ("prompt_len", "gen_len", "requests", "dataset", "prompt")
         values = cls(**{name: options.pop(name) for name in names})
@@ -50,6 +51,8 @@ class LengthOptions:
             if values.dataset is not None and getattr(values, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise click.UsageError(f"{flag} and --dataset: the dataset says that already; leave one of them out")
+        if values.prompt is not None and values.dataset is None:
+            raise click.UsageError("--prompt is a template over the rows of a dataset: name it with --dataset")
         return values
 
 
@@ -194,7 +197,7 @@ def _read_workload(lengths: LengthOptions, model: _Model) -> "Workload":
         return Workload.uniform(
             lengths.prompt_len or DEFAULT_PROMPT_LEN, lengths.gen_len, lengths.requests or DEFAULT_REQUESTS
         )
-    prompts = _prompts(lengths.dataset, lengths.prompt)
+    prompts = _prompts(lengths.dataset, lengths.prompt or templates.DEFAULT)
     measured = _token_counts(list(itertools.islice(prompts, _MEASURED_ROWS)), model)
     more = sum(1 for _ in prompts)
     return Workload.of(_that_fit(measured, lengths.gen_len, model.shape)).times((len(measured) + more) / len(measured))

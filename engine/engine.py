@@ -20,8 +20,8 @@ from engine.memory.traffic import Span, Traffic
 from engine.model.family import EMBED
 from engine.model.registry import family_for
 from engine.passes import Pass, PassReport, PassStats
-from engine.planner.cost import PassModel, load_of, predict
-from engine.planner.decide import ENGINE_OVERLAP, Decision, Outlook, decide_plan
+from engine.planner.cost import AS_ENGINE, PassModel, load_of, predict
+from engine.planner.decide import Decision, Outlook, decide_plan
 from engine.planner.default import StoredWeights
 from engine.planner.plan import Plan, PlanOptions, TierName
 from engine.planner.workload import Workload
@@ -104,7 +104,7 @@ class Engine:
         self._hardware = decision.hardware
         self._expected: PassModel | None = None
         if decision.hardware is not None:
-            self._expected = PassModel(decision.hardware, self._shape, stored, self.plan, overlap=ENGINE_OVERLAP)
+            self._expected = PassModel(decision.hardware, self._shape, stored, self.plan, overlap=AS_ENGINE)
         self._traffic = Traffic(self._device.compute_mark, self._recorder)
         memory = {
             TierName.DEVICE: MemoryTier(TierName.DEVICE, self.plan.budgets[TierName.DEVICE], self._device.allocate),
@@ -161,7 +161,7 @@ class Engine:
         if better.layers == self.plan.layers and better.micro_batch == self.plan.micro_batch:
             return -1.0
         now, then = (
-            predict(hardware, self._shape, self._stored, plan, workload, overlap=ENGINE_OVERLAP).seconds
+            predict(hardware, self._shape, self._stored, plan, workload, overlap=AS_ENGINE).seconds
             for plan in (self.plan, better)
         )
         rate = hardware.lanes[LaneName.DISK_READ].at(max(self._stored.unit_bytes.values()))

@@ -54,6 +54,7 @@ class Executor:
 
     def _run(self, this_pass: Pass) -> list[SegmentResult]:
         batches = this_pass.micro_batches
+        self._kv.begin(batches)
         for index, batch in enumerate(batches):
             self._activations.store(index, self._embed(batch))
         for layer in range(self._family.shape.num_layers):

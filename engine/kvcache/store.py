@@ -1,12 +1,13 @@
-"""The KV cache: each sequence's keys and values as extents ``[layer][k|v][head][token][dim]`` in one tier.
+"""The KV cache: each sequence's keys and values as extents in one tier.
 
 A sequence reserves its maximum at admission and frees it at its end. Where the extent is in memory that compute can
-address, attention reads it as it lies; else it passes, one extent of one layer at a time, through a scratch buffer.
+address, attention reads it as it lies; else it passes, one extent of one layer at a time, through a ``KVStream``.
 
 Shapes: T tokens of a micro-batch, t of one segment, N query heads, K key/value heads, H head size.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,30 +16,34 @@ from torch import Tensor
 
 from engine.devices.base import Device
 from engine.errors import DiskFull, EngineError, TierFull
-from engine.kvcache.extents import DiskExtent, ExtentLayout, MemoryExtent
+from engine.kvcache.extents import DiskExtent, ExtentLayout, HostExtent, MemoryExtent
+from engine.kvcache.stream import KV, KVStream, Visit
 from engine.kvcache.workers import AttentionWorkers
 from engine.memory.arena import Arena
-from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
-from engine.memory.tier import Block, MemoryTier
+from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic
 from engine.model.attention import attend, attend_decode, flash_decodes, merge
 from engine.model.family import ModelShape
 from engine.passes import MicroBatch, Segment
-from engine.planner.default import kv_bytes_per_token, kv_scratch_bytes
+from engine.planner.default import kv_bytes_per_token, kv_slot_bytes
 from engine.planner.plan import Plan, TierName
 from engine.sequence import Sequence
 
-KV = "KV cache"
-
 
 class SequenceKV:
-    """One sequence's extents, in order of position."""
+    """One sequence's extents, in order of position: some in memory that compute can address, or some elsewhere."""
 
-    def __init__(self, tier: TierName, num_bytes: int, extents: list[MemoryExtent | DiskExtent]) -> None:
+    def __init__(self, tier: TierName, num_bytes: int) -> None:
         self.tier = tier
         self.num_bytes = num_bytes
-        self.extents = extents
+        self.extents: list[MemoryExtent] = []
+        self.spilled: list[HostExtent | DiskExtent] = []
+
+    def release(self) -> None:
+        """Free the extents."""
+        for extent in (*self.extents, *self.spilled):
+            extent.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +87,15 @@ class KVStore:
         self._used = dict.fromkeys(TierName, 0)
         self._extent_tokens = plan.extent_tokens
         self._token_bytes = kv_bytes_per_token(shape, plan.dtype)
-        self._scratch_bytes = kv_scratch_bytes(shape, plan.dtype, plan.extent_tokens)
         self._addressable = {TierName.DEVICE} | ({TierName.HOST} if device.shares_host_memory else set())
         self._sequences: dict[Sequence, SequenceKV] = {}
         self._workers: AttentionWorkers | None = None
         if device.shares_host_memory and torch.get_num_threads() > 1:
             self._workers = AttentionWorkers(torch.get_num_threads())
-        self._host_scratch: Block | None = None
-        if (plan.kv_bytes[TierName.HOST] or plan.kv_bytes[TierName.DISK]) and not device.shares_host_memory:
-            self._host_scratch = tiers[TierName.HOST].allocate(self._scratch_bytes, "KV scratch")
+        self._stream: KVStream | None = None
+        if plan.kv_slots:
+            slot_bytes = kv_slot_bytes(shape, plan.dtype, plan.extent_tokens)
+            self._stream = KVStream(plan, slot_bytes, device, tiers, traffic)
 
     @property
     def largest_sequence(self) -> int:
@@ -124,12 +129,12 @@ class KVStore:
         num_bytes = sequence.num_kv_tokens * self._token_bytes
         candidates = [tier for tier, pool in self._pools.items() if pool and self._used[tier] + num_bytes <= pool]
         for tier in sorted(candidates, key=lambda tier: self._used[tier] / self._pools[tier]):
-            held = SequenceKV(tier, num_bytes, [])
+            held = SequenceKV(tier, num_bytes)
             self._sequences[sequence] = held
             self._used[tier] += num_bytes
             try:
                 for layout in self._layouts(sequence.num_kv_tokens):
-                    held.extents.append(self._allocate(tier, layout))
+                    self._extend(held, layout)
             except TierFull:
                 self.release(sequence)
             except DiskFull:
@@ -148,8 +153,13 @@ class KVStore:
         held = self._sequences.pop(sequence, None)
         if held is not None:
             self._used[held.tier] -= held.num_bytes
-            for extent in held.extents:
-                extent.release()
+            held.release()
+
+    def begin(self, batches: SequenceOf[MicroBatch]) -> None:
+        """A pass over all layers begins, with these micro-batches in each: what lies elsewhere is brought ahead."""
+        if self._stream is not None:
+            spilled = [segment for batch in batches for segment in batch.segments if self._is_spilled(segment)]
+            self._stream.begin(self._visits(spilled))
 
     def attend(self, layer: int, batch: MicroBatch, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Store a micro-batch's keys and values and attend, segment by segment: ``[T, N, H]``.
@@ -179,7 +189,7 @@ class KVStore:
             out_TNH[rows, heads] = self._attend_segment(layer, segment, kv_heads, q_NtH, k_KtH, v_KtH).transpose(0, 1)
 
         for run in self._runs(batch.segments):
-            if self._workers is None or self._needs_scratch(run[0].segment):
+            if self._workers is None or self._is_spilled(run[0].segment):
                 for part in run:
                     attend_rows(part)
             else:
@@ -200,30 +210,41 @@ class KVStore:
 
     def _only_extent(self, segment: Segment) -> MemoryExtent | None:
         """Where one token finds all its sequence's keys and values, if that is one extent that compute can address."""
-        if segment.length > 1 or not segment.keeps_kv:
+        if segment.length > 1 or not segment.keeps_kv or self._is_spilled(segment):
             return None
-        held = self._sequences[segment.sequence]
-        extent = held.extents[0]
-        if isinstance(extent, DiskExtent) or held.tier not in self._addressable:
-            return None
+        extent = self._sequences[segment.sequence].extents[0]
         return extent if segment.start < extent.layout.capacity else None
 
-    def _needs_scratch(self, segment: Segment) -> bool:
+    def _is_spilled(self, segment: Segment) -> bool:
         held = self._sequences.get(segment.sequence)
         return held is not None and held.tier not in self._addressable
+
+    def _visits(self, spilled: SequenceOf[Segment]) -> Iterator[Visit]:
+        """What attention will enter in a pass, in its order."""
+        for layer in range(self._shape.num_layers if spilled else 0):
+            seen: set[Sequence] = set()
+            for segment in spilled:
+                end = segment.start + segment.length
+                for extent in self._sequences[segment.sequence].spilled:
+                    first = extent.layout.start
+                    past = min(max(0, segment.start - first), extent.layout.capacity)
+                    added = min(max(0, end - first), extent.layout.capacity) - past
+                    if past + added:
+                        yield Visit(layer, extent, past, added, at_once=segment.sequence not in seen)
+                seen.add(segment.sequence)
 
     def _runs(self, segments: Iterable[Segment]) -> "Iterator[list[_Part]]":
         """Segments, gathered as far as they may be computed side by side.
 
-        Not: two of one sequence, since the second looks back at the first; nor those whose cache passes through
-        scratch, of which the workspace holds one.
+        Not: two of one sequence, since the second looks back at the first; nor those whose cache is brought, in the
+        order in which it comes.
         """
         all_heads = slice(0, self._shape.num_kv_heads)
         run: list[_Part] = []
         sequences: set[Sequence] = set()
         begin = 0
         for segment in segments:
-            alone = self._needs_scratch(segment)
+            alone = self._is_spilled(segment)
             if run and (alone or segment.sequence in sequences):
                 yield run
                 run, sequences = [], set()
@@ -238,12 +259,12 @@ class KVStore:
 
     def close(self) -> None:
         """Free everything."""
+        if self._stream is not None:
+            self._stream.close()
         for sequence in list(self._sequences):
             self.release(sequence)
         for arena in self._arenas.values():
             arena.close()
-        if self._host_scratch is not None:
-            self._host_scratch.release()
         if self._workers is not None:
             self._workers.close()
 
@@ -261,10 +282,15 @@ class KVStore:
             for start in range(0, num_tokens, self._extent_tokens)
         ]
 
-    def _allocate(self, tier: TierName, layout: ExtentLayout) -> MemoryExtent | DiskExtent:
-        if tier is TierName.DISK:
-            return DiskExtent(layout, self._disk.allocate(layout.num_bytes, KV))
-        return MemoryExtent(layout, self._arenas[tier].allocate(layout.num_bytes), self._dtype)
+    def _extend(self, held: SequenceKV, layout: ExtentLayout) -> None:
+        if held.tier is TierName.DISK:
+            held.spilled.append(DiskExtent(layout, self._disk.allocate(layout.num_bytes, KV)))
+            return
+        piece = self._arenas[held.tier].allocate(layout.num_bytes)
+        if held.tier in self._addressable:
+            held.extents.append(MemoryExtent(layout, piece, self._dtype))
+        else:
+            held.spilled.append(HostExtent(layout, piece))
 
     def _attend_segment(
         self, layer: int, segment: Segment, heads: slice, q_NtH: Tensor, k_KtH: Tensor, v_KtH: Tensor
@@ -273,8 +299,10 @@ class KVStore:
         if not segment.keeps_kv:
             return attend(q_NtH, k_KtH, v_KtH, causal=True)[0]
         held = self._sequences[segment.sequence]
+        if held.spilled:
+            return self._attend_spilled(layer, held, segment, q_NtH, k_KtH, v_KtH)
         end = segment.start + segment.length
-        if held.tier in self._addressable and (segment.length == 1 or end <= held.extents[0].layout.capacity):
+        if segment.length == 1 or end <= held.extents[0].layout.capacity:
             # Stored first, the segment's own keys are read with the rest: one piece less to merge.
             self._store(layer, held, segment.start, heads, k_KtH, v_KtH)
             past = self._past(layer, held, end, heads)
@@ -285,42 +313,41 @@ class KVStore:
         self._store(layer, held, segment.start, heads, k_KtH, v_KtH)
         return out_NtH
 
-    def _past(self, layer: int, held: SequenceKV, num_tokens: int, heads: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of the sequence's first ``num_tokens``, ``[K, s, H]`` each, one pair an extent.
+    def _attend_spilled(
+        self, layer: int, held: SequenceKV, segment: Segment, q_NtH: Tensor, k_KtH: Tensor, v_KtH: Tensor
+    ) -> Tensor:
+        """All heads of a segment, extent by extent as they come."""
+        assert self._stream is not None
+        end = segment.start + segment.length
+        kv_t2KH = torch.stack((k_KtH.transpose(0, 1), v_KtH.transpose(0, 1)), dim=1)
+        pieces = []
+        done = 0
+        for extent in held.spilled:
+            if extent.layout.start >= end:
+                break
+            with self._stream.enter(layer, extent) as (visit, kv_c2KH):
+                kv_c2KH[visit.past :] = kv_t2KH[done : done + visit.added]
+                done += visit.added
+                # Its own tokens, if all are here, are read with the rest: one piece less to merge.
+                whole = visit.added == segment.length
+                k_KsH, v_KsH = kv_c2KH[: None if whole else visit.past].permute(1, 2, 0, 3)
+                if k_KsH.shape[1]:
+                    pieces.append(attend(q_NtH, k_KsH, v_KsH, causal=whole))
+        if not whole:
+            pieces.append(attend(q_NtH, k_KtH, v_KtH, causal=True))
+        return merge(pieces)[0]
 
-        One at a time: the next pair may come through the same scratch.
-        """
+    def _past(self, layer: int, held: SequenceKV, num_tokens: int, heads: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of the sequence's first ``num_tokens``, ``[K, s, H]`` each, one pair an extent."""
         for extent in held.extents:
             count = min(num_tokens - extent.layout.start, extent.layout.capacity)
             if count <= 0:
                 break
-            kv_2KcH = self._load(layer, held.tier, extent)
+            kv_2KcH = extent.layer(layer)
             yield kv_2KcH[0, heads, :count], kv_2KcH[1, heads, :count]
 
-    def _load(self, layer: int, tier: TierName, extent: MemoryExtent | DiskExtent) -> Tensor:
-        """One layer of an extent where compute can read it: ``[k|v, K, capacity, H]``."""
-        if isinstance(extent, MemoryExtent) and tier in self._addressable:
-            return extent.layer(layer)
-        # Scratch lives for one operation: the plan's workspace has room for it.
-        layout = extent.layout
-        scratch = self._device.allocate(layout.layer_bytes)
-        if isinstance(extent, DiskExtent):
-            host = scratch if self._host_scratch is None else self._host_scratch.data[: layout.layer_bytes]
-            with self._traffic.waiting(), self._traffic.moving(LaneName.DISK_READ, layout.layer_bytes, KV):
-                extent.read_layer(layer, host)
-        else:
-            host = extent.layer_bytes(layer)
-        if host is not scratch:
-            with self._traffic.waiting():
-                copied = self._device.copy(LaneName.HOST_TO_DEVICE, scratch, host, self._device.compute_mark())
-                if isinstance(extent, DiskExtent):
-                    copied.wait()  # the next extent is read into the same host scratch
-                self._device.compute_after(copied)
-            self._traffic.follow(LaneName.HOST_TO_DEVICE, copied, layout.layer_bytes, KV)
-        return scratch.view(self._dtype).view(layout.layer_shape)
-
     def _store(self, layer: int, held: SequenceKV, start: int, heads: slice, k_KtH: Tensor, v_KtH: Tensor) -> None:
-        """Append a segment's keys and values: those of some heads where compute can address them, else of all."""
+        """Append a segment's keys and values, those of some heads."""
         end = start + k_KtH.shape[1]
         for extent in held.extents:
             first = max(start, extent.layout.start)
@@ -329,22 +356,6 @@ class KVStore:
                 continue
             piece = slice(first - start, last - start)
             place = slice(first - extent.layout.start, last - extent.layout.start)
-            if isinstance(extent, MemoryExtent) and held.tier in self._addressable:
-                kv = extent.layer(layer)
-                kv[0, heads, place] = k_KtH[:, piece]
-                kv[1, heads, place] = v_KtH[:, piece]
-                continue
-            kv_2KtH = torch.stack((k_KtH[:, piece], v_KtH[:, piece]))
-            num_bytes = kv_2KtH.numel() * kv_2KtH.element_size()
-            if self._host_scratch is not None:
-                on_host = self._host_scratch.data[:num_bytes].view(self._dtype).view(kv_2KtH.shape)
-                with self._traffic.waiting():
-                    copied = self._device.copy(LaneName.DEVICE_TO_HOST, on_host, kv_2KtH, self._device.compute_mark())
-                    copied.wait()
-                self._traffic.follow(LaneName.DEVICE_TO_HOST, copied, num_bytes, KV)
-                kv_2KtH = on_host
-            if isinstance(extent, DiskExtent):
-                with self._traffic.waiting(), self._traffic.moving(LaneName.DISK_WRITE, num_bytes, KV):
-                    extent.write_tokens(layer, place.start, kv_2KtH)
-            else:
-                extent.layer(layer)[:, :, place] = kv_2KtH
+            kv = extent.layer(layer)
+            kv[0, heads, place] = k_KtH[:, piece]
+            kv[1, heads, place] = v_KtH[:, piece]

@@ -91,12 +91,12 @@ def spilled(cache: "Cache") -> Spilled:
             cache.moved(prompts)  # the first time, the file grows
             writes[token_bytes * length] = _rate(cache.moved(prompts)[1], LaneName.DISK_WRITE)
             cache.moved(steps)
-            seconds, moved = min((cache.moved(steps) for _ in range(3)), key=lambda found: found[0])
+            _, moved = min((cache.moved(steps) for _ in range(3)), key=lambda found: found[0])
             read = token_bytes * (length + 1)
             writes[token_bytes] = _rate(moved, LaneName.DISK_WRITE)
             reads[read] = _rate(moved, LaneName.DISK_READ)
             number = len(steps) * cache.shape.num_layers
-            attends[read] = read * number / without(seconds, sum(moved.seconds.values()))
+            attends[read] = read * number / moved.seconds[LaneName.DEVICE_COMPUTE]
     return Spilled(*(tuple(sorted(each.items())) for each in (reads, writes, attends)))
 
 
@@ -141,6 +141,7 @@ class Cache:
 
     def fill(self, batch: Sequence[Segment]) -> None:
         """Attend in every layer."""
+        self.store.begin([MicroBatch(tuple(batch))])
         for layer in range(self.shape.num_layers):
             self._attend(layer, batch)
 
@@ -158,7 +159,9 @@ class Cache:
         self._device.compute_mark().wait()
         self._traffic.take()
         start = time.perf_counter()
+        self._traffic.computes("attention")
         self.fill(batch)
+        self._traffic.computes(None)
         self._device.compute_mark().wait()
         return time.perf_counter() - start, self._traffic.take()
 

@@ -36,6 +36,8 @@ class Overlap:
 
 
 OVERLAPPED = Overlap()
+AS_ENGINE = Overlap(activations=False)
+"""What this engine does: weights, keys and values run ahead; activations of other tiers are asked for when needed."""
 WAITING = Overlap(kv=False, activations=False)
 """Compute asks for both only when it needs them. Weights run ahead in either case."""
 
@@ -52,8 +54,6 @@ class PassLoad:
     """Pairs of a query and a key that prompt attention multiplies."""
     looked_back: float = 0.0
     """KV tokens that decode attention reads."""
-    moved: float = 0.0
-    """KV tokens, whole extents, that decoding would have to bring if none lay where compute can address it."""
     reread: float = 0.0
     """KV tokens that parts of prompts look back at, the prompt having been cut."""
     logits_rows: float = 0.0
@@ -71,7 +71,6 @@ class PassLoad:
             prompt_segments=factor * self.prompt_segments,
             prompt_pairs=factor * self.prompt_pairs,
             looked_back=factor * self.looked_back,
-            moved=factor * self.moved,
             reread=factor * self.reread,
             logits_rows=factor * self.logits_rows,
         )
@@ -83,7 +82,6 @@ class PassLoad:
             prompt_segments=self.prompt_segments + other.prompt_segments,
             prompt_pairs=self.prompt_pairs + other.prompt_pairs,
             looked_back=self.looked_back + other.looked_back,
-            moved=self.moved + other.moved,
             reread=self.reread + other.reread,
             logits_rows=self.logits_rows + other.logits_rows,
         )
@@ -91,7 +89,7 @@ class PassLoad:
     @property
     def prompts(self) -> "PassLoad":
         """Without the decoding, if it is one request's: the pass that ends a prompt yields the first token."""
-        return replace(self, decode_tokens=0.0, looked_back=0.0, moved=0.0, logits_rows=min(1.0, self.logits_rows))
+        return replace(self, decode_tokens=0.0, looked_back=0.0, logits_rows=min(1.0, self.logits_rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +226,7 @@ class PassModel:
         copies = not self._shares_host
         on_disk, on_host = self._kv_share[TierName.DISK], self._kv_share[TierName.HOST]
         below = on_disk + on_host
-        new, moved = load.tokens * self._token_bytes, (load.moved + load.reread) * self._token_bytes
+        new, moved = load.tokens * self._token_bytes, (load.looked_back + load.reread) * self._token_bytes
         weights[LaneName.DISK_READ] = self._weight_bytes[TierName.DISK]
         kv[LaneName.DISK_READ] = moved * on_disk
         kv[LaneName.DISK_WRITE] = new * on_disk
@@ -258,7 +256,7 @@ class PassModel:
         rate = self._hardware.kv_rate(lane)
         if lane in (LaneName.DISK_READ, LaneName.HOST_TO_DEVICE):
             segments = load.decode_tokens or load.prompt_segments
-            tokens = (load.moved if load.decode_tokens else load.prompt_tokens) / segments if segments else 0.0
+            tokens = (load.looked_back if load.decode_tokens else load.prompt_tokens) / segments if segments else 0.0
             return rate.seconds(num_bytes, max(1.0, min(tokens, self._plan.extent_tokens) * self._layer_token_bytes))
         decoded = num_bytes * load.decode_tokens / load.tokens
         prompt = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 1.0
@@ -330,7 +328,7 @@ def load_of(segments: Iterable[Segment]) -> PassLoad:
     for segment in segments:
         end = segment.start + segment.length
         if segment.is_decode:
-            load += PassLoad(decode_tokens=1, looked_back=end, moved=end, logits_rows=1)
+            load += PassLoad(decode_tokens=1, looked_back=end, logits_rows=1)
             continue
         load += PassLoad(
             prompt_tokens=segment.length,
@@ -354,7 +352,6 @@ def request_load(lengths: Lengths, plan: Plan) -> PassLoad:
         prompt_segments=1 + cuts,
         prompt_pairs=prompt * (prompt + chunk) / 2,
         looked_back=lengths.looked_back,
-        moved=lengths.moved(plan.extent_tokens),
         reread=cuts * prompt / 2,
         logits_rows=lengths.generated,
     )
@@ -432,7 +429,6 @@ class _Kind:
     steps: int
     reserved: int
     looked_back: float
-    moved: float
 
 
 class _Run:
@@ -448,7 +444,6 @@ class _Run:
                 each.decode_steps,
                 each.reserved,
                 each.looked_back / max(1, each.decode_steps),
-                each.moved(plan.extent_tokens) / max(1, each.decode_steps),
             )
             for each in workload.lengths
         ]
@@ -520,7 +515,6 @@ class _Run:
         return PassLoad(
             decode_tokens=tokens,
             looked_back=sum(number * kind.looked_back for number, kind in pairs),
-            moved=sum(number * kind.moved for number, kind in pairs),
             logits_rows=tokens,
         )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engine.errors import HardwareError, PlanDoesNotFit
 from engine.model.family import ModelShape, layer_name
-from engine.planner.cost import WAITING
+from engine.planner.cost import AS_ENGINE
 from engine.planner.default import StoredWeights, budgets_of, resolve_plan
 from engine.planner.hardware import Hardware
 from engine.planner.machine import MachineFacts
@@ -16,8 +16,6 @@ from engine.planner.search import Found, default_budgets, search
 from engine.planner.workload import Workload
 from engine.units import GIB, format_bytes
 
-ENGINE_OVERLAP = WAITING
-"""What runs beside compute in this engine: weights do; keys, values and activations of other tiers are waited for."""
 ENGINE_ATTENDS_ON_HOST = False
 
 
@@ -55,7 +53,7 @@ class Question:
                 budgets=budgets,
                 fixed=fixed,
                 host_attention=ENGINE_ATTENDS_ON_HOST,
-                overlap=ENGINE_OVERLAP,
+                overlap=AS_ENGINE,
                 disk_dir=fixed.disk_dir or Path(),
                 facts=self.facts,
             )

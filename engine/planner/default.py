@@ -21,6 +21,8 @@ STAGING_SLOTS = 2
 """One layer is computed while the next is brought."""
 BOUNCED_SLOTS = 3
 """Where a layer is read to the host first and copied on from there: one is read, one copied, one computed."""
+KV_SLOTS = 4
+"""One extent's layer is brought while two wait or are looked at and one is taken back."""
 LOGITS_BYTES = 64 * MIB
 DEVICE_SHARE, HOST_SHARE = 0.8, 0.7
 """Of the memory found free, how much a plan takes unasked: the rest is for the page cache and for other people."""
@@ -46,7 +48,7 @@ def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * DTYPE_BYTES[dtype]
 
 
-def kv_scratch_bytes(shape: ModelShape, dtype: str, extent_tokens: int) -> int:
+def kv_slot_bytes(shape: ModelShape, dtype: str, extent_tokens: int) -> int:
     """Bytes of one layer's keys and values of the longest extent: what a cache that lives elsewhere passes through."""
     return 2 * shape.num_kv_heads * extent_tokens * shape.head_size * DTYPE_BYTES[dtype]
 
@@ -99,8 +101,10 @@ def resolve_plan(
     activations = TierName(options.activations or TierName.DEVICE)
     extent_tokens = min(options.extent_tokens or EXTENT_TOKENS, shape.max_positions + 1)
     logits_rows = _logits_rows(shape, micro_batch)
-    workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows, extent_tokens)
-    workspace += facts.attention_threads * kv_scratch_bytes(shape, "float32", extent_tokens) // 2
+    workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows)
+    workspace += facts.attention_threads * kv_slot_bytes(shape, "float32", extent_tokens) // 2
+    slot_bytes = kv_slot_bytes(shape, dtype, extent_tokens)
+    kv_slots = KV_SLOTS if _spills_kv(options, budgets, facts) else 0
     batch_bytes = micro_batch * shape.hidden_size * DTYPE_BYTES[dtype]
     layers = _place_layers(
         options,
@@ -108,7 +112,7 @@ def resolve_plan(
         stored,
         dtype,
         budgets,
-        workspace=workspace,
+        workspace=workspace + kv_slots * slot_bytes,
         batch_bytes=batch_bytes if activations is TierName.DEVICE else 0,
         bounces=not facts.shares_host_memory,
     )
@@ -120,7 +124,7 @@ def resolve_plan(
     largest_layer = max(stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers))
 
     fixed = dict.fromkeys(TierName, 0)
-    fixed[TierName.DEVICE] += workspace + slots * largest_layer
+    fixed[TierName.DEVICE] += workspace + slots * largest_layer + kv_slots * slot_bytes
     if streamed and dtype != stored.dtype:
         fixed[TierName.DEVICE] += largest_layer * DTYPE_BYTES[dtype] // DTYPE_BYTES[stored.dtype]
     activation_bytes = micro_batches * batch_bytes
@@ -129,8 +133,8 @@ def resolve_plan(
     if not facts.shares_host_memory:
         if TierName.DISK in layers:
             fixed[TierName.HOST] += slots * largest_layer
-        if options.kv is not None and options.kv.host + options.kv.disk:
-            fixed[TierName.HOST] += kv_scratch_bytes(shape, dtype, extent_tokens)
+        if options.kv is not None and options.kv.disk:
+            fixed[TierName.HOST] += kv_slots * slot_bytes
         if activations is TierName.DISK:
             fixed[TierName.HOST] += batch_bytes
     fixed[TierName.DEVICE] += sum(stored.computed_bytes(unit, dtype) for unit in (EMBED, HEAD))
@@ -144,8 +148,6 @@ def resolve_plan(
         if fixed[tier] > budgets[tier]:
             raise PlanDoesNotFit(_too_small(tier, fixed[tier], budgets[tier]))
     room = {tier: budgets[tier] - fixed[tier] for tier in TierName}
-    if options.kv is None and not facts.shares_host_memory:
-        room[TierName.HOST] = max(0, room[TierName.HOST] - kv_scratch_bytes(shape, dtype, extent_tokens))
     return Plan(
         device=device,
         dtype=dtype,
@@ -160,6 +162,7 @@ def resolve_plan(
         extent_tokens=extent_tokens,
         logits_rows=logits_rows,
         staging_slots=slots,
+        kv_slots=kv_slots,
         workspace_bytes=workspace,
         schedule=options.schedule or SCHEDULES[0],
         other_bytes=fixed,
@@ -181,16 +184,23 @@ def budgets_of(options: PlanOptions, facts: MachineFacts, disk_dir: Path) -> dic
     return {TierName.DEVICE: device, TierName.HOST: host, TierName.DISK: disk}
 
 
+def _spills_kv(options: PlanOptions, budgets: Mapping[TierName, int], facts: MachineFacts) -> bool:
+    """Whether sequences may live where compute cannot address them."""
+    if options.kv is None:
+        return not facts.shares_host_memory and budgets[TierName.HOST] > 0
+    return bool(options.kv.disk or (options.kv.host and not facts.shares_host_memory))
+
+
 def _logits_rows(shape: ModelShape, micro_batch: int) -> int:
     return max(1, min(LOGITS_BYTES // (4 * shape.vocab_size), micro_batch))
 
 
-def _workspace_bytes(shape: ModelShape, dtype: str, micro_batch: int, logits_rows: int, extent_tokens: int) -> int:
+def _workspace_bytes(shape: ModelShape, dtype: str, micro_batch: int, logits_rows: int) -> int:
     item = DTYPE_BYTES[dtype]
     layer = micro_batch * shape.workspace_values * item
     # Logits as computed, as float32, and their log-softmax.
     head = logits_rows * shape.vocab_size * (item + 8) + micro_batch * shape.hidden_size * item
-    return max(layer + kv_scratch_bytes(shape, dtype, extent_tokens), head) + micro_batch * shape.hidden_size * item
+    return max(layer, head) + micro_batch * shape.hidden_size * item
 
 
 def _place_layers(

@@ -322,8 +322,10 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
                 f"{str(name_or_path)!r} is neither a file nor a hardware preset; "
                 f"presets are {', '.join(preset_names())}"
             ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise HardwareError(f"cannot read hardware profile {str(name_or_path)!r}: {error}") from error
+        except OSError as error:
+            raise HardwareError(f"{str(name_or_path)!r} cannot be read: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise HardwareError(f"{str(name_or_path)!r} is no hardware profile: it is not text") from error
     try:
         data = json.loads(text)
     except ValueError as error:

@@ -123,6 +123,8 @@ class Plan:
     """Rows of logits computed together, at most."""
     staging_slots: int
     """Device buffers that streamed layers pass through; 0 where every layer is resident."""
+    kv_slots: int
+    """Device buffers for a layer of an extent, through which KV cache from elsewhere passes; 0 where there is none."""
     workspace_bytes: int
     """Device bytes reserved for what lives no longer than one operation."""
     other_bytes: Mapping[TierName, int]

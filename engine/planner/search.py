@@ -359,12 +359,13 @@ class _Search:
             )
             if solved.status != 0 or solved.x[6] <= 0:
                 continue
-            per_unit = [float(value) for value in solved.x]
+            # The solver's tolerances let variables be a little below 0.
+            per_unit = [max(0.0, float(value)) for value in solved.x]
             served = sum(per_unit[3:6])
             if served > 0:
                 found[share] = (
                     served / unit,
-                    {tier: per_unit[index] / per_unit[6] for index, tier in enumerate(_TIERS)},
+                    {tier: min(layers, per_unit[index] / per_unit[6]) for index, tier in enumerate(_TIERS)},
                     {tier: per_unit[3 + index] / served for index, tier in enumerate(_TIERS)},
                 )
         return found

@@ -36,15 +36,6 @@ class Lengths:
         """KV tokens that decode attention reads, over all steps; a step sees its own token, too."""
         return self.decode_steps * self.prompt + self.decode_steps * (self.decode_steps + 1) // 2
 
-    def moved(self, extent_tokens: int) -> int:
-        """KV tokens that decoding brings from where compute cannot address them: whole extents, over all steps."""
-        total = 0
-        for first in range(0, self.reserved, extent_tokens):
-            # Steps that find tokens of earlier steps or of the prompt in the extent that begins here.
-            steps = min(self.decode_steps, self.reserved - first - 1)
-            total += steps * min(extent_tokens, self.reserved - first)
-        return total
-
 
 @dataclass(frozen=True, slots=True)
 class Workload:

@@ -144,7 +144,7 @@ def test_without_a_tokenizer_characters_are_counted_and_that_is_said(run: Run) -
     [
         (["--model", "no-such"], 3, "facebook/opt-30b"),
         (["--model", "opt-30b", "--hardware", "t5"], 3, "t4-gcp"),
-        (["--model", "opt-30b", "--hardware", "."], 2, "cannot read"),
+        (["--model", "opt-30b", "--hardware", "."], 2, "cannot be read"),
         (["--model", "opt-30b", "--dtype", "bfloat16"], 2, "bfloat16"),
         (["--model", "opt-30b", "--device", "cpu"], 2, "--device cpu"),
         (["--model", "opt-30b", "--dataset", "no.jsonl"], 3, "no.jsonl"),
@@ -152,6 +152,7 @@ def test_without_a_tokenizer_characters_are_counted_and_that_is_said(run: Run) -
         (["--model", "opt-30b", "--dataset", "d", "--requests", "3"], 2, "--requests"),
         (["--model", "opt-30b", "--dataset", "d", "--prompt-len", "3"], 2, "--prompt-len"),
         (["--model", "opt-30b", "--prompt", "@no.txt", "--dataset", "d"], 3, "no.txt"),
+        (["--model", "opt-30b", "--prompt", "{{ text }}"], 2, "--dataset"),
         (["--model", "opt-30b", "--prompt-len", "0"], 2, "--prompt-len"),
         (["--model", "opt-30b", "--gen-len", "x"], 2, "--gen-len"),
         (["--model", "opt-30b", "--requests", "-1"], 2, "--requests"),
@@ -193,7 +194,7 @@ def test_a_dataset_that_enqueue_would_refuse_is_refused(run: Run, lines: str, sa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--device-memory", "0"], "--device-memory 4.3GiB with --weights 0/0/100 --micro-batch 256"),
+        (["--device-memory", "0"], "--device-memory 4.4GiB with --weights 0/0/100 --micro-batch 256"),
         (["--weights", "100/0/0"], "GiB short"),
         (["--host-memory", "0", "--weights", "0/100/0"], "--host-memory"),
         (["--prompt-len", "3000"], "--prompt-len 2016 --gen-len 32"),

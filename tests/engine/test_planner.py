@@ -101,6 +101,10 @@ def held(chosen: Plan, stored_dtype: str, shares_host_memory: bool) -> dict[Tier
         total[TierName.DEVICE] += int(14 * MIB * wider)
     if not shares_host_memory and chosen.num_layers_in(TierName.DISK):
         total[TierName.HOST] += chosen.staging_slots * 14 * MIB
+    slots = chosen.kv_slots * 2 * 768 * chosen.extent_tokens * DTYPE_BYTES[chosen.dtype]
+    total[TierName.DEVICE] += slots
+    if not shares_host_memory and chosen.kv_bytes[TierName.DISK]:
+        total[TierName.HOST] += slots
     total[chosen.activations] += chosen.tokens_per_pass * 768 * DTYPE_BYTES[chosen.dtype]
     return total
 
