@@ -46,7 +46,7 @@ class MemoryExtent:
         self.layout = layout
         self._piece = piece
         shape = (layout.num_layers, 2, layout.num_heads, layout.capacity, layout.head_size)
-        self._layers = piece.data[: layout.num_bytes].view(dtype).view(shape)
+        self._layers = piece.data[: layout.num_bytes].view(dtype).view(shape).unbind()
 
     def layer(self, layer: int) -> Tensor:
         """One layer as ``[k|v, head, token, dim]``."""

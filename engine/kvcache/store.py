@@ -6,7 +6,7 @@ address, attention reads it as it lies; else it passes, one extent of one layer 
 Shapes: T tokens of a micro-batch, t of one segment, N query heads, K key/value heads, H head size.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,7 +23,7 @@ from engine.memory.arena import Arena
 from engine.memory.spill import DiskTier
 from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic
-from engine.model.attention import attend, attend_decode, flash_decodes, merge
+from engine.model.attention import attend, attend_decode, attend_decode_by_flash, flash_decodes, merge
 from engine.model.family import ModelShape
 from engine.passes import MicroBatch, Segment
 from engine.planner.default import kv_bytes_per_token, kv_slot_bytes
@@ -168,17 +168,13 @@ class KVStore:
         """
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
         out_TNH[batch.num_tokens :] = 0
-        scaled_TNH: Tensor | None = None
-        if self._decodes_by_products(q_TNH, k_TKH) and any(s.length == 1 for s in batch.segments):
-            scaled_TNH = q_TNH.float() * q_TNH.shape[-1] ** -0.5
+        decode = self._decoder(batch, q_TNH, k_TKH, v_TKH, out_TNH)
 
         def attend_rows(part: _Part) -> None:
             begin, segment, kv_heads = part.begin, part.segment, part.kv_heads
             extent = self._only_extent(segment)
-            if extent is not None and scaled_TNH is not None:
-                attend_decode(
-                    scaled_TNH[begin], k_TKH[begin], v_TKH[begin], extent.layer(layer), segment.start, out_TNH[begin]
-                )
+            if extent is not None and decode is not None:
+                decode(begin, extent.layer(layer), segment.start)
                 return
             rows = slice(begin, begin + segment.length)
             group = q_TNH.shape[1] // k_TKH.shape[1]
@@ -205,8 +201,35 @@ class KVStore:
         borders = [num_heads * core // cores for core in range(cores + 1)]
         return [_Part(whole.begin, whole.segment, slice(first, end)) for first, end in pairwise(borders) if first < end]
 
-    def _decodes_by_products(self, q_TNH: Tensor, k_TKH: Tensor) -> bool:
-        return q_TNH.device.type == "cpu" and q_TNH.shape == k_TKH.shape and not flash_decodes()
+    def _decoder(
+        self, batch: MicroBatch, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor
+    ) -> Callable[[int, Tensor, int], None] | None:
+        """On the CPU, what computes one token at a row, given its sequence's keys and values and its position.
+
+        What can be done for all of them together is done here.
+        """
+        rows = self._decode_rows(batch)
+        if not rows or q_TNH.device.type != "cpu" or q_TNH.shape != k_TKH.shape:
+            return None
+        if not flash_decodes():
+            scaled_TNH = q_TNH[:rows].float() * q_TNH.shape[-1] ** -0.5
+            return lambda row, kv_2NcH, position: attend_decode(
+                scaled_TNH[row], k_TKH[row], v_TKH[row], kv_2NcH, position, out_TNH[row]
+            )
+        q_T1N1H, out_T1N1H = q_TNH[:, None, :, None], out_TNH[:, None, :, None]
+        kv_T2NH = torch.stack((k_TKH[:rows], v_TKH[:rows]), 1)
+        return lambda row, kv_2NcH, position: attend_decode_by_flash(
+            q_T1N1H[row], kv_T2NH[row], kv_2NcH, position, out_T1N1H[row]
+        )
+
+    @staticmethod
+    def _decode_rows(batch: MicroBatch) -> int:
+        """Rows up to the last segment of one token: schedulers put these first."""
+        rows = end = 0
+        for segment in batch.segments:
+            end += segment.length
+            rows = end if segment.length == 1 else rows
+        return rows
 
     def _only_extent(self, segment: Segment) -> MemoryExtent | None:
         """Where one token finds all its sequence's keys and values, if that is one extent that compute can address."""

@@ -154,6 +154,19 @@ def attend_decode(
     torch.bmm(weights_N1s.to(v_NsH.dtype), v_NsH, out=out_NH[:, None])
 
 
+def attend_decode_by_flash(q_1N1H: Tensor, kv_2NH: Tensor, kv_2NcH: Tensor, position: int, out_1N1H: Tensor) -> None:
+    """As ``attend_decode``, by the flash kernel: ``q_1N1H`` is not scaled, ``kv_2NH`` the token's own key and value.
+
+    Nothing here but what must be: for one token, a Python object more or less is a hundredth of the whole.
+    """
+    kv_2NcH.select(2, position).copy_(kv_2NH)
+    k_1NsH, v_1NsH = kv_2NcH.narrow(2, 0, position + 1).chunk(2)
+    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_1N1H, k_1NsH, v_1NsH, 0.0, False, attn_mask=None, scale=q_1N1H.shape[-1] ** -0.5
+    )
+    out_1N1H.copy_(out)
+
+
 def _expand(q_NtH: Tensor, x_KsH: Tensor) -> Tensor:
     """Key/value heads repeated for the query heads that share them."""
     repeats = q_NtH.shape[0] // x_KsH.shape[0]
