@@ -18,7 +18,7 @@ from engine.devices.base import Device
 from engine.errors import DiskFull, EngineError, TierFull
 from engine.kvcache.extents import DiskExtent, ExtentLayout, HostExtent, MemoryExtent
 from engine.kvcache.stream import KV, KVStream, Visit
-from engine.kvcache.workers import AttentionWorkers
+from engine.kvcache.workers import AttentionWorkers, one_core
 from engine.memory.arena import Arena
 from engine.memory.spill import DiskTier
 from engine.memory.tier import MemoryTier
@@ -174,7 +174,12 @@ class KVStore:
             begin, segment, kv_heads = part.begin, part.segment, part.kv_heads
             extent = self._only_extent(segment)
             if extent is not None and decode is not None:
-                decode(begin, extent.layer(layer), segment.start)
+                if isinstance(extent, MemoryExtent):
+                    decode(begin, extent.layer(layer), segment.start)
+                    return
+                # Meanwhile other cores read what comes next.
+                with one_core(), self._stream_of().enter(layer, extent) as (visit, kv_c2KH):
+                    decode(begin, kv_c2KH.permute(1, 2, 0, 3), visit.past)
                 return
             rows = slice(begin, begin + segment.length)
             group = q_TNH.shape[1] // k_TKH.shape[1]
@@ -231,12 +236,17 @@ class KVStore:
             rows = end if segment.length == 1 else rows
         return rows
 
-    def _only_extent(self, segment: Segment) -> MemoryExtent | None:
-        """Where one token finds all its sequence's keys and values, if that is one extent that compute can address."""
-        if segment.length > 1 or not segment.keeps_kv or self._is_spilled(segment):
+    def _only_extent(self, segment: Segment) -> MemoryExtent | HostExtent | DiskExtent | None:
+        """Where one token finds all its sequence's keys and values, if that is one extent."""
+        if segment.length > 1 or not segment.keeps_kv:
             return None
-        extent = self._sequences[segment.sequence].extents[0]
+        held = self._sequences[segment.sequence]
+        extent = held.spilled[0] if held.spilled else held.extents[0]
         return extent if segment.start < extent.layout.capacity else None
+
+    def _stream_of(self) -> KVStream:
+        assert self._stream is not None
+        return self._stream
 
     def _is_spilled(self, segment: Segment) -> bool:
         held = self._sequences.get(segment.sequence)
@@ -340,7 +350,6 @@ class KVStore:
         self, layer: int, held: SequenceKV, segment: Segment, q_NtH: Tensor, k_KtH: Tensor, v_KtH: Tensor
     ) -> Tensor:
         """All heads of a segment, extent by extent as they come."""
-        assert self._stream is not None
         end = segment.start + segment.length
         kv_t2KH = torch.stack((k_KtH.transpose(0, 1), v_KtH.transpose(0, 1)), dim=1)
         pieces = []
@@ -348,7 +357,7 @@ class KVStore:
         for extent in held.spilled:
             if extent.layout.start >= end:
                 break
-            with self._stream.enter(layer, extent) as (visit, kv_c2KH):
+            with self._stream_of().enter(layer, extent) as (visit, kv_c2KH):
                 kv_c2KH[visit.past :] = kv_t2KH[done : done + visit.added]
                 done += visit.added
                 # Its own tokens, if all are here, are read with the rest: one piece less to merge.

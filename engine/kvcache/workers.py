@@ -4,8 +4,9 @@ A segment's attention is a handful of short operations. Left to one thread after
 over all cores and end in a barrier, which costs more than it saves; so each core takes whole segments instead.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from heapq import heappop, heappush
 from typing import TypeVar
 
@@ -23,6 +24,17 @@ def balanced(costs: Sequence[int], num_groups: int) -> list[list[int]]:
         groups[group].append(index)
         heappush(loads, (load + costs[index], group))
     return [group for group in groups if group]
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """The calling thread's operations are not split over cores, so that none waits for a core that others use."""
+    all_cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(all_cores)
 
 
 class AttentionWorkers:
@@ -56,12 +68,10 @@ class AttentionWorkers:
 
         own, *others = balanced(costs, self._num_threads)
         futures = [self._pool.submit(run, group) for group in others]
-        all_cores = torch.get_num_threads()
-        torch.set_num_threads(1)
         try:
-            run(own)
+            with one_core():
+                run(own)
         finally:
-            torch.set_num_threads(all_cores)
             wait(futures)
         for future in futures:
             future.result()
