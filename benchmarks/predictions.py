@@ -8,18 +8,17 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
-from benchmarks.workload import Item, Range
+from benchmarks.inprocess import generated, measured_here
+from benchmarks.workload import Range
 from benchmarks.workload import Workload as Texts
 from engine.errors import EngineError
 from engine.openmp import limit_spinning
-from engine.passes import PassReport
 from engine.planner.hardware import Hardware, load_hardware
 from engine.planner.plan import PlanOptions, Shares, TierName
 from engine.units import GIB, format_bytes
@@ -96,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     chosen = [each for each in CONFIGURATIONS if asked.only is None or asked.only in str(each)]
     try:
-        hardware = load_hardware(asked.profile) if asked.profile else _measured(asked.cache_dir)
+        hardware = load_hardware(asked.profile) if asked.profile else measured_here(asked.cache_dir, _say)
         outcomes = []
         for configuration in chosen:
             outcomes.append(_run(configuration, hardware, asked.cache_dir))
@@ -120,23 +119,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if holds else 1
 
 
-def _measured(cache: Path) -> Hardware:
-    from engine.devices.open import open_device
-    from engine.measure import measure
-
-    device = open_device(None)
-    try:
-        return measure(device, cache, say=lambda what: _say(f"measuring {what}"))
-    finally:
-        device.close()
-
-
 def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outcome:
     from benchmarks.checkpoints import make_checkpoint
     from engine.engine import Engine
     from engine.model.opt_shape import shape_of
-    from engine.planner.cost import AS_ENGINE, bytes_taken, predict
+    from engine.planner.cost import AS_ENGINE
     from engine.planner.default import StoredWeights
+    from engine.planner.predict import bytes_taken, predict
     from engine.planner.workload import Workload
     from engine.weights.manifest import read_manifest
 
@@ -157,9 +146,9 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outco
             workload = Workload.of((len(item.prompt), len(item.continuation)) for item in items)
             prediction = predict(hardware, shape_of(manifest.config), stored, engine.plan, workload, overlap=AS_ENGINE)
             taken = bytes_taken(engine.plan, shape_of(manifest.config), workload)
-            _drain(engine.passes(_requests(items)))  # a worker's first job touches memory and compiles kernels
+            generated(engine, items)  # a worker's first job touches memory and compiles kernels
             start = perf_counter()
-            tokens = _drain(engine.passes(_requests(items)))
+            tokens = generated(engine, items)
             seconds = perf_counter() - start
             return Outcome(
                 name=str(configuration),
@@ -168,18 +157,6 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outco
                 predicted_bytes={str(tier): taken[tier] for tier in TierName},
                 measured_bytes={str(tier): engine.tiers[tier].peak for tier in TierName},
             )
-
-
-def _drain(passes: Iterator[PassReport]) -> int:
-    return sum(output.completion_tokens for report in passes for output in report.outputs)
-
-
-def _requests(items: list[Item]) -> Iterator[Any]:
-    from engine.request import Generate, Request, SamplingParams
-
-    for index, item in enumerate(items):
-        sampling = SamplingParams(max_new_tokens=len(item.continuation), ignore_eos=True)
-        yield Request(index, Generate(item.prompt_text, sampling))
 
 
 def _line(outcome: Outcome) -> str:

@@ -20,10 +20,12 @@ from engine.memory.traffic import Span, Traffic
 from engine.model.family import EMBED
 from engine.model.registry import family_for
 from engine.passes import Pass, PassReport, PassStats
-from engine.planner.cost import AS_ENGINE, PassModel, load_of, predict
+from engine.planner.cost import AS_ENGINE, PassModel
 from engine.planner.decide import Decision, Outlook, decide_plan
 from engine.planner.default import StoredWeights
+from engine.planner.load import load_of
 from engine.planner.plan import Plan, PlanOptions, TierName
+from engine.planner.predict import predict
 from engine.planner.workload import Workload
 from engine.request import Output, Request
 from engine.scheduler import Scheduler

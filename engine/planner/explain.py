@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from engine.planner.advice import Advice
-from engine.planner.cost import compute_ceiling_per_s
 from engine.planner.decide import Question
 from engine.planner.plan import PlanOptions
+from engine.planner.predict import compute_ceiling_per_s
 from engine.planner.search import Found
 
 _BY_HAND = ("weights", "kv", "activations", "micro_batch", "micro_batches", "schedule")

@@ -16,21 +16,13 @@ from pathlib import Path
 from engine.errors import PlanDoesNotFit
 from engine.memory.lane import LaneName
 from engine.model.family import ModelShape, layer_name
-from engine.planner.cost import (
-    OVERLAPPED,
-    Overlap,
-    PassLoad,
-    PassModel,
-    Prediction,
-    mean_request_load,
-    predict,
-    residency_passes,
-    steady_requests_per_pass,
-)
+from engine.planner.cost import OVERLAPPED, Overlap, PassModel
 from engine.planner.default import StoredWeights, kv_bytes_per_token, resolve_plan, whole_layers
 from engine.planner.hardware import LINKS, Hardware
+from engine.planner.load import PassLoad, mean_request_load, residency_passes
 from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions, Shares, TierName
+from engine.planner.predict import Prediction, predict, steady_requests_per_pass
 from engine.planner.workload import Workload
 from engine.units import format_bytes
 

@@ -12,25 +12,14 @@ from hypothesis import strategies as st
 
 from engine.errors import EngineError, HardwareError, PlanDoesNotFit
 from engine.memory.lane import LaneName
-from engine.planner.cost import (
-    AS_ENGINE,
-    OVERLAPPED,
-    WAITING,
-    BlockCost,
-    BlockPolicy,
-    Overlap,
-    PassLoad,
-    PassModel,
-    Prediction,
-    block_cost,
-    compute_ceiling_per_s,
-    mean_request_load,
-    predict,
-)
+from engine.planner.cost import AS_ENGINE, OVERLAPPED, WAITING, Overlap, PassModel
 from engine.planner.default import resolve_plan
+from engine.planner.flexgen import BlockCost, BlockPolicy, block_cost
 from engine.planner.hardware import LINKS, Figure, Hardware, Rate, load_hardware, preset_names
+from engine.planner.load import PassLoad, mean_request_load
 from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions, Shares, TierName
+from engine.planner.predict import Prediction, compute_ceiling_per_s, predict
 from engine.planner.search import Found, default_budgets, search
 from engine.planner.shapes import KNOWN_MODELS, KnownModel, known_model
 from engine.planner.workload import Lengths, Workload

@@ -1,0 +1,37 @@
+"""What benchmarks of the planner share: this machine's profile, and a workload run by an engine in this process."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.workload import Item
+from engine.planner.hardware import Hardware
+
+if TYPE_CHECKING:  # torch comes after ``limit_spinning``
+    from engine.engine import Engine
+    from engine.request import Request
+
+
+def measured_here(folder: Path, say: Callable[[str], None]) -> Hardware:
+    """The machine's profile, measured now; scratch files lie in ``folder``."""
+    from engine.devices.open import open_device
+    from engine.measure import measure
+
+    device = open_device(None)
+    try:
+        return measure(device, folder, say=lambda what: say(f"measuring {what}"))
+    finally:
+        device.close()
+
+
+def generated(engine: "Engine", items: Iterable[Item]) -> int:
+    """Run every item to its end; tokens generated."""
+    return sum(output.completion_tokens for output in engine.run(_requests(items)))
+
+
+def _requests(items: Iterable[Item]) -> "Iterator[Request]":
+    from engine.request import Generate, Request, SamplingParams
+
+    for index, item in enumerate(items):
+        sampling = SamplingParams(max_new_tokens=len(item.continuation), ignore_eos=True)
+        yield Request(index, Generate(item.prompt_text, sampling))

@@ -1,0 +1,106 @@
+"""What passes compute, in counts: tokens, segments, pairs of query and key. Pure; no torch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from engine.passes import Segment
+from engine.planner.plan import Plan
+from engine.planner.workload import Lengths, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassLoad:
+    """What a pass computes, in counts; not whole numbers where it is a mean over passes."""
+
+    prompt_tokens: float = 0.0
+    decode_tokens: float = 0.0
+    """Sequences that add one token."""
+    prompt_segments: float = 0.0
+    prompt_pairs: float = 0.0
+    """Pairs of a query and a key that prompt attention multiplies."""
+    looked_back: float = 0.0
+    """KV tokens that decode attention reads."""
+    reread: float = 0.0
+    """KV tokens that parts of prompts look back at, the prompt having been cut."""
+    logits_rows: float = 0.0
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that go through the layers."""
+        return self.prompt_tokens + self.decode_tokens
+
+    def scaled(self, factor: float) -> "PassLoad":
+        """So many times as much of everything."""
+        return PassLoad(
+            prompt_tokens=factor * self.prompt_tokens,
+            decode_tokens=factor * self.decode_tokens,
+            prompt_segments=factor * self.prompt_segments,
+            prompt_pairs=factor * self.prompt_pairs,
+            looked_back=factor * self.looked_back,
+            reread=factor * self.reread,
+            logits_rows=factor * self.logits_rows,
+        )
+
+    def __add__(self, other: "PassLoad") -> "PassLoad":
+        return PassLoad(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            decode_tokens=self.decode_tokens + other.decode_tokens,
+            prompt_segments=self.prompt_segments + other.prompt_segments,
+            prompt_pairs=self.prompt_pairs + other.prompt_pairs,
+            looked_back=self.looked_back + other.looked_back,
+            reread=self.reread + other.reread,
+            logits_rows=self.logits_rows + other.logits_rows,
+        )
+
+    @property
+    def prompts(self) -> "PassLoad":
+        """Without the decoding, if it is one request's: the pass that ends a prompt yields the first token."""
+        return replace(self, decode_tokens=0.0, looked_back=0.0, logits_rows=min(1.0, self.logits_rows))
+
+
+def load_of(segments: Iterable[Segment]) -> PassLoad:
+    """What a pass carries, counted."""
+    load = PassLoad()
+    for segment in segments:
+        end = segment.start + segment.length
+        if segment.is_decode:
+            load += PassLoad(decode_tokens=1, looked_back=end, logits_rows=1)
+            continue
+        load += PassLoad(
+            prompt_tokens=segment.length,
+            prompt_segments=1,
+            prompt_pairs=segment.length * end,
+            reread=segment.start,
+            logits_rows=len(segment.rows),
+        )
+    return load
+
+
+def request_load(lengths: Lengths, plan: Plan) -> PassLoad:
+    """What one request costs over all its passes. A pass of ``r`` new requests costs ``r`` times that, once steady."""
+    prompt = lengths.prompt
+    # A prompt is cut at the borders of micro-batches; what is cut off looks back at half of it, in the mean.
+    cuts = prompt / plan.micro_batch
+    chunk = min(prompt, plan.micro_batch, plan.prefill_chunk)
+    return PassLoad(
+        prompt_tokens=prompt,
+        decode_tokens=lengths.decode_steps,
+        prompt_segments=1 + cuts,
+        prompt_pairs=prompt * (prompt + chunk) / 2,
+        looked_back=lengths.looked_back,
+        reread=cuts * prompt / 2,
+        logits_rows=lengths.generated,
+    )
+
+
+def mean_request_load(workload: Workload, plan: Plan) -> PassLoad:
+    """The mean over a workload's requests."""
+    total = PassLoad()
+    for each in workload.lengths:
+        total += request_load(each, plan).scaled(each.requests / workload.requests)
+    return total
+
+
+def residency_passes(lengths: Lengths, plan: Plan) -> float:
+    """Passes from admission to the end."""
+    return lengths.decode_steps + max(1.0, lengths.prompt / plan.tokens_per_pass)

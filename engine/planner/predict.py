@@ -1,0 +1,265 @@
+"""How long a workload takes under a plan: ramp-up, steady state and tail, pass after pass. Pure; no torch."""
+
+import math
+from dataclasses import dataclass
+
+from engine.memory.lane import LaneName
+from engine.model.family import ModelShape, layer_name
+from engine.planner.cost import OVERLAPPED, Overlap, PassCost, PassModel
+from engine.planner.default import StoredWeights, kv_bytes_per_token
+from engine.planner.hardware import LINKS, Hardware
+from engine.planner.load import PassLoad, mean_request_load, residency_passes
+from engine.planner.plan import DTYPE_BYTES, Plan, TierName
+from engine.planner.workload import Workload
+
+MIN_BALANCED_PROMPT_TOKENS = 64
+"""As ``engine.balance``: a pass carries so many in any case."""
+MAX_SIMULATED_PASSES = 1000
+"""Beyond these a long workload is taken to go on at its steady rate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a workload will do under a plan."""
+
+    seconds: float
+    """From the first pass to the last output, all weights being where the plan wants them."""
+    passes: float
+    generated_per_s: float
+    total_per_s: float
+    """Prompt tokens and generated ones."""
+    steady_generated_per_s: float
+    """While as many wait as find room: without ramp-up and tail."""
+    steady_pass: PassCost
+    steady_load: PassLoad
+    running: float
+    """Sequences that yield a token in a pass, in the mean, once steady."""
+
+    @property
+    def bound_by(self) -> LaneName:
+        """The lane that decides, once steady."""
+        return self.steady_pass.bound_by
+
+    @property
+    def lane_ceiling_per_s(self) -> float:
+        """Generated tokens per second if that lane never paused: what this plan cannot exceed."""
+        return self.steady_generated_per_s * self.steady_pass.seconds / self.steady_pass.lane_seconds[self.bound_by]
+
+
+def compute_ceiling_per_s(
+    hardware: Hardware, shape: ModelShape, stored: StoredWeights, workload: Workload, dtype: str
+) -> float:
+    """Generated tokens per second if nothing took time but products with the layers' weights: no plan exceeds it."""
+    flops = sum(2 * stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers))
+    tokens = workload.mean(lambda each: each.reserved)
+    fastest = max(rate for _, rate in hardware.matmul_rate(dtype, shape.hidden_size).points)
+    generated = workload.generated / workload.requests
+    return generated * fastest * DTYPE_BYTES[stored.dtype] / (flops * tokens)
+
+
+def usable_kv_tokens(workload: Workload, plan: Plan, token_bytes: int) -> float:
+    """Tokens of KV cache that whole sequences can take: a sequence lives in one tier."""
+    reserved = workload.mean(lambda each: each.reserved)
+    return sum(math.floor(pool / token_bytes / reserved + 1e-9) for pool in plan.kv_bytes.values()) * reserved
+
+
+def bytes_taken(plan: Plan, shape: ModelShape, workload: Workload) -> dict[TierName, int]:
+    """Bytes of each tier that a run will hold at its peak: the cache's share of memory is taken at once, that of the
+    disk as sequences come."""
+    taken = plan.used_bytes
+    needed = (
+        workload.requests * math.ceil(workload.mean(lambda each: each.reserved)) * kv_bytes_per_token(shape, plan.dtype)
+    )
+    taken[TierName.DISK] -= max(0, plan.kv_bytes[TierName.DISK] - needed)
+    return taken
+
+
+def steady_requests_per_pass(workload: Workload, plan: Plan, token_bytes: int) -> float:
+    """New requests a pass once as many end as begin: the least of what memory, slots and tokens allow."""
+    residency = workload.mean(lambda each: residency_passes(each, plan))
+    occupied = workload.mean(lambda each: each.reserved * residency_passes(each, plan))
+    return min(
+        usable_kv_tokens(workload, plan, token_bytes) / occupied,
+        min(workload.requests, plan.tokens_per_pass) / residency,
+        plan.tokens_per_pass / workload.mean(lambda each: each.reserved),
+    )
+
+
+def predict(
+    hardware: Hardware,
+    shape: ModelShape,
+    stored: StoredWeights,
+    plan: Plan,
+    workload: Workload,
+    *,
+    host_attention: bool = False,
+    overlap: Overlap = OVERLAPPED,
+) -> Prediction:
+    """How long a workload takes under a plan, from the first pass to the last output.
+
+    A sequence lives in the tiers in the proportion of their pools. If no sequence finds room, everything is 0 per
+    second and takes infinitely long.
+    """
+    model = PassModel(hardware, shape, stored, plan, host_attention=host_attention, overlap=overlap)
+    run = _Run(model, plan, workload, kv_bytes_per_token(shape, plan.dtype))
+    if plan.schedule == "block":
+        return run.by_block()
+    return run.mixed()
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Requests of one length: what one of them adds to a pass in which it decodes, in the mean over its steps."""
+
+    share: float
+    """Of all requests."""
+    steps: int
+    reserved: int
+    looked_back: float
+
+
+class _Run:
+    """A workload pass after pass, with so many requests of each length as a fluid."""
+
+    def __init__(self, model: PassModel, plan: Plan, workload: Workload, token_bytes: int) -> None:
+        self._model = model
+        self._plan = plan
+        self._workload = workload
+        self._kinds = [
+            _Kind(
+                each.requests / workload.requests,
+                each.decode_steps,
+                each.reserved,
+                each.looked_back / max(1, each.decode_steps),
+            )
+            for each in workload.lengths
+        ]
+        self._request = mean_request_load(workload, plan)
+        self._starting = self._request.prompts
+        self._room = usable_kv_tokens(workload, plan, token_bytes)
+        self._reserved = workload.mean(lambda each: each.reserved)
+        self._rate = steady_requests_per_pass(workload, plan, token_bytes)
+        self._longest = max(kind.steps for kind in self._kinds)
+
+    def mixed(self) -> Prediction:
+        """Decode tokens and prompts in one pass."""
+        load = self._request.scaled(self._rate)
+        cost = self._model.cost(load)
+        if not self._rate:
+            return self._prediction(math.inf, math.inf, 0.0, cost, load)
+        steady = self._rate * self._workload.generated / self._workload.requests / cost.seconds
+        passes, seconds = self._simulate(cost)
+        return self._prediction(passes, seconds, steady, cost, load)
+
+    def by_block(self) -> Prediction:
+        """As many sequences as find room; their prompts; then decoding until the last of them ends; then the next."""
+        in_block = min(
+            float(self._workload.requests), self._plan.tokens_per_pass, math.floor(self._room / self._reserved + 1e-9)
+        )
+        if in_block < 1:
+            return self._prediction(math.inf, math.inf, 0.0, self._model.cost(PassLoad()), PassLoad())
+        prompts = self._starting.scaled(in_block)
+        prompt_passes = max(1.0, prompts.prompt_tokens / self._plan.tokens_per_pass)
+        costs = [(prompt_passes, self._model.cost(prompts.scaled(1 / prompt_passes)))]
+        for step in range(self._longest):
+            running = (((in_block * kind.share) if kind.steps > step else 0.0) for kind in self._kinds)
+            costs.append((1.0, self._model.cost(self._decoding(list(running)))))
+        passes = sum(times for times, _ in costs)
+        seconds = sum(times * cost.seconds for times, cost in costs)
+        lane_seconds = {
+            lane: sum(times * cost.lane_seconds[lane] for times, cost in costs) / passes for lane in LaneName
+        }
+        bound_by = max(lane_seconds, key=lambda lane: lane_seconds[lane])
+        mean = PassCost(
+            seconds=seconds / passes,
+            lane_seconds=lane_seconds,
+            lane_bytes={lane: sum(times * cost.lane_bytes[lane] for times, cost in costs) / passes for lane in LINKS},
+            exposed_s=seconds / passes - lane_seconds[bound_by],
+            bound_by=bound_by,
+        )
+        blocks = self._workload.requests / in_block
+        steady = in_block * self._workload.generated / self._workload.requests / seconds
+        load = self._request.scaled(in_block / passes)
+        return self._prediction(blocks * passes, blocks * seconds, steady, mean, load)
+
+    def _prediction(self, passes: float, seconds: float, steady: float, cost: PassCost, load: PassLoad) -> Prediction:
+        workload = self._workload
+        return Prediction(
+            seconds=seconds,
+            passes=passes,
+            generated_per_s=workload.generated / seconds,
+            total_per_s=(workload.generated + workload.prompt_tokens) / seconds,
+            steady_generated_per_s=steady,
+            steady_pass=cost,
+            steady_load=load,
+            running=load.logits_rows,
+        )
+
+    def _decoding(self, running: list[float]) -> PassLoad:
+        """The load of so many sequences of each kind that decode."""
+        pairs = list(zip(running, self._kinds, strict=True))
+        tokens = sum(running)
+        return PassLoad(
+            decode_tokens=tokens,
+            looked_back=sum(number * kind.looked_back for number, kind in pairs),
+            logits_rows=tokens,
+        )
+
+    def _balanced(self) -> tuple[float, float]:
+        """Compute seconds of a prompt token where a pass carries as many as it can, and how many the links hide then.
+
+        A pass that carries few takes longer for each; what an engine has seen of the former, it goes by.
+        """
+        requests = min(
+            self._plan.tokens_per_pass / self._starting.prompt_tokens,
+            self._room / self._reserved,
+            float(self._workload.requests),
+        )
+        cost = self._model.cost(self._starting.scaled(requests))
+        prompt_s = cost.lane_seconds[LaneName.DEVICE_COMPUTE] / (requests * self._starting.prompt_tokens)
+        links_s = max(cost.lane_seconds[lane] for lane in LINKS)
+        return prompt_s, links_s / prompt_s if links_s else math.inf
+
+    def _simulate(self, steady: PassCost) -> tuple[float, float]:
+        """Passes and seconds, as the scheduler fills passes: decode tokens first, then prompts that find room.
+
+        While more wait than find room, no more prompt tokens than make compute as long as the links.
+        """
+        total, seconds, skipped = float(self._workload.requests), 0.0, 0.0
+        begun = [0.0]  # requests admitted up to and including each pass, from pass 1
+        prompt_s, balance = self._balanced()
+        while True:
+            now = len(begun) - 1
+            running = [
+                kind.share * (begun[now] - (begun[now - kind.steps] if now > kind.steps else 0.0))
+                for kind in self._kinds
+            ]
+            decoding = self._decoding(running)
+            waiting = total - begun[now]
+            if waiting < 1e-6 and decoding.tokens < 1e-6:
+                return now + skipped, seconds
+            if now == MAX_SIMULATED_PASSES + self._longest and waiting > self._rate:
+                # Whatever is neither ramp-up nor tail goes on as it does.
+                skipped = waiting / self._rate
+                seconds += skipped * steady.seconds
+                total, waiting = begun[now], 0.0
+            room = self._room - sum(number * kind.reserved for number, kind in zip(running, self._kinds, strict=True))
+            admitted = min(
+                waiting,
+                max(0.0, room) / self._reserved,
+                max(0.0, self._plan.tokens_per_pass - decoding.tokens) / self._starting.prompt_tokens,
+            )
+            if waiting * self._reserved > room:
+                # Where nobody decodes, nobody is kept waiting: a whole prompt begins.
+                least = MIN_BALANCED_PROMPT_TOKENS if decoding.tokens else self._starting.prompt_tokens
+                admitted = min(admitted, max(least, balance) / self._starting.prompt_tokens)
+            cost = self._model.cost(decoding + self._starting.scaled(admitted))
+            seconds += cost.seconds
+            begun.append(begun[now] + admitted)
+            prompt_tokens = admitted * self._starting.prompt_tokens
+            compute_s = cost.lane_seconds[LaneName.DEVICE_COMPUTE]
+            links_s = max(busy for lane, busy in cost.lane_seconds.items() if lane is not LaneName.DEVICE_COMPUTE)
+            if prompt_tokens >= MIN_BALANCED_PROMPT_TOKENS:
+                prompt_s = min(prompt_s, compute_s / prompt_tokens)
+            if links_s > 0 and prompt_s < math.inf:
+                balance = (links_s - (compute_s - prompt_tokens * prompt_s)) / prompt_s
