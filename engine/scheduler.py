@@ -150,8 +150,10 @@ class Scheduler:
                 self._add_chunk(packer, running)
         if prompt_tokens is None or not self._more_wait_than_fit(pull):
             prompt_tokens = packer.left
-        elif not self._running:  # nobody is kept waiting, and the job's first token comes with its first pass
-            prompt_tokens = max(prompt_tokens, self._waiting[0].num_to_compute)
+        else:
+            prompt_tokens = max(prompt_tokens, self._sustaining_prompt_tokens())
+            if not self._running:  # nobody is kept waiting, and the job's first token comes with its first pass
+                prompt_tokens = max(prompt_tokens, self._waiting[0].num_to_compute)
         least = packer.left - prompt_tokens
         for running in [running for running in self._running if not running.is_decoding]:
             if packer.left > least:
@@ -180,6 +182,21 @@ class Scheduler:
                 self._add_chunk(packer, running)
             elif not packer.add_whole(running, running.num_to_compute):
                 return
+
+    def _sustaining_prompt_tokens(self) -> int:
+        """How many a pass must carry so that as many prompts end as sequences do while the KV cache is full.
+
+        With fewer, rooms stand empty, and each pass does less while it costs as much. By Little's law, R sequences
+        with prompts of P tokens and D decode steps stay for D + P / n passes each, and R = n / P * (D + P / n).
+        """
+        known = [each for each in (*self._running, *self._waiting) if self.needs_kv(each)]
+        held = sum(each.num_kv_tokens for each in self._running)
+        if not known:
+            return 0
+        room = (self._kv.free_tokens + held) * len(known) / max(1, sum(each.num_kv_tokens for each in known))
+        prompts = sum(each.num_to_compute if each.is_scored else each.num_prompt_tokens for each in known)
+        steps = sum(each.max_tokens - 1 - each.num_prompt_tokens for each in known if not each.is_scored)
+        return int((min(room, self._micro_batch * self._micro_batches) - 1) * prompts / max(steps, len(known)))
 
     def _more_wait_than_fit(self, pull: Callable[[], list[Sequence] | None]) -> bool:
         """Pulls requests until they would fill the KV cache, or until one comes that needs none."""

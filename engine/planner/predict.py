@@ -220,14 +220,22 @@ class _Run:
         links_s = max(cost.lane_seconds[lane] for lane in LINKS)
         return prompt_s, links_s / prompt_s if links_s else math.inf
 
+    def _sustaining_prompt_tokens(self) -> float:
+        """As ``engine.scheduler``: what a pass must carry so that no room of the KV cache stands empty."""
+        rooms = min(self._room / self._reserved, float(self._plan.tokens_per_pass))
+        steps = sum(kind.share * kind.steps for kind in self._kinds)
+        return max(MIN_BALANCED_PROMPT_TOKENS, (rooms - 1) * self._starting.prompt_tokens / max(1.0, steps))
+
     def _simulate(self, steady: PassCost) -> tuple[float, float]:
         """Passes and seconds, as the scheduler fills passes: decode tokens first, then prompts that find room.
 
-        While more wait than find room, no more prompt tokens than make compute as long as the links.
+        While more wait than find room, no more prompt tokens than make compute as long as the links, or than it takes
+        to keep the cache full.
         """
         total, seconds, skipped = float(self._workload.requests), 0.0, 0.0
         begun = [0.0]  # requests admitted up to and including each pass, from pass 1
         prompt_s, balance = self._balanced()
+        sustaining = self._sustaining_prompt_tokens()
         while True:
             now = len(begun) - 1
             running = [
@@ -251,7 +259,7 @@ class _Run:
             )
             if waiting * self._reserved > room:
                 # Where nobody decodes, nobody is kept waiting: a whole prompt begins.
-                least = MIN_BALANCED_PROMPT_TOKENS if decoding.tokens else self._starting.prompt_tokens
+                least = sustaining if decoding.tokens else max(sustaining, self._starting.prompt_tokens)
                 admitted = min(admitted, max(least, balance) / self._starting.prompt_tokens)
             cost = self._model.cost(decoding + self._starting.scaled(admitted))
             seconds += cost.seconds

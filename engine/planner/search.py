@@ -1,28 +1,26 @@
 """The best plan within the budgets: discrete choices enumerated, placements by a linear programme for each.
 
-The programme is linear because steady throughput is a ratio. With ``R`` requests finished per second, ``T`` seconds a
-pass and ``x`` layers in a tier, everything a pass does is linear in (x, R·T); divided by T it is linear in (x/T, R,
-1/T), and R is what is maximised. Its optimum is then rounded to whole layers and whole percents of KV cache, which is
-what ``--weights`` and ``--kv`` say, and each rounding is sized by ``resolve_plan``, which also sizes what the engine
-allocates: no second formula for memory.
+An optimum is rounded to whole layers and whole percents of KV cache, which is what ``--weights`` and ``--kv`` say, and
+each rounding is sized by ``resolve_plan``, which also sizes what the engine allocates: no second formula for memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil, floor
 from pathlib import Path
 
 from engine.errors import PlanDoesNotFit
-from engine.memory.lane import LaneName
-from engine.model.family import ModelShape, layer_name
-from engine.planner.cost import OVERLAPPED, Overlap, PassModel
-from engine.planner.default import StoredWeights, kv_bytes_per_token, resolve_plan, whole_layers
-from engine.planner.hardware import LINKS, Hardware
-from engine.planner.load import PassLoad, mean_request_load, residency_passes
+from engine.model.family import ModelShape
+from engine.planner.cost import OVERLAPPED, Overlap
+from engine.planner.default import StoredWeights, whole_layers
+from engine.planner.hardware import Hardware
+from engine.planner.load import mean_request_load, residency_passes
 from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions, Shares, TierName
 from engine.planner.predict import Prediction, predict, steady_requests_per_pass
+from engine.planner.problem import Problem
+from engine.planner.programme import TIE, Choice, Optimum, Programme
 from engine.planner.workload import Workload
 from engine.units import format_bytes
 
@@ -43,9 +41,6 @@ STEPS = (16, 4, 1)
 """Percents by which the best roundings are moved from tier to tier while that helps."""
 AHEAD = 1.02
 """A workload is never faster than its steady state by more than this, so that slower steady states need no look."""
-TIE = 0.01
-"""Throughput that is not worth putting KV cache on disk for: of plans as good as each other, the plainer one."""
-_ENDLESS = 1 << 60
 _TIERS = tuple(TierName)
 
 
@@ -62,17 +57,6 @@ class Found:
     """Bytes of each tier that the engine will have allocated when its KV cache is full."""
     considered: int
     """Plans that fit and were compared."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """One set of discrete decisions."""
-
-    micro_batch: int
-    micro_batches: int
-    host_attention: bool
-    streams: frozenset[TierName]
-    """Below the device, the tiers that may hold weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,40 +127,23 @@ def search(
         disk_dir=fixed.disk_dir or disk_dir,
     )
     facts = facts or MachineFacts(0, 0, shares_host_memory=hardware.shares_host_memory)
-    searcher = _Search(hardware, shape, stored, workload, fixed, overlap, facts)
-    return searcher.best(host_attention)
+    problem = Problem(
+        hardware=hardware, shape=shape, stored=stored, workload=workload, fixed=fixed, overlap=overlap, facts=facts
+    )
+    return _Search(problem).best(host_attention)
 
 
 class _Search:
-    def __init__(
-        self,
-        hardware: Hardware,
-        shape: ModelShape,
-        stored: StoredWeights,
-        workload: Workload,
-        fixed: PlanOptions,
-        overlap: Overlap,
-        facts: MachineFacts,
-    ) -> None:
-        self._hardware = hardware
-        self._shape = shape
-        self._stored = stored
-        self._workload = workload
-        self._fixed = fixed
-        self._overlap = overlap
-        assert fixed.dtype is not None
-        self._dtype = fixed.dtype
-        self._token_bytes = kv_bytes_per_token(shape, fixed.dtype)
-        self._facts = facts
-        layers = [layer_name(index) for index in range(shape.num_layers)]
-        self._layer_bytes = {
-            TierName.DEVICE: max(stored.computed_bytes(layer, self._dtype) for layer in layers),
-            TierName.HOST: max(stored.unit_bytes[layer] for layer in layers),
-            TierName.DISK: 0,
-        }
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._programme = Programme(problem)
+        self._workload = problem.workload
+        self._fixed = problem.fixed
+        self._num_layers = problem.shape.num_layers
 
     def best(self, host_attention: bool | None) -> Found:
         """Bound, round, predict."""
+        problem = self._problem
         steady = self._rounded(host_attention)
         if not steady:
             raise self._nothing_fits()
@@ -190,8 +157,8 @@ class _Search:
             if best is not None and not by_block and each.rate * per_request * AHEAD < best.generated_per_s:
                 continue
             prediction = predict(
-                self._hardware, self._shape, self._stored, each.plan, self._workload,
-                host_attention=each.host_attention, overlap=self._overlap,
+                problem.hardware, problem.shape, problem.stored, each.plan, problem.workload,
+                host_attention=each.host_attention, overlap=problem.overlap,
             )  # fmt: skip
             simulated.append((each, prediction))
             if best is None or prediction.seconds < best.seconds:
@@ -212,19 +179,17 @@ class _Search:
         """Plans near the optima of the programmes, each once, with their steady rates."""
         found: dict[object, _Rounding] = {}
         shares = RESIDENT if self._fixed.weights is None else RESIDENT[:1]
-        bounds: dict[float, list[tuple[float, _Choice, dict[TierName, float], dict[TierName, float]]]] = {
-            share: [] for share in shares
-        }
+        optima: dict[float, list[Optimum]] = {share: [] for share in shares}
         for choice in self._choices(host_attention):
-            for share, solved in self._solve(choice, shares).items():
-                bounds[share].append((solved[0], choice, solved[1], solved[2]))
-        for group in bounds.values():
+            for share, optimum in self._programme.solve(choice, shares).items():
+                optima[share].append(optimum)
+        for group in optima.values():
             best = 0.0
-            for bound, choice, layers, kv in sorted(group, key=lambda each: -each[0])[:ROUNDED]:
-                if bound < best * SLOWER:
+            for optimum in sorted(group, key=lambda each: -each.bound)[:ROUNDED]:
+                if optimum.bound < best * SLOWER:
                     break
-                for options in self._roundings(choice, layers, kv):
-                    rounding = self._rounding(options, choice.host_attention)
+                for options in self._roundings(optimum):
+                    rounding = self._rounding(options, optimum.choice.host_attention)
                     if rounding is not None:
                         best = max(best, rounding.rate)
                         found.setdefault(rounding.key, rounding)
@@ -232,7 +197,7 @@ class _Search:
 
     def _rounding(self, options: PlanOptions, host_attention: bool) -> "_Rounding | None":
         """The plan and its steady rate; ``None`` if it does not fit or no sequence finds room."""
-        plan = self._resolved(options)
+        plan = self._problem.resolved(options)
         if plan is None:
             return None
         rate, residency_s = self._steady(plan, host_attention)
@@ -247,7 +212,7 @@ class _Search:
         kinds: dict[tuple[bool, int], _Rounding] = {}
         for each in sorted(steady, key=self._guess):
             on_device = each.plan.num_layers_in(TierName.DEVICE)
-            kinds.setdefault((each.host_attention, ceil(2 * on_device / self._shape.num_layers)), each)
+            kinds.setdefault((each.host_attention, ceil(2 * on_device / self._num_layers)), each)
         return list(kinds.values())
 
     def _climbed(self, best: "_Rounding") -> "_Rounding":
@@ -274,217 +239,29 @@ class _Search:
         if self._fixed.kv is None:
             yield from (replace(options, kv=moved) for moved in _moved(kv, step))
 
-    def _choices(self, host_attention: bool | None) -> Iterator[_Choice]:
+    def _choices(self, host_attention: bool | None) -> Iterator[Choice]:
         batches = (self._fixed.micro_batch,) if self._fixed.micro_batch else MICRO_BATCHES_TOKENS
         counts = (self._fixed.micro_batches,) if self._fixed.micro_batches else MICRO_BATCHES
-        can_attend = not self._hardware.shares_host_memory and self._hardware.host_attention is not None
+        can_attend = not self._problem.hardware.shares_host_memory and self._problem.hardware.host_attention is not None
         attends = [host_attention] if host_attention is not None else [False, True]
         streams = [frozenset[TierName](), frozenset({TierName.HOST}), frozenset({TierName.HOST, TierName.DISK})]
         for micro_batch, count, attend, below in product(batches, counts, attends, streams):
             if not attend or can_attend:
-                yield _Choice(micro_batch, count, attend, below)
-
-    def _solve(
-        self, choice: _Choice, shares: Sequence[float]
-    ) -> dict[float, tuple[float, dict[TierName, float], dict[TierName, float]]]:
-        """Requests per second at best, layers and share of sequences by tier, for each share of the layers that may
-        stay on the device; nothing where nothing fits."""
-        import numpy as np  # heavy, and only planning needs them
-        from scipy.optimize import linprog
-
-        room = self._room(choice)
-        if room is None:
-            return {}
-        sample, per_request = self._sample(choice)
-        occupied = self._workload.mean(lambda each: each.reserved * residency_passes(each, sample)) * self._token_bytes
-        residency = self._workload.mean(lambda each: residency_passes(each, sample))
-        layer_s, request_s, wait_s = self._lane_seconds(choice, sample, per_request)
-        layers = self._shape.num_layers
-        # In this unit of time 1/T is near 1, so that the solver's tolerances mean something.
-        unit = max(1e-9, sum(request_s[LaneName.DEVICE_COMPUTE]) / 3 * sample.tokens_per_pass / per_request.tokens)
-        unit += max(max(layer_s[lane]) for lane in layer_s) * layers
-        gib = float(1 << 30)
-        # Variables: layers by tier over T, requests per unit of time by tier of their cache, 1/T.
-        rows: list[list[float]] = []
-        limits: list[float] = []
-        for index, tier in enumerate(_TIERS):
-            row = [0.0] * 7
-            row[index] = self._layer_bytes[tier] / gib
-            row[3 + index] = occupied / gib
-            row[6] = -room[tier] / gib
-            rows.append(row)
-            limits.append(0.0)
-        overhead = self._hardware.pass_overhead.value / unit
-        for lane in layer_s:
-            rows.append([s / unit for s in (*layer_s[lane], *request_s[lane])] + [overhead])
-            limits.append(1.0)
-        if choice.host_attention:
-            both = [request_s[LaneName.DEVICE_COMPUTE][i] + request_s[LaneName.HOST_COMPUTE][i] for i in range(3)]
-            rows.append([0.0] * 3 + [s / unit / choice.micro_batches for s in both] + [overhead])
-            limits.append(1.0)
-        waits = [request_s[LaneName.DEVICE_COMPUTE][i] + wait_s[i] for i in range(3)]
-        rows.append([0.0] * 3 + [s / unit for s in waits] + [overhead])
-        limits.append(1.0)
-        rows.append([0.0] * 3 + [per_request.tokens] * 3 + [-float(sample.tokens_per_pass)])
-        limits.append(0.0)
-        rows.append([0.0] * 3 + [residency] * 3 + [-float(min(self._workload.requests, sample.tokens_per_pass))])
-        limits.append(0.0)
-        upper: list[tuple[float, float | None]] = [(0.0, None)] * 7
-        for index, tier in enumerate(_TIERS):
-            if tier is not TierName.DEVICE and tier not in choice.streams:
-                upper[index] = (0.0, 0.0)
-        equal = [[1.0, 1.0, 1.0, 0.0, 0.0, 0.0, -float(layers)]]
-        right = [0.0]
-        self._fix_shares(equal, right)
-        found = {}
-        for share in shares:
-            if share < 1 and not choice.streams:
-                continue
-            solved = linprog(
-                c=[0.0] * 3 + [-1.0, -1.0 + TIE / 4, -1.0 + TIE, 0.0],
-                A_ub=np.array([*rows, [1.0] + [0.0] * 5 + [-share * layers]]),
-                b_ub=np.array([*limits, 0.0]),
-                A_eq=np.array(equal),
-                b_eq=np.array(right),
-                bounds=upper,
-                method="highs",
-            )
-            if solved.status != 0 or solved.x[6] <= 0:
-                continue
-            # The solver's tolerances let variables be a little below 0.
-            per_unit = [max(0.0, float(value)) for value in solved.x]
-            served = sum(per_unit[3:6])
-            if served > 0:
-                found[share] = (
-                    served / unit,
-                    {tier: min(layers, per_unit[index] / per_unit[6]) for index, tier in enumerate(_TIERS)},
-                    {tier: per_unit[3 + index] / served for index, tier in enumerate(_TIERS)},
-                )
-        return found
-
-    def _fix_shares(self, equal: list[list[float]], right: list[float]) -> None:
-        """What a person fixed of weights and cache."""
-        if self._fixed.weights is not None:
-            counts = whole_layers(self._shape.num_layers, self._fixed.weights)
-            for index, tier in enumerate(_TIERS[:2]):
-                equal.append([float(i == index) for i in range(6)] + [-float(counts[tier])])
-                right.append(0.0)
-        if self._fixed.kv is not None:
-            for index, tier in enumerate(_TIERS[:2]):
-                share = self._fixed.kv.of(tier) / 100
-                equal.append([0.0] * 3 + [float(i == index) - share for i in range(3)] + [0.0])
-                right.append(0.0)
-
-    def _room(self, choice: _Choice) -> dict[TierName, float] | None:
-        """Bytes left for layers and cache: the budgets less what ``resolve_plan`` takes for everything else."""
-        layers = self._shape.num_layers
-        lowest = next(tier for tier in reversed(_TIERS) if tier is TierName.DEVICE or tier in choice.streams)
-        probe = replace(
-            self._fixed,
-            micro_batch=choice.micro_batch,
-            micro_batches=choice.micro_batches,
-            weights=Shares(*(100 if tier is lowest else 0 for tier in _TIERS)),
-            kv=None,
-            device_memory=_ENDLESS,
-            host_memory=_ENDLESS,
-            disk_space=_ENDLESS,
-        )
-        plan = self._resolved(probe)
-        if plan is None:
-            return None
-        budgets = self._budgets
-        taken = {tier: _ENDLESS - left for tier, left in self._cache_room(probe).items()}
-        taken[lowest] -= self._layer_bytes[lowest] * layers
-        room = {tier: float(budgets[tier] - taken[tier]) for tier in _TIERS}
-        if self._hardware.shares_host_memory and not budgets[TierName.HOST]:
-            room[TierName.HOST] = 0.0
-        return room if min(room.values()) >= 0 else None
-
-    def _cache_room(self, options: PlanOptions) -> dict[TierName, int]:
-        """Bytes of each tier that the KV cache could take if it had all that nothing else needs."""
-        room = dict(self._resolve(replace(options, kv=None)).kv_bytes)
-        # A plan gives no disk to the cache unless it is asked to.
-        room[TierName.DISK] = self._resolve(replace(options, kv=Shares(0, 0, 100))).kv_bytes[TierName.DISK]
-        return room
-
-    @property
-    def _budgets(self) -> dict[TierName, int]:
-        fixed = self._fixed
-        assert fixed.device_memory is not None
-        assert fixed.host_memory is not None
-        assert fixed.disk_space is not None
-        return {TierName.DEVICE: fixed.device_memory, TierName.HOST: fixed.host_memory, TierName.DISK: fixed.disk_space}
-
-    def _sample(self, choice: _Choice) -> tuple[Plan, PassLoad]:
-        """A plan of this batch shape, whatever its placement, and the load of one request under it."""
-        plan = self._resolved(
-            replace(
-                self._fixed,
-                micro_batch=choice.micro_batch,
-                micro_batches=choice.micro_batches,
-                weights=Shares(0, 0, 100),
-                kv=None,
-                device_memory=_ENDLESS,
-                host_memory=_ENDLESS,
-                disk_space=_ENDLESS,
-            )
-        )
-        assert plan is not None
-        return plan, mean_request_load(self._workload, plan)
-
-    def _lane_seconds(
-        self, choice: _Choice, sample: Plan, per_request: PassLoad
-    ) -> tuple[dict[LaneName, list[float]], dict[LaneName, list[float]], list[float]]:
-        """Seconds of each lane per layer and per request, by tier, and how long compute waits for a request's cache.
-
-        Read off the very cost model that predicts: of passes full of such requests, all in one tier, without weights
-        to bring; and of an empty pass over layers of one tier.
-        """
-        full = max(1.0, sample.tokens_per_pass / per_request.tokens)
-        packed = per_request.scaled(full)
-        count = self._shape.num_layers
-        layer_s: dict[LaneName, list[float]] = {lane: [] for lane in LaneName}
-        request_s: dict[LaneName, list[float]] = {lane: [] for lane in LaneName}
-        wait_s = []
-        for tier in _TIERS:
-            weights = self._model(replace(sample, layers=(tier,) * count), choice).cost(PassLoad())
-            pools = {each: int(each is tier) for each in _TIERS}
-            cache = self._model(replace(sample, layers=(TierName.DEVICE,) * count, kv_bytes=pools), choice).cost(packed)
-            for lane in LaneName:
-                share = self._contended(lane)
-                layer_s[lane].append(weights.lane_seconds[lane] / count / share if lane in LINKS else 0.0)
-                request_s[lane].append(cache.lane_seconds[lane] / full / share)
-            links = sum(cache.lane_seconds[lane] for lane in LINKS) + cache.lane_seconds[LaneName.HOST_COMPUTE]
-            wait_s.append(0.0 if self._overlap.kv else links / full)
-        return layer_s, request_s, wait_s
-
-    def _contended(self, lane: LaneName) -> float:
-        if lane is LaneName.HOST_COMPUTE and self._hardware.host_attention is not None:
-            return self._hardware.host_attention.busy_share
-        return self._hardware.lanes[lane].busy_share if lane in LINKS else 1.0
-
-    def _model(self, plan: Plan, choice: _Choice) -> PassModel:
-        return PassModel(
-            self._hardware, self._shape, self._stored, plan,
-            host_attention=choice.host_attention, overlap=self._overlap,
-        )  # fmt: skip
+                yield Choice(micro_batch, count, attend, below)
 
     def _steady(self, plan: Plan, host_attention: bool) -> tuple[float, float]:
         """Requests per second once steady, and seconds that one of them is there; zeros if none finds room."""
-        rate = steady_requests_per_pass(self._workload, plan, self._token_bytes)
+        rate = steady_requests_per_pass(self._workload, plan, self._problem.token_bytes)
         if not rate:
             return 0.0, 0.0
         load = mean_request_load(self._workload, plan)
-        model = PassModel(
-            self._hardware, self._shape, self._stored, plan, host_attention=host_attention, overlap=self._overlap
-        )
+        model = self._problem.model(plan, host_attention)
         seconds = model.cost(load.scaled(rate)).seconds
         return rate / seconds, seconds * self._workload.mean(lambda each: residency_passes(each, plan))
 
-    def _roundings(
-        self, choice: _Choice, layers: Mapping[TierName, float], kv: Mapping[TierName, float]
-    ) -> Iterator[PlanOptions]:
+    def _roundings(self, optimum: Optimum) -> Iterator[PlanOptions]:
         """Whole layers and whole percents near an optimum; sequences on device and host as room is left, too."""
+        choice, layers, kv = optimum.choice, optimum.layers, optimum.kv
         weights = [self._fixed.weights] if self._fixed.weights else list(self._layer_shares(choice, layers))
         caches: list[Shares | None] = [self._fixed.kv] if self._fixed.kv else list(_near_percents(kv))
         if self._fixed.kv is None and kv[TierName.DISK] < 0.01:
@@ -498,8 +275,8 @@ class _Search:
                 kv=cache,
             )
 
-    def _layer_shares(self, choice: _Choice, layers: Mapping[TierName, float]) -> Iterator[Shares]:
-        total = self._shape.num_layers
+    def _layer_shares(self, choice: Choice, layers: Mapping[TierName, float]) -> Iterator[Shares]:
+        total = self._num_layers
         seen = set()
         around = [sorted({floor(layers[tier]), ceil(layers[tier] - 1e-6)}) for tier in (TierName.DEVICE, TierName.HOST)]
         for device, host in product(*around):
@@ -515,22 +292,6 @@ class _Search:
                     seen.add(shares)
                     yield shares
 
-    def _resolved(self, options: PlanOptions) -> Plan | None:
-        try:
-            return self._resolve(options)
-        except PlanDoesNotFit:
-            return None
-
-    def _resolve(self, options: PlanOptions) -> Plan:
-        return resolve_plan(
-            options,
-            shape=self._shape,
-            stored=self._stored,
-            device=self._hardware.device,
-            facts=self._facts,
-            disk_dir=Path(),
-        )
-
     def _nothing_fits(self) -> PlanDoesNotFit:
         """What is short even of the plan that needs least."""
         least = replace(
@@ -540,10 +301,10 @@ class _Search:
             weights=self._fixed.weights or Shares(0, 0, 100),
         )
         try:
-            plan = self._resolve(least)
+            plan = self._problem.resolve(least)
         except PlanDoesNotFit as error:
             return error
-        needed = max(each.reserved for each in self._workload.lengths) * self._token_bytes
+        needed = max(each.reserved for each in self._workload.lengths) * self._problem.token_bytes
         most = max(plan.kv_bytes.values())
         return PlanDoesNotFit(
             f"no tier has room for the KV cache of one sequence of this workload ({format_bytes(needed)}): the most "

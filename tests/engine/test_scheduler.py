@@ -253,6 +253,20 @@ def test_prompts_come_in_measured_amounts_until_the_last_ones_fit() -> None:
     assert len(mixed) > len(held_back) // 3
 
 
+def test_prompts_are_not_held_back_further_than_keeps_the_cache_full() -> None:
+    """Four sequences of 10 + 10 tokens find room: 3 of them decode, 9 steps each, while one prompt is read."""
+    run = Run(
+        [[generation(10, 10)] for _ in range(40)],
+        micro_batch=64, micro_batches=1, prefill_chunk=64, room=4 * 19, prompt_tokens=1,
+    )  # fmt: skip
+    run.to_the_end()
+    prompts = [sum(s.length for s in each.segments if not s.is_decode) for each in run.passes]
+    decoding = [sum(s.is_decode for s in each.segments) for each in run.passes]
+    steady = range(20, 90)
+    assert {prompts[index] for index in steady} == {3 * 10 // 9}
+    assert sum(decoding[index] for index in steady) / len(steady) > 2.5
+
+
 def test_prompts_are_not_held_back_where_all_of_them_fit() -> None:
     run = Run(
         [[generation(10, 10)] for _ in range(4)],
