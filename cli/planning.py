@@ -80,8 +80,9 @@ def read_question(
     from engine.planner.decide import Question, budgets_of_machine
     from engine.planner.default import budgets_of
 
-    model = _read_model(app, model_name, placement.dtype)
     hardware = _read_hardware(app, hardware_name)
+    known_as = "float16" if "float16" in hardware.matmul else next(iter(hardware.matmul))
+    model = _read_model(app, model_name, placement.dtype or known_as)
     options = placement.plan_options()
     if options.device is not None and options.device.partition(":")[0] != hardware.device:
         raise click.UsageError(
@@ -117,7 +118,8 @@ def _facts_now(hardware: "Hardware") -> Any:
     return MachineFacts(int(hardware.capacity[TierName.DEVICE].value), host_free, shares_host_memory=False)
 
 
-def _read_model(app: App, name: str, dtype: str | None) -> _Model:
+def _read_model(app: App, name: str, dtype: str) -> _Model:
+    """A model that is here, else one whose shape is known, as if it were stored in ``dtype``."""
     from engine.model.opt_shape import OPTSizes
     from engine.planner.default import StoredWeights
     from engine.planner.shapes import known_model
@@ -131,7 +133,7 @@ def _read_model(app: App, name: str, dtype: str | None) -> _Model:
         known = known_model(name)
         if known is None:
             raise ModelNotFound(f"{error}; or name one whose shape is known, such as facebook/opt-30b") from error
-        return _Model(known.shape, known.stored(dtype or "float16"), None)
+        return _Model(known.shape, known.stored(dtype), None)
     if not ref.is_imported:
         return _read_checkpoint(ref.path)
     manifest = read_manifest(ref.path)

@@ -42,7 +42,7 @@ def nearest_fit(
             return False
         return max(plan.kv_bytes.values()) // kv_bytes_per_token(shape, plan.dtype) >= tokens
 
-    for changed in _one_change(options):
+    for changed in _one_change(options, facts):
         if changed != options and fits(changed):
             return f"the nearest that fits: {_difference(options, changed)}"
     least = replace(
@@ -81,13 +81,19 @@ def format_flag(num_bytes: int) -> str:
     return f"{tenths // 10}.{tenths % 10}GiB" if tenths % 10 else f"{tenths // 10}GiB"
 
 
-def _one_change(options: PlanOptions) -> Iterator[PlanOptions]:
+def _one_change(options: PlanOptions, facts: MachineFacts) -> Iterator[PlanOptions]:
     """The same with one flag changed, the smallest change first; then with the placement left to the engine."""
     if options.weights is not None:
         asked = options.weights
-        for device in range(asked.device - 1 if asked.device else 0, -1, -1):
-            yield replace(options, weights=Shares(device, asked.host + asked.device - device, asked.disk))
-        for host in range(asked.host - 1 if asked.host else 0, -1, -1):
+        for device in range(asked.device - 1, -1, -1):
+            moved = asked.device - device
+            # Where device and host are one memory, moving between them frees none.
+            if facts.shares_host_memory:
+                yield replace(options, weights=Shares(device, asked.host, asked.disk + moved))
+            else:
+                yield replace(options, weights=Shares(device, asked.host + moved, asked.disk))
+        below = asked.host + (0 if facts.shares_host_memory else asked.device)
+        for host in range(below - 1, -1, -1):
             yield replace(options, weights=Shares(0, host, 100 - host))
     batch = options.micro_batch or 2 * SMALLEST_MICRO_BATCH
     while batch > SMALLEST_MICRO_BATCH:

@@ -19,7 +19,7 @@ def faults():
     # As a layer does: something wide, then two of its parts' results, all gone before the next layer.
     wide = torch.ones(24 << 20, dtype=torch.uint8)
     results = [torch.ones(16 << 20, dtype=torch.uint8) for _ in range(2)]
-for _ in range(3):
+for _ in range(10):  # the heap finds its shape in four to six rounds
     faults()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):

@@ -161,7 +161,8 @@ def test_a_missing_wait_shows(weights: str, model_dir: Path, open_stream: Open) 
     device = Impatient()
     opened = open_stream(model_dir, device, weights)
     gate = threading.Event()
-    opened.stream._lane.submit(lambda: None).wait()  # the first layers are in the ring
+    opened.stream._lane.submit(lambda: None).wait()
+    device._lanes[LaneName.HOST_TO_DEVICE].submit(lambda: None).wait()  # the first layers are in the ring
     stopped = device._lanes[LaneName.HOST_TO_DEVICE].submit(lambda: assert_opened(gate))
     num_slots = len(opened.stream._slots)
     for index in range(2 * num_slots):
