@@ -38,9 +38,9 @@ def never() -> Hardware:
     raise AssertionError("nothing was to be decided")
 
 
-def decide(options: PlanOptions, outlook: Outlook | None) -> object:
+def decide(options: PlanOptions, outlook: Outlook | None, facts: MachineFacts = FACTS) -> object:
     return decide_plan(
-        options, outlook, shape=SHAPE, stored=STORED, device="cpu", facts=FACTS, disk_dir=Path("spill")
+        options, outlook, shape=SHAPE, stored=STORED, device="cpu", facts=facts, disk_dir=Path("spill")
     )  # fmt: skip
 
 
@@ -93,9 +93,16 @@ def test_a_refusal_names_the_nearest_plan_that_fits(searched: bool, machine: Har
     decide(near, None)
 
 
-def test_a_refusal_of_flags_says_that_they_are_what_does_not_fit() -> None:
-    with pytest.raises(PlanDoesNotFit, match=r"the nearest that fits: --weights \d+/\d+/0$"):
-        decide(PlanOptions(device_memory=2 * GIB, weights=Shares(100, 0, 0)), None)
+@pytest.mark.parametrize(
+    ("facts", "weights"),
+    [
+        (FACTS, r"[1-9]\d*/0/[1-9]\d*"),
+        (MachineFacts(8 * GIB, 8 * GIB, shares_host_memory=False), r"[1-9]\d*/[1-9]\d*/0"),
+    ],
+)
+def test_a_refusal_of_flags_says_where_the_weights_should_go(facts: MachineFacts, weights: str) -> None:
+    with pytest.raises(PlanDoesNotFit, match=f"the nearest that fits: --weights {weights}$"):
+        decide(PlanOptions(device_memory=2 * GIB, weights=Shares(100, 0, 0)), None, facts)
 
 
 def test_a_model_that_no_disk_holds_is_refused(machine: Hardware) -> None:
