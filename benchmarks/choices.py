@@ -24,8 +24,9 @@ from engine.openmp import limit_spinning
 from engine.planner.decide import Question
 from engine.planner.default import StoredWeights, budgets_of, kv_bytes_per_token, resolve_plan
 from engine.planner.explain import flags_of
-from engine.planner.hardware import Hardware, load_hardware
+from engine.planner.hardware import Hardware
 from engine.planner.plan import PlanOptions, Shares
+from engine.planner.profiles import load_hardware
 from engine.planner.workload import Workload
 from engine.units import MIB
 from engine.weights.manifest import read_manifest

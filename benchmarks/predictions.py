@@ -19,8 +19,9 @@ from benchmarks.workload import Range
 from benchmarks.workload import Workload as Texts
 from engine.errors import EngineError
 from engine.openmp import limit_spinning
-from engine.planner.hardware import Hardware, load_hardware
+from engine.planner.hardware import Hardware
 from engine.planner.plan import PlanOptions, Shares, TierName
+from engine.planner.profiles import load_hardware
 from engine.units import GIB, format_bytes
 
 MEDIAN_LINE, WORST_LINE, MEMORY_LINE = 0.10, 0.25, 0.15

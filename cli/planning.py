@@ -179,7 +179,7 @@ def _checked_type(config: Any) -> Any:
 
 def _read_hardware(app: App, name: str | None) -> "Hardware":
     from engine.errors import HardwareAbsent
-    from engine.planner.hardware import PROFILE_NAME, load_hardware, preset_names
+    from engine.planner.profiles import PROFILE_NAME, load_hardware, preset_names
 
     if name is not None:
         return load_hardware(name)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import HardwareError
-from engine.planner.hardware import PROFILE_NAME, Hardware, load_hardware
+from engine.planner.hardware import Hardware
+from engine.planner.profiles import PROFILE_NAME, load_hardware, profile_json
 
 Measure = Callable[[], Hardware]
 
@@ -51,7 +52,7 @@ def store_profile(home: Path, hardware: Hardware) -> Path:
     handle, partial = tempfile.mkstemp(prefix=f".{PROFILE_NAME}.", dir=home)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(hardware.to_json(), file, indent=1)
+            json.dump(profile_json(hardware), file, indent=1)
         Path(partial).replace(path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)

@@ -17,9 +17,10 @@ from engine.measure.identity import identity_of
 from engine.measure.overheads import overheads
 from engine.measure.widths import least_segment_s, width_of
 from engine.memory.lane import LaneName
-from engine.planner.hardware import Figure, Hardware, Rate
+from engine.planner.hardware import Hardware
 from engine.planner.machine import free_disk_space
 from engine.planner.plan import TierName
+from engine.planner.rates import Figure, Rate
 
 Say = Callable[[str], None]
 

@@ -8,8 +8,9 @@ from engine.measure.effort import SOURCE, Effort, Points
 from engine.measure.overheads import Overheads
 from engine.measure.products import Layers, curve, head_points, without
 from engine.measure.streaming import Streamed, streamed
-from engine.planner.hardware import Rate, Width
+from engine.planner.hardware import Width
 from engine.planner.plan import TierName
+from engine.planner.rates import Rate
 
 _LEAST_SHARE = 0.9
 _LONGEST_PROMPT = 256

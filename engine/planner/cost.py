@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from engine.memory.lane import LaneName
 from engine.model.family import HEAD, ModelShape, layer_name
 from engine.planner.default import StoredWeights, kv_bytes_per_token
-from engine.planner.hardware import LINKS, Hardware, Rate
+from engine.planner.hardware import LINKS, Hardware
 from engine.planner.load import PassLoad
 from engine.planner.plan import DTYPE_BYTES, Plan, TierName
+from engine.planner.rates import Rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,11 +31,11 @@ BUDGET_SHARES = {TierName.DEVICE: 0.92, TierName.HOST: 0.9, TierName.DISK: 0.95}
 RESIDENT = (1.0, 0.5, 0.0)
 """Shares of the layers that may stay on the device. The programme takes products to be as fast for few tokens as for
 many, so it likes a device full of weights with room for two sequences too well; it is also asked without."""
-ROUNDED = 16
+ROUNDED = 72
 """Optima of the linear programme that are rounded, of each such share, the best first."""
-SLOWER = 0.9
+SLOWER = 0.8
 """Optima so much slower than a plan that is known are looked at, too: they may need less time to fill and to drain."""
-SIMULATED = 40
+SIMULATED = 120
 """Roundings whose ramp-up and tail are reckoned exactly, those first that a guess likes best; all, for blocks."""
 STEPS = (16, 4, 1)
 """Percents by which the best roundings are moved from tier to tier while that helps."""

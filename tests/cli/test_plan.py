@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from engine.planner.hardware import load_hardware
 from engine.planner.machine import free_host_memory
+from engine.planner.profiles import load_hardware, profile_json
 from tests.cli.conftest import CONFIG, Command, Run, write_rows
 
 T4 = ("plan", "--hardware", "t4-gcp", "--requests", "300")
@@ -215,7 +215,7 @@ def test_doing_what_the_sentence_says_gives_a_plan(run: Run) -> None:
 
 
 def test_a_model_larger_than_the_disk_says_by_how_much(run: Run) -> None:
-    small = load_hardware("t4-gcp").to_json()
+    small = profile_json(load_hardware("t4-gcp"))
     small["capacity"]["disk"]["value"] = 100e9  # type: ignore[index]
     Path("small.json").write_text(json.dumps(small))
     sentence = one_sentence(run("plan", "--hardware", "small.json", "--model", "opt-175b"), 2)
@@ -233,7 +233,11 @@ def test_a_machine_that_was_not_measured_says_how(run: Run) -> None:
 
 def test_on_this_machine_budgets_are_of_what_is_free_now(home: Path, run: Run) -> None:
     home.mkdir()
-    profile = load_hardware("t4-gcp").to_json() | {"device": "cpu", "shares_host_memory": True, "host_attention": None}
+    profile = profile_json(load_hardware("t4-gcp")) | {
+        "device": "cpu",
+        "shares_host_memory": True,
+        "host_attention": None,
+    }
     (home / "profile.json").write_text(json.dumps(profile))
     document = planned(run("plan", "--model", "opt-125m", "--json", "--prompt-len", "20", "--gen-len", "4"))
     assert document["memory"]["device"]["budget"] <= free_host_memory()

@@ -15,11 +15,13 @@ from engine.memory.lane import LaneName
 from engine.planner.cost import AS_ENGINE, OVERLAPPED, WAITING, Overlap, PassModel
 from engine.planner.default import resolve_plan
 from engine.planner.flexgen import BlockCost, BlockPolicy, block_cost
-from engine.planner.hardware import LINKS, Figure, Hardware, Rate, load_hardware, preset_names
+from engine.planner.hardware import LINKS, Hardware
 from engine.planner.load import PassLoad, mean_request_load
 from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions, Shares, TierName
 from engine.planner.predict import Prediction, compute_ceiling_per_s, predict
+from engine.planner.profiles import load_hardware, preset_names, profile_json
+from engine.planner.rates import Figure, Rate
 from engine.planner.search import Found, default_budgets, search
 from engine.planner.shapes import KNOWN_MODELS, KnownModel, known_model
 from engine.planner.workload import Lengths, Workload
@@ -141,7 +143,7 @@ def test_the_t4_says_which_figures_were_fitted() -> None:
 def test_profiles_survive_json(name: str, tmp_path: Path) -> None:
     hardware = load_hardware(name)
     path = tmp_path / "machine.json"
-    path.write_text(json.dumps(hardware.to_json()))
+    path.write_text(json.dumps(profile_json(hardware)))
     assert load_hardware(path) == hardware
 
 

@@ -12,10 +12,12 @@ from engine.errors import PlanDoesNotFit
 from engine.lengths import workload_of
 from engine.measure import QUICK, identity_of, measure
 from engine.planner.decide import Outlook, Question, budgets_of_machine, decide_plan
-from engine.planner.hardware import Figure, Hardware
+from engine.planner.hardware import Hardware
 from engine.planner.machine import MachineFacts
 from engine.planner.nearest import format_flag
 from engine.planner.plan import PlanOptions, Shares, TierName
+from engine.planner.profiles import hardware_from_json, profile_json
+from engine.planner.rates import Figure
 from engine.planner.shapes import known_model
 from engine.planner.workload import Workload
 from engine.profile import profile_for, store_profile, stored_profile
@@ -191,4 +193,4 @@ def test_everything_is_measured(machine: Hardware) -> None:
     assert all(value >= 0 for value in figures(machine))
     assert sum(value == 0 for value in figures(machine)) <= 1  # what segments cost is in the rates of attention
     assert machine.shares_host_memory
-    assert Hardware.from_json(machine.to_json()) == machine
+    assert hardware_from_json(profile_json(machine)) == machine

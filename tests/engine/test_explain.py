@@ -9,8 +9,9 @@ from engine.memory.lane import LaneName
 from engine.planner.advice import LEAST_GAIN, MOST_ADVICE, advise
 from engine.planner.decide import Question
 from engine.planner.explain import document, flags_of
-from engine.planner.hardware import Hardware, load_hardware
+from engine.planner.hardware import Hardware
 from engine.planner.plan import PlanOptions, Shares, TierName
+from engine.planner.profiles import load_hardware
 from engine.planner.search import default_budgets
 from engine.planner.shapes import KNOWN_MODELS
 from engine.planner.sweep import FACTORS, asked_budgets, sweep

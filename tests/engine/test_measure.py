@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.devices.host import HostDevice
+from engine.errors import HardwareError
 from engine.measure import QUICK, identity_of, measure
 from engine.measure.effort import timed
-from engine.planner.hardware import LINKS, Figure, Hardware, HardwareError, Rate, Width, between, load_hardware
+from engine.planner.hardware import LINKS, Hardware, Width
+from engine.planner.profiles import load_hardware, profile_json
+from engine.planner.rates import Figure, Rate, between
 from engine.profile import profile_for, store_profile, stored_profile
 
 
@@ -117,7 +120,7 @@ def test_a_machine_is_measured_once_and_again_when_it_has_changed(measured: Hard
 
 
 def test_a_damaged_width_says_where(measured: Hardware, tmp_path: Path) -> None:
-    data = measured.to_json()
+    data = profile_json(measured)
     path = tmp_path / "profile.json"
     for change, said in [
         ({"widths": {}}, "widths should be a list"),
