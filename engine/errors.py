@@ -6,8 +6,10 @@ EngineError
 ├── DiskFull            the file system of a tier or model directory has no room left
 ├── CheckpointError     a model directory or checkpoint that is absent, half-written, damaged or unknown
 ├── DeviceUnavailable   the asked-for device is not there
+├── Interrupted         what was under way was told to stop; nothing is wrong
 ├── HardwareError       a hardware profile that is damaged, of another version, or lacks a figure
-│   └── HardwareAbsent  no profile and no preset of that name
+│   ├── HardwareAbsent  no profile and no preset of that name
+│   └── Unmeasurable    the budgets leave too little to measure the machine with
 └── LaneFailed          a copy or read failed; its cause is chained
 
 The texts are for people: what is wrong, where, and what to do.
@@ -44,6 +46,14 @@ class HardwareError(EngineError):
 
 class HardwareAbsent(HardwareError):
     """There is neither a profile nor a preset of that name."""
+
+
+class Unmeasurable(HardwareError):
+    """The budgets leave too little to measure the machine with."""
+
+
+class Interrupted(EngineError):
+    """What was under way was told to stop and did; nobody's work is at fault."""
 
 
 class LaneFailed(EngineError):
