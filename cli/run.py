@@ -4,6 +4,7 @@ import shlex
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,18 @@ import click
 from cli.atomic import check_output, open_output
 from cli.context import App
 from cli.display import format_count, say, warn
+from cli.fitting import check_fits
 from cli.formats import FORMATS, write_rows
 from cli.job_options import JobOptions, job_options
 from cli.options import Number, placement_options, settings_options
 from cli.placement import Placement
+from cli.reports import FINISHED
+from cli.sizes import sizes_of
 from cli.workers import PRIVATE_QUEUE
 
 if TYPE_CHECKING:
+    from engine.planner.plan import PlanOptions
+    from engine.planner.workload import Workload
     from storage.database import Database
     from storage.jobs import Job
 
@@ -68,7 +74,7 @@ def command(
     from cli.serving import work_off
 
     placement = Placement.take(values)
-    with _job(app, dataset, output, trace, resume, values) as (database, submitted):
+    with _job(app, dataset, output, trace, resume, placement, values) as (database, submitted):
         again = f"overnight run --resume {submitted.id} -o {shlex.quote(output)}"
         job = work_off(database, app.settings, submitted, placement, resume=again, trace=trace)
         if job.state == "done" or job.num_done:
@@ -82,7 +88,13 @@ def command(
 
 @contextmanager
 def _job(
-    app: App, dataset: str | None, output: str, trace: Path | None, resume: int | None, values: dict[str, Any]
+    app: App,
+    dataset: str | None,
+    output: str,
+    trace: Path | None,
+    resume: int | None,
+    placement: Placement,
+    values: dict[str, Any],
 ) -> "Iterator[tuple[Database, Job]]":
     """The database and the job to run: a new one, or the one to go on with."""
     if (dataset is None) == (resume is None):
@@ -91,6 +103,7 @@ def _job(
         with app.job_database(resume) as database:
             job = _resumed(database, resume)
             _check_outputs(app, output, trace, job.origin)
+            _check_resumed(app, database, job, placement)
             yield database, job
         return
     from cli.submission import prepare
@@ -105,6 +118,8 @@ def _job(
     assert dataset is not None
     _check_outputs(app, output, trace, {"dataset": dataset})
     submission = prepare(dataset, options, app.settings)
+    sizes = sizes_of(submission.model, app.settings)
+    check_fits(sizes, _plan_options(app, placement), app.settings.spill_dir, lambda: submission.workload(sizes))
     with app.open_database() as database:
         job_id = submission.store(database, f"{PRIVATE_QUEUE}{uuid.uuid4().hex[:8]}")
         yield database, get_job(database, job_id)
@@ -127,6 +142,31 @@ def _resumed(database: "Database", job_id: int) -> "Job":
             f"{job.queue}"
         )
     return job
+
+
+def _plan_options(app: App, placement: Placement) -> "PlanOptions":
+    """As the worker has them."""
+    return replace(placement.plan_options(), disk_dir=placement.disk_dir or app.settings.spill_dir)
+
+
+def _check_resumed(app: App, database: "Database", job: "Job", placement: Placement) -> None:
+    """What does not fit is refused now: the worker would end the job with it."""
+    from engine.lengths import workload_for
+    from storage.jobs import peek_requests
+    from worker.models import resolve_model
+    from worker.sample import ROWS, requests_of
+
+    if job.state in FINISHED:
+        return
+    ref = resolve_model(job.model, app.settings)
+    sizes = sizes_of(ref, app.settings)
+
+    def workload() -> "Workload | None":
+        rows = peek_requests(database, job.id, ROWS)
+        requests = requests_of(job.id, job.task, job.params, job.seed, rows)
+        return workload_for(sizes.shape, sizes.folder or ref.path, requests)
+
+    check_fits(sizes, _plan_options(app, placement), app.settings.spill_dir, workload)
 
 
 def _write(database: "Database", job: "Job", output: str, file_format: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from engine.model.family import ModelShape
 from engine.model.opt_shape import shape_of
 from engine.planner.workload import Workload
 from engine.request import Output, Request
@@ -20,9 +21,17 @@ def workload_of(model_dir: Path, requests: Iterable[Request]) -> Workload | None
     Raises:
         CheckpointError: the model directory is absent or damaged.
     """
-    shape = shape_of(read_manifest(model_dir).config)
+    return workload_for(shape_of(read_manifest(model_dir).config), model_dir, requests)
+
+
+def workload_for(shape: ModelShape, folder: Path, requests: Iterable[Request]) -> Workload | None:
+    """The same of a model known by its shape alone; ``folder`` holds its tokenizer.
+
+    Raises:
+        CheckpointError: the tokenizer is absent or damaged.
+    """
     eos = shape.eos_token_ids
-    tokenizer = Tokenizer.load(model_dir, shape.bos_token_id, eos[0] if eos else None)
+    tokenizer = Tokenizer.load(folder, shape.bos_token_id, eos[0] if eos else None)
     pairs: list[tuple[int, int]] = []
     for request in requests:
         started = begin(request, tokenizer, shape)

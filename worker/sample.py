@@ -1,8 +1,9 @@
 """What waits for a model, from a few of its rows: what a plan is made for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.request import Request
 from storage.database import Database
@@ -33,11 +34,17 @@ def sample_workload(database: Database, model_dir: Path, jobs: Sequence[Job]) ->
     return None if workload is None else workload.times(max(1.0, left / len(rows)))
 
 
+def requests_of(
+    job_id: int, task: str, params: Mapping[str, Any], seed: int, rows: Iterable[tuple[int, dict[str, Any] | None]]
+) -> Iterator[Request]:
+    """Rows (index and payload each) as the engine takes them, without those that it cannot take."""
+    for index, payload in rows:
+        # What is left out will be an error row.
+        with suppress(ValueError):
+            yield to_request(RowKey(job_id, index, 0), task, payload, params, seed)
+
+
 def _requests(database: Database, jobs: Sequence[Job]) -> Iterator[Request]:
     each = max(1, ROWS // len(jobs))
     for job in jobs:
-        for index, payload in peek_requests(database, job.id, each):
-            try:
-                yield to_request(RowKey(job.id, index, 0), job.task, payload, job.params, job.seed)
-            except ValueError:
-                continue  # it will be an error row
+        yield from requests_of(job.id, job.task, job.params, job.seed, peek_requests(database, job.id, each))

@@ -130,12 +130,39 @@ def test_a_damaged_model_is_named_and_no_output_is_touched(
     assert Path("out.jsonl").read_text() == "old"
 
 
-def test_a_plan_that_does_not_fit_says_what_to_change(home: Path, command: Command, model: str) -> None:
+def test_a_plan_that_does_not_fit_is_refused_before_there_is_a_job(home: Path, command: Command, model: str) -> None:
     dataset = write_rows(Path("d.jsonl"), {"prompt": "a"})
-    done = command("run", dataset, "--model", model, "--task", "generate", "--device-memory", "1KiB", "-o", "out")
-    assert done.returncode in (1, 2)
-    assert "--device-memory" in done.stderr
+    words = ("--model", model, "--task", "generate", "--device", "cpu", "--device-memory", "1KiB", "-o", "out")
+    done = command("run", dataset, *words, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the plan does not fit: it needs ")
+    assert "the smallest that fits: --device-memory " in done.stderr
     assert not Path("out").exists()
+    assert only_job(home) is None
+
+
+def test_a_plan_that_fits_costs_no_import_of_torch(
+    home: Path, run: Run, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = []
+    monkeypatch.setattr("cli.fitting._exact_facts", exact.append)
+    monkeypatch.setattr("cli.serving.work_off", lambda database, settings, job, *_, **__: job)
+    run("run", write_rows(Path("d.jsonl"), {"prompt": "a"}), "--model", model, *GENERATE, "-o", "out")
+    assert only_job(home) is not None
+    assert exact == []
+
+
+def test_a_resumed_job_whose_plan_does_not_fit_stays_as_it_is(
+    home: Path, run: Run, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("cli.serving.work_off", lambda database, settings, job, *_, **__: job)
+        run("run", write_rows(Path("d.jsonl"), {"prompt": "a"}), "--model", model, *GENERATE, "-o", "out")
+    done = run("run", "--resume", "1", "--device", "cpu", "--device-memory", "1KiB", "-o", "out")
+    assert (done.exit_code, "does not fit" in done.stderr) == (2, True)
+    job = only_job(home)
+    assert job is not None
+    assert job.state == "queued"
 
 
 def test_the_dataset_is_refused_as_output_before_anything_starts(home: Path, run: Run, model: str) -> None:
