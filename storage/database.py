@@ -83,6 +83,12 @@ class Database:
             with writer.begin():
                 yield writer
 
+    @contextmanager
+    def bare(self) -> Iterator[Connection]:
+        """A connection of SQLite outside any transaction, for the statements that allow none."""
+        with self._translated(), self._engine.connect() as connection:
+            yield connection.execution_options(overnight_bare=True)
+
     def close(self) -> None:
         """Close every connection."""
         self._engine.dispose()

@@ -121,13 +121,19 @@ def install_events(engine: Engine, path: Path, *, busy_timeout_s: float, foreign
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        immediate = connection.get_execution_options().get("overnight_write", False)
+        options = connection.get_execution_options()
+        if options.get("overnight_bare", False):
+            return
+        immediate = options.get("overnight_write", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
 
 def _set_pragmas(raw: sqlite3.Connection, path: Path, busy_timeout_s: float, foreign_keys: bool) -> None:
     wanted = journal_mode_for(sqlite3.sqlite_version_info[:3])
     raw.execute(f"PRAGMA busy_timeout = {int(busy_timeout_s * 1000)}")
+    if path.stat().st_size == 0:
+        # Only an empty file can still be made for giving space back in small pieces (storage.space).
+        raw.execute("PRAGMA auto_vacuum = INCREMENTAL")
     raw.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
     (mode,) = raw.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
     if mode != wanted:

@@ -25,6 +25,7 @@ FROZEN = {
     "fetch": "--output --format --errors",
     "cancel": "",
     "retry": "",
+    "prune": "--older-than --dry-run --compact --json",
     "run": "--output --format --resume --trace JOB-OPTIONS PLACEMENT",
     "demo": "--json",
     "doctor": "--measure --device --json",
