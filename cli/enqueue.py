@@ -40,6 +40,8 @@ def command(app: App, /, dataset: str, as_json: bool, **values: Any) -> None:
         warn(sentence)
     settings = app.settings
     submission = prepare(dataset, options, settings)
+    for sentence in submission.warnings():
+        warn(sentence)
     ping(settings.redis_url)
     pinged = time.monotonic()
 

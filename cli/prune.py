@@ -43,8 +43,8 @@ class Age(ParamType):
 def command(app: App, older_than: float, dry_run: bool, compact: bool, as_json: bool) -> None:
     """Drop the jobs that are done, failed or cancelled for longer than AGE, with their outputs, passes and workers.
 
-    Workers and other commands go on meanwhile. The room comes back at once, unless an older overnight made the database:
-    such a file is written anew where it is small and no worker is alive, or with --compact.
+    Workers and other commands go on meanwhile. The room comes back at once, unless an older overnight made the
+    database: such a file is written anew where it is small and no worker is alive, or with --compact.
     """
     before = time.time() - older_than
     existing = app.open_existing_database()

@@ -118,6 +118,8 @@ def _job(
     assert dataset is not None
     _check_outputs(app, output, trace, {"dataset": dataset})
     submission = prepare(dataset, options, app.settings)
+    for sentence in submission.warnings():
+        warn(sentence)
     sizes = sizes_of(submission.model, app.settings)
     check_fits(sizes, _plan_options(app, placement), app.settings.spill_dir, lambda: submission.workload(sizes))
     with app.open_database() as database:

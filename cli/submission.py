@@ -51,6 +51,16 @@ class Submission:
     rows: RowsAhead
     """Read once, as it is stored."""
 
+    def warnings(self) -> list[str]:
+        """What a person should know before the job is stored."""
+        if self.options.task != "choose" or self.prompt == self.prompt.rstrip():
+            return []
+        end = self.prompt[len(self.prompt.rstrip()) :]
+        return [
+            f"the prompt ends in white space ({end!r}), so the choices follow it without the space that else stands "
+            "before them; labels may get worse: leave it out unless the model was made for it"
+        ]
+
     def workload(self, sizes: Sizes) -> "Workload | None":
         """Lengths of the first rows, as the job's worker will see them; ``None``: of none.
 

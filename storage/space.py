@@ -13,8 +13,8 @@ from storage.database import Database
 from storage.pace import Pace
 
 _INCREMENTAL = 2
-_LITTLE_BYTES = 64 << 20
-"""A file of this size is written anew in less than a second."""
+_LITTLE_BYTES = 16 << 20
+"""So much is written anew in less than a second."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,28 @@ def test_an_option_that_changes_nothing_is_a_warning(
     assert warning in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("prompt", "task", "warned"),
+    [
+        ("{{ text }}: ", "choose", True),
+        ("@p.txt", "choose", False),
+        ("@two.txt", "choose", True),
+        ("{{ text }}:", "choose", False),
+        ("{{ text }}: ", "generate", False),
+    ],
+)
+def test_white_space_before_choices_is_warned_of(
+    with_redis: Path, run: Run, model: str, prompt: str, task: str, warned: bool
+) -> None:
+    Path("p.txt").write_text("{{ text }}:\n")
+    Path("two.txt").write_text("{{ text }}:\n\n")
+    choices = ("--choices", "a,b") if task == "choose" else ()
+    dataset = write_rows(Path("d.jsonl"), {"text": "x"})
+    done = run("enqueue", dataset, "--model", model, "--task", task, "--prompt", prompt, *choices)
+    assert done.exit_code == 0
+    assert ("warning: the prompt ends in white space" in done.stderr) is warned
+
+
 BAD_NUMBERS = [
     ("--max-new-tokens", "0"), ("--max-new-tokens", "-1"), ("--max-new-tokens", "1.5"), ("--temperature", "-0.1"),
     ("--temperature", "nan"), ("--temperature", "inf"), ("--top-p", "0"), ("--top-p", "1.1"), ("--top-p", "nan"),
