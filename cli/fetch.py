@@ -28,7 +28,7 @@ def command(app: App, job_id: int, output: str, file_format: str, errors: bool) 
     from storage.jobs import get_job
     from storage.results import stream_outputs
 
-    with app.job_database(job_id) as database:
+    with app.job_database(job_id, only_look=True) as database:
         job = get_job(database, job_id)
         check_output(output, keep=app.files_to_keep(job.origin))
         with open_output(output) as stream:

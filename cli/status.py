@@ -29,10 +29,10 @@ def command(app: App, job_id: int | None, watch: bool, as_json: bool) -> None:
     --watch follows JOB, or without one the newest unfinished job, until it ends.
     """
     if job_id is not None:
-        with app.job_database(job_id) as database:
+        with app.job_database(job_id, only_look=True) as database:
             _show_job(database, job_id, watch=watch, as_json=as_json)
         return
-    existing = app.open_existing_database()
+    existing = app.open_for_reading()
     if existing is None:
         if as_json:
             emit_json({"jobs": [], "workers": []})

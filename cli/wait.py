@@ -26,7 +26,7 @@ def command(app: App, job_id: int) -> None:
     from cli.workers import missing_worker_hint
     from storage.jobs import get_job
 
-    with app.job_database(job_id) as database:
+    with app.job_database(job_id, only_look=True) as database:
         hint = missing_worker_hint(database, get_job(database, job_id), now=time.time())
         if hint:
             say(hint)
