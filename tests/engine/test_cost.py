@@ -20,7 +20,7 @@ from engine.planner.load import PassLoad, mean_request_load
 from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions, Shares, TierName
 from engine.planner.predict import Prediction, compute_ceiling_per_s, predict
-from engine.planner.profiles import load_hardware, preset_names, profile_json
+from engine.planner.profiles import load_hardware, preset_names, profile_json, profile_json
 from engine.planner.rates import Figure, Rate
 from engine.planner.search import Found, default_budgets, search
 from engine.planner.shapes import KNOWN_MODELS, KnownModel, known_model
@@ -162,7 +162,7 @@ def test_profiles_survive_json(name: str, tmp_path: Path) -> None:
 )
 def test_a_damaged_profile_says_where(change: dict[str, object], said: str, tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
-    path.write_text(json.dumps(T4.to_json() | change))
+    path.write_text(json.dumps(profile_json(T4) | change))
     with pytest.raises(HardwareError, match=said):
         load_hardware(path)
 
