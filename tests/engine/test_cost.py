@@ -20,7 +20,7 @@ from engine.planner.load import PassLoad, mean_request_load
 from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions, Shares, TierName
 from engine.planner.predict import Prediction, compute_ceiling_per_s, predict
-from engine.planner.profiles import load_hardware, preset_names, profile_json, profile_json
+from engine.planner.profiles import load_hardware, preset_names, profile_json
 from engine.planner.rates import Figure, Rate
 from engine.planner.search import Found, default_budgets, search
 from engine.planner.shapes import KNOWN_MODELS, KnownModel, known_model
