@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from worker.rows import RowKey
 
@@ -52,7 +53,7 @@ class BlackBox:
 
     def loads(self, model: str | None) -> None:
         """A model is being loaded; None: no longer."""
-        self._write(f"load {model.encode().hex() if model else '-'}\n")
+        self._write(f"load {quote(model or '')}\n")
 
     def begins(self, key: RowKey) -> None:
         """A row goes into the engine."""
@@ -125,7 +126,7 @@ def _read(path: Path, size: int, file: int) -> Death:
     for line in os.pread(file, size, 0).decode(errors="replace").splitlines():
         match line.split(" "):
             case ["load", name]:
-                loading = None if name == "-" else bytes.fromhex(name).decode(errors="replace")
+                loading = unquote(name) or None
             case [("+" | "-") as sign, *numbers] if len(numbers) == 3 and all(map(str.isdecimal, numbers)):
                 key = RowKey(*map(int, numbers))
                 if sign == "+":

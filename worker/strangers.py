@@ -93,8 +93,9 @@ def what_is_wrong(message: object, *, is_control: bool) -> str | None:
     except (ValueError, TypeError, RecursionError):
         return "its body cannot be read"
     if is_control:
-        asks = isinstance(body, dict) and body.get("method") in QUESTIONS
-        return None if asks and isinstance(body.get("arguments") or {}, dict) else "it is a command, not a question"
+        method = body.get("method") if isinstance(body, dict) else None
+        asks = isinstance(method, str) and method in QUESTIONS and isinstance(body.get("arguments") or {}, dict)
+        return None if asks else "it is a command, not a question"
     return None if _is_ring(headers, body) else "it is no ring"
 
 
