@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from cli.display import colour_wanted, format_count, format_rate, format_rows, format_seconds, say
@@ -89,7 +89,7 @@ class Snapshot:
     """A job at one moment, and who sees to it."""
 
     job: "Job"
-    attendance: Attendance = Attendance()
+    attendance: Attendance = field(default_factory=Attendance)
 
     @property
     def standstill(self) -> str | None:

@@ -9,6 +9,8 @@ PRIVATE_QUEUE = "run-"
 """How the queues begin that a worker of our own serves for one job."""
 TRACE_VARIABLE = "_OVERNIGHT_TRACE"
 """How `overnight run --trace` tells its worker where the trace goes; a worker of a queue has no such option."""
+ALONE_VARIABLE = "_OVERNIGHT_ALONE"
+"""How `overnight run` tells its worker that no other serves its queue."""
 _DOING = {
     "starting": "its worker is starting",
     "loading": "loading the model",
@@ -40,7 +42,7 @@ def living_workers(database: "Database", now: float) -> "list[Worker]":
     return [
         worker
         for worker in list_workers(database, now)
-        if not is_dead(worker.hostname, worker.pid, worker.started_at)
+        if not is_dead(worker.hostname, worker.pid, worker.process)
     ]
 
 

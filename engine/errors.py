@@ -7,6 +7,7 @@ EngineError
 ├── CheckpointError     a model directory or checkpoint that is absent, half-written, damaged or unknown
 ├── DeviceUnavailable   the asked-for device is not there
 ├── Interrupted         what was under way was told to stop; nothing is wrong
+├── DeviceFailed        the device is lost, or in a state that nobody knows: the process must end
 ├── HardwareError       a hardware profile that is damaged, of another version, or lacks a figure
 │   ├── HardwareAbsent  no profile and no preset of that name
 │   └── Unmeasurable    the budgets leave too little to measure the machine with
@@ -38,6 +39,10 @@ class CheckpointError(EngineError):
 
 class DeviceUnavailable(EngineError):
     """The device asked for does not exist on this machine."""
+
+
+class DeviceFailed(EngineError):
+    """The device is lost or in an unknown state; nothing more can be computed by this process."""
 
 
 class HardwareError(EngineError):

@@ -162,7 +162,7 @@ def test_profiles_survive_json(name: str, tmp_path: Path) -> None:
 )
 def test_a_damaged_profile_says_where(change: dict[str, object], said: str, tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
-    path.write_text(json.dumps(T4.to_json() | change))
+    path.write_text(json.dumps(profile_json(T4) | change))
     with pytest.raises(HardwareError, match=said):
         load_hardware(path)
 
