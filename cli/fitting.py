@@ -55,7 +55,7 @@ def check_fits(sizes: Sizes, options: "PlanOptions", disk_dir: Path, workload: "
     except _MeasuredFirst:
         pass
     except PlanDoesNotFit as error:
-        text = str(error)
+        text = str(error).replace("device memory", "memory") if device == "cpu" else str(error)
         what = f"it {text.removeprefix('the plan ')}" if text.startswith("the plan ") else text
         raise PlanDoesNotFit(f"the plan does not fit: {what}") from error
 

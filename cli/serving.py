@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cli.display import say
 from cli.errors import WorkerDied
 from cli.placement import Placement
-from cli.progress import follow, job_progress
+from cli.plans import model_name, plan_in_words
+from cli.progress import Progress, Snapshot, follow, job_progress
 from cli.reports import FINISHED
 from cli.workers import ALONE_VARIABLE, TRACE_VARIABLE
 
@@ -130,20 +131,36 @@ def work_off(
         WorkerDied, RedisUnavailable: the job stays as far as it has come.
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the worker has given back what it held.
     """
+    from storage.jobs import get_job
+
     if job.state in FINISHED:
         return job
     try:
         with _signals_interrupt(), OwnWorker(settings, job.queue, placement, trace) as worker:
             try:
                 with job_progress(f"job {job.id}") as progress:
-                    for snapshot in follow(database, job.id, watch=worker.check):
-                        progress.update(snapshot, time.monotonic())
+                    snapshot = _watched(database, job, worker, progress)
             except KeyboardInterrupt:
-                say("stopping: the worker finishes its pass and gives back the rest (Ctrl-C again: at once)")
+                say("stopping: the worker ends its pass and gives back the rest (Ctrl-C again: at once)")
                 raise
     except (KeyboardInterrupt, WorkerDied):
+        left = get_job(database, job.id)
+        if left.message:
+            say(f"job {job.id} {left.state}: {left.message}")
         say(f"job {job.id} keeps the outputs it has; go on with: {resume}")
         raise
+    return snapshot.job
+
+
+def _watched(database: "Database", job: "Job", worker: OwnWorker, progress: Progress) -> Snapshot:
+    """Shows a job until it has ended, and each plan that its rows are computed under."""
+    shown: dict[str, Any] | None = None
+    for snapshot in follow(database, job.id, watch=worker.check):
+        plan = snapshot.job.plan
+        if plan is not None and plan != shown and snapshot.standstill is None:
+            progress.note(f"{model_name(job.model)}: {plan_in_words(plan)}")
+            shown = plan
+        progress.update(snapshot, time.monotonic())
     return snapshot
 
 

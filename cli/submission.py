@@ -100,6 +100,7 @@ class Submission:
             seed=self.options.seed or 0,
             priority=self.options.priority,
             queue=queue,
+            name=self.options.name,
             origin=origin,
         )
         return create_job(database, job, _then(iter(self.rows), before_commit), now=time.time())

@@ -40,9 +40,7 @@ def living_workers(database: "Database", now: float) -> "list[Worker]":
     from worker.presence import is_dead
 
     return [
-        worker
-        for worker in list_workers(database, now)
-        if not is_dead(worker.hostname, worker.pid, worker.process)
+        worker for worker in list_workers(database, now) if not is_dead(worker.hostname, worker.pid, worker.process)
     ]
 
 

@@ -37,7 +37,7 @@ PLACEMENT = (
     "--micro-batches --schedule"
 )
 JOB = (
-    "--model --task --prompt --choices --max-new-tokens --temperature --top-p --top-k --seed --stop --priority "
+    "--model --task --prompt --choices --max-new-tokens --temperature --top-p --top-k --seed --stop --name --priority "
     "--keep-going"
 )
 

@@ -152,6 +152,27 @@ def test_a_plan_that_fits_costs_no_import_of_torch(
     assert exact == []
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--model", "other"), "--model"),
+        (("--task", "score", "--prompt", "x"), "--task, --prompt"),
+        (("--name", "n"), "--name"),
+        (("--max-new-tokens", "5", "--stop", "x"), "--max-new-tokens, --stop"),
+        (("--priority", "0"), "--priority"),  # its default, but given
+        (("--keep-going",), "--keep-going"),
+        (("--choices", "a,b", "--seed", "0"), "--choices, --seed"),
+    ],
+)
+def test_what_a_job_keeps_cannot_be_given_to_go_on_with_it(
+    home: Path, run: Run, words: tuple[str, ...], named: str
+) -> None:
+    done = run("run", "--resume", "1", *words, "-o", "out")
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"error: {named} cannot be changed with --resume")
+    assert run("run", "--resume", "1", "--device", "cpu", "-o", "out").exit_code == 3  # only the job is missing
+
+
 def test_a_resumed_job_whose_plan_does_not_fit_stays_as_it_is(
     home: Path, run: Run, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
