@@ -2,7 +2,6 @@
 
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -78,9 +77,11 @@ def make_model(app: App, folder: Path, target: Path, dtype: str | None) -> None:
 
 def _download(name: str, stack: ExitStack) -> Path:
     from engine.weights.hub import download
+    from worker.scratch import scratch_folder, sweep
 
+    sweep()
     say(f"downloading {name}")
-    return download(name, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overnight-hub-"))))
+    return download(name, stack.enter_context(scratch_folder("hub-")))
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -45,10 +44,12 @@ class OwnWorker:
     def __enter__(self) -> "OwnWorker":
         from worker.children import spawn
         from worker.private_redis import PrivateRedis
+        from worker.scratch import scratch_folder, sweep
 
+        sweep()
         with self._stack as stack:
             redis = stack.enter_context(PrivateRedis())
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overnight-log-")))
+            folder = stack.enter_context(scratch_folder("log-"))
             self._log = folder / "worker.log"
             output = stack.enter_context(self._log.open("wb"))
             self._process = spawn(

@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -16,6 +18,7 @@ from storage.database import Database
 from storage.jobs import Job, list_jobs
 from storage.results import list_passes
 from tests.cli.conftest import ROOT, Command, Run, write_rows
+from worker.errors import RedisUnavailable
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -214,7 +217,18 @@ def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(
     assert [json.loads(line)["id"] for line in Path("out.jsonl").read_text().splitlines()] == list(range(300))
 
 
-def test_redis_and_worker_end_with_their_owner_on_kill_9(home: Path, start: Start, model: str) -> None:
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where temporary folders are made; its path is short enough for a socket."""
+    with tempfile.TemporaryDirectory(prefix="o") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+def test_redis_and_worker_end_with_their_owner_on_kill_9_and_the_next_run_sweeps(
+    home: Path, run: Run, start: Start, model: str, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = write_rows(Path("d.jsonl"), *({"prompt": "ab"} for _ in range(120)))
     slow = ("--max-new-tokens", "60", "--micro-batch", "4", "--micro-batches", "1")
     process = start("run", dataset, "--model", model, *GENERATE, *slow, "-o", "out.jsonl")
@@ -224,6 +238,14 @@ def test_redis_and_worker_end_with_their_owner_on_kill_9(home: Path, start: Star
     process.kill()
     process.communicate(timeout=30)
     until("the children to end", lambda: not any(map(is_running, family)), 30)
+    assert len(list(scratch.glob("overnight-*"))) == 2
+
+    def no_server() -> NoReturn:
+        raise RedisUnavailable("none here")
+
+    monkeypatch.setattr("worker.private_redis.find_redis_server", no_server)
+    assert run("run", "--resume", "1", *GENERATE[2:], "-o", "out.jsonl").exit_code == 4
+    assert list(scratch.glob("overnight-*")) == []
 
 
 def test_a_worker_that_is_killed_ends_the_run_and_says_how_to_go_on(home: Path, start: Start, model: str) -> None:
