@@ -16,7 +16,7 @@ from cli.errors import WorkerDied
 from cli.placement import Placement
 from cli.plans import model_name, plan_in_words
 from cli.progress import Progress, Snapshot, follow, job_progress
-from cli.reports import FINISHED
+from cli.reports import FINISHED, outcome_of
 from cli.workers import ALONE_VARIABLE, TRACE_VARIABLE
 
 if TYPE_CHECKING:
@@ -146,9 +146,10 @@ def work_off(
                 raise
     except (KeyboardInterrupt, WorkerDied):
         left = get_job(database, job.id)
-        if left.message:
-            say(f"job {job.id} {left.state}: {left.message}")
-        say(f"job {job.id} keeps the outputs it has; go on with: {resume}")
+        ended = outcome_of(left) if left.state in FINISHED else None
+        if ended is None and left.message:
+            say(f"job {job.id}: {left.message}")
+        say(ended or f"job {job.id} keeps the outputs it has; go on with: {resume}")
         raise
     return snapshot.job
 

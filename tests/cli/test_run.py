@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import NoReturn
 import pytest
 
 from cli.main import main
+from cli.progress import LineProgress, Snapshot
+from cli.serving import OwnWorker
 from storage.database import Database
 from storage.jobs import Job, list_jobs
 from storage.results import list_passes
@@ -95,6 +99,11 @@ def test_a_dataset_goes_in_and_a_file_comes_out(home: Path, command: Command, mo
     assert [(row["index"], row["id"], row["status"]) for row in rows] == [(i, f"r{i}", "ok") for i in range(9)]
     assert all(row["usage"]["completion_tokens"] <= 5 for row in rows)
     assert "done: 100%" in done.stderr
+    assert re.search(r"^tiny: all 2 layers in memory; KV cache \S+ MiB in memory; float32; 1 x 2,048 tokens a pass$",
+                     done.stderr, re.MULTILINE)  # fmt: skip
+    assert re.search(
+        r"^job 1: \S+ tokens/s generated, \S+ tokens/s in all, bound by [a-z_]+$", done.stderr, re.MULTILINE
+    )
     assert "\x1b" not in done.stderr
     job = only_job(home)
     assert job is not None
@@ -215,6 +224,63 @@ def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(
     done = command("run", "--resume", "1", *GENERATE[2:], "-o", "out.jsonl")
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["id"] for line in Path("out.jsonl").read_text().splitlines()] == list(range(300))
+
+
+MEASURING = """
+import os, signal, sys, time
+from storage.claims import Doing, heartbeat, register_worker, stop_worker
+from storage.database import Database
+from storage.jobs import fail_job
+from worker.presence import host_name, process_of
+
+database = Database.open(os.environ["OVERNIGHT_DATABASE"])
+
+def stop(*_):
+    if sys.argv[2] == "fails":
+        fail_job(database, 1, "the disk is gone", now=time.time())
+    stop_worker(database, number, now=time.time())
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, stop)
+number = register_worker(database, hostname=host_name(), pid=os.getpid(), queue=sys.argv[1], device="cpu",
+                         now=time.time(), lease_s=60.0, process=process_of(os.getpid()))
+heartbeat(database, number, now=time.time(), lease_s=60.0, doing=Doing("measuring"))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["stops", "fails"])
+def test_ctrl_c_while_the_machine_is_measured_ends_it_and_says_what_is_left(
+    home: Path, run: Run, model: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(worker: OwnWorker, redis_url: str) -> list[str]:
+        return [sys.executable, "-c", MEASURING, worker._queue, how]
+
+    monkeypatch.setattr(OwnWorker, "_command", fake)
+    told = threading.Event()
+
+    class Told(LineProgress):
+        def update(self, snapshot: Snapshot, now: float) -> None:
+            super().update(snapshot, now)
+            if snapshot.standstill == "measuring this machine, once":
+                told.set()
+
+    monkeypatch.setattr("cli.progress.LineProgress", Told)
+
+    def interrupt() -> None:
+        if told.wait(60):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    done = run("run", write_rows(Path("d.jsonl"), {"prompt": "a"}), "--model", model, *GENERATE, "-o", "out")
+    thread.join()
+    assert done.exit_code == 130
+    assert "job 1 queued: 0% | 0/1 requests | measuring this machine, once\nstopping: " in done.stderr
+    last = "job 1 failed: the disk is gone; when that is mended: overnight retry 1"
+    if how == "stops":
+        last = "job 1 keeps the outputs it has; go on with: overnight run --resume 1 -o out"
+    assert done.stderr.split("\n")[-4:] == [last, "", "error: interrupted", ""]  # the empty one is click's
 
 
 @pytest.fixture
