@@ -48,7 +48,7 @@ def command(app: App, source: str, destination: str | None, dtype: str | None) -
                 )
             folder = _download(source, stack)
         make_model(app, folder, target, dtype)
-    say(f"use it: overnight enqueue DATASET --model {destination or name} --task generate")
+    say(f"use it: overnight run DATASET --model {destination or name} --task generate|score|choose -o FILE")
     click.echo(target)
 
 
@@ -94,5 +94,6 @@ def _bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True, no_color=not colour_wanted())) as bars:
-        task = bars.add_task(title, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+        # No bar before something is written: what is wrong with the folder is found first.
+        task = bars.add_task(title, total=None, visible=False)
+        yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)

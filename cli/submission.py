@@ -113,6 +113,7 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
         FileAbsent, DatasetFault, TemplateFault, ModelNotFound: what is wrong, and where.
         CheckpointError: the model directory is half-written, or its files have other sizes than it says.
     """
+    from engine.weights.importers.tokenizer_present import check_tokenizer
     from engine.weights.manifest import read_manifest
     from worker.models import resolve_model
 
@@ -123,6 +124,8 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
     model = resolve_model(options.model, settings)
     if model.is_imported:
         read_manifest(model.path)
+    else:
+        check_tokenizer(model.path)
     rows = requests(dataset.rows(), spec, label=dataset.label, keep_going=options.keep_going)
     ahead = RowsAhead(rows)
     ahead.peek(1)

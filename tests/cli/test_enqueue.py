@@ -214,6 +214,9 @@ def test_redis_off_means_no_job(home: Path, run: Run, model: str) -> None:
     done = run("enqueue", write_rows(Path("d.jsonl"), {"prompt": "a"}), "--model", model, *GENERATE)
     assert done.exit_code == 4
     assert "Redis" in done.stderr
+    command = "redis-server --daemonize yes --bind 127.0.0.1 --save ''"
+    assert done.stderr.endswith(f"to start one here: {command} --port 1\n")
+    assert f"start one: {command} --port 1" in run("doctor").stdout
     assert not home.exists()
 
 
