@@ -346,7 +346,7 @@ class Round:
 
 
 def same(one: object, other: object) -> bool:
-    """Texts and labels exactly; log-probabilities as far as float32 promises them in another batch (docs/numerics.md)."""
+    """Texts and labels exactly; log-probabilities as far as float32 promises them (docs/numerics.md)."""
     if isinstance(one, float) and isinstance(other, float):
         return abs(one - other) <= 1e-4
     if isinstance(one, dict) and isinstance(other, dict):

@@ -16,7 +16,7 @@ import pytest
 from storage.claims import Worker, list_workers
 from storage.database import Database
 from storage.jobs import Job, NewJob, NewRequest, create_job, get_job
-from storage.results import stream_outputs
+from storage.results import OutputRow, stream_outputs
 from worker import children
 from worker.doorbell import ping
 from worker.errors import RedisRefused, RedisUnreachable
@@ -119,6 +119,10 @@ class Station:
     def texts(self, job_id: int) -> list[tuple[int, Any]]:
         """(index, output) of every output row, duplicates included."""
         return [(row.index, row.output) for row in stream_outputs(self.database, job_id)]
+
+    def errors(self, job_id: int) -> list[OutputRow]:
+        """The rows that failed."""
+        return list(stream_outputs(self.database, job_id, errors_only=True))
 
     def request_states(self, job_id: int) -> dict[str, int]:
         with self.database.read() as connection:
