@@ -84,6 +84,7 @@ def _serve_once(
     waits_s = [settings.backoff_s * times for times in _BACKOFFS]
     aside = Aside(database, host_name(), waits_s=waits_s, clock=clock, patience=patience)
     box = BlackBox(settings.home, settings.database_url, worker_id)
+    bell.on_kill = box.close  # an end that a person asked for is nobody's crash
     keeper = _Housekeeper(database, settings, clock, aside, get_logger({"worker": worker_id}))
 
     def reap() -> None:
