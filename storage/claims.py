@@ -34,6 +34,9 @@ class Worker:
     lease_until: float
     stopped_at: float | None
     state: str  # free text for people
+    process: str | None  # tells this process from a later one of the same number; None: not known
+    message: str | None  # what it waits for, or leaves alone, and why
+    retry_at: float | None  # when it tries again what it leaves alone
 
     def is_alive(self, now: float) -> bool:
         """Whether its lease holds."""

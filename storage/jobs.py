@@ -54,6 +54,8 @@ class Job:
     generated_tokens: int
     message: str | None  # why the whole job failed
     plan: dict[str, Any] | None  # placement and batches that its rows were last computed under
+    name: str | None  # what its owner calls it
+    origin: dict[str, Any] | None  # for people: "dataset" (absolute path, or null), "prompt" (template), "choices"
 
     @property
     def is_finished(self) -> bool:
