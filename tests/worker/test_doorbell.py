@@ -53,7 +53,7 @@ def test_a_real_celery_worker_hears_the_ring(settings: Settings) -> None:
     with app.connection_for_read() as connection, app.amqp.TaskConsumer(connection) as consumer:
         messages: list[Any] = []
         consumer.on_message = messages.append
-        connection.drain_events(timeout=10)
+        connection.drain_events(timeout=240)
         (message,) = messages
         message.ack()
     assert message.headers["task"] == HANDLER
