@@ -18,7 +18,7 @@ print("not reached", flush=True)
 
 def run(first: str, second: str) -> "subprocess.CompletedProcess[str]":
     script = SIGNALS.format(first=first, second=second)
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
 
 
 def test_the_first_signal_asks_and_the_second_ends_the_process() -> None:
