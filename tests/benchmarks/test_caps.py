@@ -1,5 +1,6 @@
 """Memory groups that the kernel enforces. Real processes, real groups."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,13 @@ def test_without_a_cap_a_failure_is_told_by_its_exit_code(tmp_path: Path) -> Non
 
 
 def test_what_runs_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
-    ended = run(["/bin/sh", "-c", "sleep 600 & wait"], None, cwd=tmp_path, log=tmp_path / "log", timeout_s=0.2)
+    held = tmp_path / "held"
+    os.mkfifo(held)
+    reader = os.open(held, os.O_RDONLY | os.O_NONBLOCK)
+    command = ["/bin/sh", "-c", f'exec 3>"{held}"; sleep 600 & wait']
+    ended = run(command, None, cwd=tmp_path, log=tmp_path / "log", timeout_s=0.2)
     assert ended.timed_out
+    os.set_blocking(reader, True)
+    assert os.read(reader, 1) == b"", "the end comes when nobody holds the pipe any more"
+    os.close(reader)
     assert explain(ended, None) == "still running at the time limit"
