@@ -53,6 +53,8 @@ def until(what: str, condition: Callable[[], object]) -> None:
 def start(home: Path) -> Iterator[Start]:
     """The command in the background; killed at the end if the test did not see to its end."""
     started: list[subprocess.Popen[str]] = []
+    # What is started heeds Ctrl-C, also where whoever runs the tests ignores it, as shells do behind &.
+    heeded = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def begin(*words: str) -> "subprocess.Popen[str]":
         process = subprocess.Popen(
@@ -66,6 +68,7 @@ def start(home: Path) -> Iterator[Start]:
         return process
 
     yield begin
+    signal.signal(signal.SIGINT, heeded)
     for process in started:
         process.kill()
         process.communicate(timeout=PATIENCE_S)

@@ -15,6 +15,7 @@ from worker.private_redis import PrivateRedis, RedisUnavailable, find_redis_serv
 OWNER = """
 import signal
 from worker.private_redis import PrivateRedis
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it, as shells do behind &
 with PrivateRedis() as server:
     print(server.pid, server.url, flush=True)
     signal.pause()
