@@ -5,9 +5,9 @@ SIGNALS = """
 import os, signal
 from worker.bell import Bell
 from worker.lifecycle import Stop
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
 bell = Bell()
 stop = Stop(bell)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
 stop.install()
 os.kill(os.getpid(), signal.{first})
 print(bell.is_stopping, stop.signal, flush=True)
