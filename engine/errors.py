@@ -6,6 +6,7 @@ EngineError
 ├── DiskFull            the file system of a tier or model directory has no room left
 ├── CheckpointError     a model directory or checkpoint that is absent, half-written, damaged or unknown
 ├── DeviceUnavailable   the asked-for device is not there
+├── DeviceFailed        the device is lost, or in a state that nobody knows: the process must end
 ├── HardwareError       a hardware profile that is damaged, of another version, or lacks a figure
 │   └── HardwareAbsent  no profile and no preset of that name
 └── LaneFailed          a copy or read failed; its cause is chained
@@ -36,6 +37,10 @@ class CheckpointError(EngineError):
 
 class DeviceUnavailable(EngineError):
     """The device asked for does not exist on this machine."""
+
+
+class DeviceFailed(EngineError):
+    """The device is lost or in an unknown state; nothing more can be computed by this process."""
 
 
 class HardwareError(EngineError):

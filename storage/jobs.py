@@ -4,12 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, delete, func, select, update
+from sqlalchemy import Connection, Select, Text, and_, case, delete, func, select, type_coerce, update
 
+from storage.crashes import FOUND_GUILTY
 from storage.database import Database
 from storage.errors import InvalidTransition, JobNotFound, NothingToRetry
 from storage.loading import NewJob, NewRequest, create_job, remove_rows, sweep_invisible
-from storage.schema import jobs, outputs, requests
+from storage.schema import jobs, object_of, outputs, requests
 from storage.states import OPEN_JOBS, JobState, OutputStatus, RequestState, jobs_before, requests_before
 
 __all__ = [
@@ -107,13 +108,13 @@ def runnable_jobs(db: Database, queue: str) -> list[Job]:
 def peek_requests(db: Database, job_id: int, limit: int) -> list[tuple[int, dict[str, Any] | None]]:
     """Index and payload of the first pending requests, claimed by nobody: to see what they are like."""
     query = (
-        select(requests.c.index, requests.c.payload)
+        select(requests.c.index, type_coerce(requests.c.payload, Text))
         .where(requests.c.job_id == job_id, requests.c.state == RequestState.PENDING)
         .order_by(requests.c.index)
         .limit(limit)
     )
     with db.read() as connection:
-        return [(index, payload) for index, payload in connection.execute(query)]
+        return [(index, object_of(text)) for index, text in connection.execute(query)]
 
 
 def note_plan(db: Database, job_id: int, plan: dict[str, Any]) -> None:
@@ -190,7 +191,10 @@ def retry_job(db: Database, job_id: int, *, now: float) -> Job:  # noqa: ARG001 
             ).where(errors)
         ).one()
         connection.execute(delete(outputs).where(errors))
-        queued = connection.execute(update(requests).where(again).values(state=RequestState.PENDING)).rowcount
+        # A row that was found to end its worker gets another chance, still apart from all others.
+        apart = case((requests.c.crash_group == FOUND_GUILTY, -1 - requests.c.index), else_=requests.c.crash_group)
+        values = {"state": RequestState.PENDING, "crash_group": apart}
+        queued = connection.execute(update(requests).where(again).values(values)).rowcount
         if queued == 0:
             raise NothingToRetry(_why_nothing(job))
         connection.execute(

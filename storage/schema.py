@@ -52,6 +52,15 @@ def to_json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
+def object_of(text: str | None) -> dict[str, Any] | None:
+    """A JSON object as it was stored; None for anything else, so that one damaged row costs nothing but itself."""
+    try:
+        value = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 class JsonText(TypeDecorator[Any]):
     """Any JSON value as text; Python's None is SQL's NULL."""
 

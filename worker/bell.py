@@ -28,6 +28,10 @@ class Bell:
         """What rang until now is about to be looked at."""
         self._rung.clear()
 
+    def pause(self, timeout_s: float) -> None:
+        """Return after ``timeout_s`` seconds, or when it is time to stop."""
+        self._stop.wait(timeout_s)
+
     def wait(self, timeout_s: float) -> None:
         """Return when it rings, at once if it has rung since ``answer``, or after ``timeout_s`` seconds."""
         if not self._stop.is_set():

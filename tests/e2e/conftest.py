@@ -20,7 +20,7 @@ from storage.jobs import Job, NewJob, NewRequest, create_job, get_job
 from storage.results import stream_outputs
 from worker import children
 from worker.doorbell import ping
-from worker.errors import RedisUnreachable
+from worker.errors import RedisRefused, RedisUnreachable
 from worker.private_redis import find_redis_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,13 +166,15 @@ def station(tmp_path: Path, redis_url: str) -> Iterator[Station]:
 class OwnRedis:
     """A Redis that can be killed and started again at the same place."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.socket = folder / "redis.sock"
+        self._options = options
         self.url = f"unix://{self.socket}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         command = [find_redis_server(), "--port", "0", "--unixsocket", self.socket, "--save", "", "--dir", "/tmp"]
+        command += self._options
         self._process = children.spawn(list(map(str, command)), stdout=subprocess.DEVNULL)
         wait_until("Redis to answer", self._answers)
 
@@ -185,6 +187,8 @@ class OwnRedis:
     def _answers(self) -> bool:
         try:
             ping(self.url)
+        except RedisRefused:
+            return True  # it wants a password
         except RedisUnreachable:
             return False
         return True

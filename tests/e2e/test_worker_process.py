@@ -3,16 +3,18 @@
 import contextlib
 import json
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 import redis
 
+from benchmarks.strangers import ATTACKS
 from storage.claims import list_workers
 from storage.jobs import list_jobs
 from storage.results import list_passes
 from tests.e2e.conftest import PATIENCE_S, SLOW, OwnRedis, Station, json_of, wait_until
-from worker.doorbell import ring
+from worker.doorbell import client_url, ring
 from worker.settings import load_settings
 
 NEVER = 3600
@@ -149,12 +151,63 @@ def test_a_worker_works_and_stops_while_redis_is_away(own_redis: OwnRedis, tiny_
         own_redis.start()
 
 
-def test_a_worker_without_redis_does_not_start(station: Station) -> None:
-    ran = station.cli("worker", "--redis", "unix:///nowhere/redis.sock")
+def test_a_worker_whose_redis_is_not_there_yet_works_by_its_scan(
+    own_redis: OwnRedis, tiny_model: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    own_redis.kill()
+    with contextlib.closing(Station(home, own_redis.url)) as station:
+        worker = station.start_worker(scan_s=0.3)
+        assert station.wait_done(station.enqueue(tiny_model, 3)).num_done == 3
+        own_redis.start()
+        assert worker.signal(signal.SIGTERM) == 0
+        assert "does not answer" in worker.log
+        assert "Traceback" not in worker.log
 
-    assert ran.returncode == 4
+
+@pytest.mark.parametrize("url", ["redis://[::1", "redis://h/0?nosuch=1", "http://127.0.0.1"])
+def test_a_worker_whose_redis_can_never_answer_does_not_start(station: Station, url: str) -> None:
+    ran = station.cli("worker", "--redis", url)
+
+    assert ran.returncode in (2, 4)
     assert len(ran.stderr.strip().splitlines()) == 1
-    assert "OVERNIGHT_REDIS" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_worker_with_a_wrong_password_does_not_start(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="overnight-test-") as folder:
+        server = OwnRedis(Path(folder), "--requirepass", "right")
+        server.start()
+        home = tmp_path / "home"
+        home.mkdir(mode=0o700)
+        with contextlib.closing(Station(home, server.url)) as station:
+            ran = station.cli("worker", "--redis", f"{server.url}?password=wrong")
+        server.kill()
+    assert ran.returncode == 4
+    assert "does not let us in" in ran.stderr
+    assert "wrong" not in ran.stderr.replace("WRONGPASS", "")
+
+
+def test_nothing_in_redis_ends_a_worker_or_makes_it_deaf(station: Station, tiny_model: Path, tmp_path: Path) -> None:
+    settings = load_settings({}, station.environ)
+    worker = station.start_worker(scan_s=NEVER)
+    with redis.Redis.from_url(client_url(settings.redis_url)) as client:
+        for attack in ATTACKS.values():
+            attack(client, settings)
+        # As one would find them after a night without a worker, too: behind each other, at a start.
+        late = station.start_worker(scan_s=NEVER)
+        dataset = write_dataset(tmp_path, 3)
+        words = ("enqueue", dataset, "--model", tiny_model, "--task", "generate", "--json")
+        for _ in range(2):
+            assert station.wait_done(json_of(station.cli(*words))["id"]).num_done == 3
+        wait_until("the last of it to be heard", lambda: client.llen("overnight:overnight.default") == 0)
+    for each in (worker, late):
+        assert each.process.poll() is None, each.log
+        assert each.signal(signal.SIGTERM) == 0
+        assert "Traceback" not in each.log
+        assert "os.system" not in each.log, "what strangers write is not logged"
+    assert "messages that are not for this worker" in worker.log
 
 
 def test_a_worker_with_an_unknown_model_does_not_start(station: Station) -> None:

@@ -233,7 +233,7 @@ def test_a_directory_of_somebody_else(open_tmp: Path) -> None:
     (open_tmp / "theirs").chmod(0o555)
     for path in (open_tmp / "theirs" / "overnight.db", open_tmp / "theirs" / "new" / "overnight.db"):
         printed = unprivileged(path)
-        assert printed.startswith("DatabaseUnreachable Cannot")
+        assert printed.startswith("DatabaseMisnamed Cannot")
         assert "Permission denied" in printed
 
 

@@ -16,7 +16,7 @@ from storage.jobs import NewJob, NewRequest, create_job, get_job
 from worker.bell import Bell
 from worker.models import known_models, model_dir_for, resolve_model
 from worker.presence import host_name
-from worker.residency import Residency, Sample
+from worker.residency import Residency, Sample, Tell
 from worker.session import prepare_model, serve
 from worker.settings import Settings
 
@@ -46,11 +46,10 @@ class Running:
             device="cpu",
             residency=residency,
             bell=self.bell,
-            clock=time.time,
         )
         residency.unload()
 
-    def _load(self, model_dir: Path, sample: Sample) -> Engine:
+    def _load(self, model_dir: Path, sample: Sample, tell: Tell) -> Engine:
         self.loaded.append(model_dir)
         return Engine.load(model_dir, PlanOptions(device="cpu", disk_dir=self.settings.home))
 
