@@ -5,9 +5,9 @@ SIGNALS = """
 import os, signal
 from worker.bell import Bell
 from worker.lifecycle import Stop
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
 bell = Bell()
 stop = Stop(bell)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
 stop.install()
 os.kill(os.getpid(), signal.{first})
 print(bell.is_stopping, stop.signal, flush=True)
@@ -19,7 +19,7 @@ print("not reached", flush=True)
 
 def run(first: str, second: str) -> "subprocess.CompletedProcess[str]":
     script = SIGNALS.format(first=first, second=second)
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
 
 
 def test_the_first_signal_asks_and_the_second_ends_the_process() -> None:

@@ -85,7 +85,7 @@ def test_a_ring_that_is_heard_is_gone(settings: Settings) -> None:
         with app.connection_for_read() as connection, app.amqp.TaskConsumer(connection) as consumer:
             consumer.on_message = heard.append
             while not heard:
-                connection.drain_events(timeout=10)
+                connection.drain_events(timeout=240)
             heard[0].ack()
         assert client.llen(KEY) == 0
     assert dropped == ["it is no JSON", "it is no JSON object"]
