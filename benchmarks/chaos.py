@@ -30,7 +30,7 @@ from storage.integrity import check_integrity
 from storage.jobs import NewJob, NewRequest, cancel_job, create_job, get_job, retry_job
 from storage.results import stream_outputs
 from worker import children
-from worker.doorbell import client_url, ping
+from worker.doorbell import client_url, ping, ring
 from worker.errors import RedisUnreachable
 from worker.private_redis import find_redis_server
 from worker.settings import Settings, load_settings
@@ -103,15 +103,19 @@ class Round:
 
     def begin(self, load: Load) -> None:
         """Redis, the database, the jobs and two workers."""
+        self.begin_empty()
+        self.job_ids = [create_job(self.database, job, rows, now=time.time()) for job, rows in load.jobs()]
+        for _ in range(2):
+            self.add_worker()
+
+    def begin_empty(self) -> None:
+        """Redis and the database."""
         home = self.folder / "home"
         home.mkdir(mode=0o700)
         flags: dict[str, object] = {"home": str(home), "models": str(self.models)}
         self.settings = load_settings(flags | {"redis": f"unix://{self.folder}/redis.sock"}, {})
         self.start_redis()
         self.database = Database.open(self.settings.database_url, busy_timeout_s=30.0)
-        self.job_ids = [create_job(self.database, job, rows, now=time.time()) for job, rows in load.jobs()]
-        for _ in range(2):
-            self.add_worker()
 
     def end(self) -> None:
         """Stop whatever runs, however it stands."""
@@ -126,7 +130,11 @@ class Round:
             children.stop(self.redis, grace_s=5.0)
         self.database.close()
 
-    def add_worker(self, *words: str, **environ: str) -> None:
+    def ring(self, job_id: int) -> None:
+        """Wake the workers."""
+        ring(self.settings, job_id)
+
+    def add_worker(self, *words: str, micro_batch: int = 16, **environ: str) -> None:
         """One worker more, with settings under which things happen in seconds."""
         given = {
             **{name: value for name, value in os.environ.items() if not name.startswith("OVERNIGHT_")},
@@ -140,8 +148,8 @@ class Round:
             "PYTHONPATH": str(ROOT),
             **environ,
         }
-        small = ["--device", "cpu", "--dtype", "float32", "--micro-batch", "16", "--micro-batches", "1"]
-        command = [sys.executable, "-m", "cli", "worker", *small, *words]
+        small = ["--device", "cpu", "--dtype", "float32", "--micro-batch", str(micro_batch)]
+        command = [sys.executable, "-m", "cli", "worker", *small, "--micro-batches", "1", *words]
         self.helpers.append(Helper(command, given, self._spawn(command, given)))
 
     def tend(self) -> None:
@@ -287,7 +295,7 @@ class Round:
             self.counts[name] += 1
             getattr(self, name)()
 
-    def wait(self) -> float:
+    def wait(self, patience_s: float = PATIENCE_S) -> float:
         """Until all jobs are done; returns how long it took from now.
 
         Raises:
@@ -299,10 +307,10 @@ class Round:
             with contextlib.suppress(StorageError):
                 if all(get_job(self.database, job_id).is_finished for job_id in self.job_ids):
                     return time.monotonic() - began
-            if time.monotonic() - began > PATIENCE_S:
+            if time.monotonic() - began > patience_s:
                 jobs = [get_job(self.database, job_id) for job_id in self.job_ids]
                 state = "; ".join(f"job {j.id} {j.state} {j.num_done}+{j.num_failed} of {j.num_requests}" for j in jobs)
-                raise ChaosFound(f"not done {PATIENCE_S:.0f} s after the last fault: {state}")
+                raise ChaosFound(f"not done {patience_s:.0f} s after the last fault: {state}")
             time.sleep(0.05)
 
     def outputs(self) -> Outputs:
@@ -346,7 +354,7 @@ class Round:
 
 
 def same(one: object, other: object) -> bool:
-    """Texts and labels exactly; log-probabilities as far as float32 promises them in another batch (docs/numerics.md)."""
+    """Texts and labels exactly; log-probabilities as far as float32 promises them (docs/numerics.md)."""
     if isinstance(one, float) and isinstance(other, float):
         return abs(one - other) <= 1e-4
     if isinstance(one, dict) and isinstance(other, dict):

@@ -71,7 +71,7 @@ class Submission:
         from engine.lengths import workload_for
         from worker.sample import ROWS, requests_of
 
-        rows = [(row.index, row.payload) for row in self.rows.peek(ROWS) if row.payload is not None]
+        rows = [(row.index, 0, row.payload) for row in self.rows.peek(ROWS) if row.payload is not None]
         seed = self.options.seed or 0
         return workload_for(
             sizes.shape,

@@ -105,16 +105,23 @@ def runnable_jobs(db: Database, queue: str) -> list[Job]:
         return [Job(*row) for row in connection.execute(query)]
 
 
-def peek_requests(db: Database, job_id: int, limit: int) -> list[tuple[int, dict[str, Any] | None]]:
-    """Index and payload of the first pending requests, claimed by nobody: to see what they are like."""
+def peek_requests(db: Database, job_id: int, limit: int) -> list[tuple[int, int, dict[str, Any] | None]]:
+    """Index, attempt and payload of the first pending requests, claimed by nobody: to see what they are like.
+
+    Those that were in a crash are left out.
+    """
     query = (
-        select(requests.c.index, type_coerce(requests.c.payload, Text))
-        .where(requests.c.job_id == job_id, requests.c.state == RequestState.PENDING)
+        select(requests.c.index, requests.c.attempt, type_coerce(requests.c.payload, Text))
+        .where(
+            requests.c.job_id == job_id,
+            requests.c.state == RequestState.PENDING,
+            requests.c.crash_group.is_(None),
+        )
         .order_by(requests.c.index)
         .limit(limit)
     )
     with db.read() as connection:
-        return [(index, object_of(text)) for index, text in connection.execute(query)]
+        return [(index, attempt, object_of(text)) for index, attempt, text in connection.execute(query)]
 
 
 def note_plan(db: Database, job_id: int, plan: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The bell inside the process: what Celery's handler and the signals pull, and the drain hears."""
 
 import threading
+from collections.abc import Callable
 
 
 class Bell:
@@ -9,6 +10,8 @@ class Bell:
     def __init__(self) -> None:
         self._rung = threading.Event()
         self._stop = threading.Event()
+        self.on_kill: Callable[[], None] = lambda: None
+        """Called when a person ends the process at once, by a second signal; must be quick."""
 
     @property
     def is_stopping(self) -> bool:

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.errors import EngineError
 from engine.request import Request
 from storage.claims import ClaimedRequest, Doing, claim, claim_suspects, give_back, give_back_requests, held_claims
 from storage.crashes import FOUND_GUILTY, count_crash, only_suspects
@@ -218,7 +219,7 @@ class Drain:
             rows = self._patiently(
                 lambda: claim_suspects(self._database, self._worker_id, list(by_id), now=self._clock())
             )
-            self._log.info("running %d rows apart: they were in a crash", len(rows), extra={"action": "apart"})
+            self._log.info("rows that run apart, since they were in a crash: %d", len(rows), extra={"action": "apart"})
             return list(self._requests(ledger, by_id, rows))
 
         return refill
@@ -348,7 +349,15 @@ class Drain:
 
     def _load(self, ref: ModelRef, model_dir: Path, jobs: Sequence[Job], name: str) -> Engine:
         def sample() -> "Workload | None":
-            return self._patiently(lambda: sample_workload(self._database, model_dir, jobs))
+            try:
+                return self._patiently(lambda: sample_workload(self._database, model_dir, jobs, self._box.begins))
+            except (StorageError, EngineError):
+                raise
+            except Exception as error:  # noqa: BLE001 (a row that nobody foresaw: it is found once it runs)
+                self._log.warning("no plan for these rows: %s", error, exc_info=error, extra={"action": "sample"})
+                return None
+            finally:
+                self._box.ends(self._box.running)
 
         if self._residency.model_dir == model_dir:
             return self._residency.ensure(model_dir, sample)

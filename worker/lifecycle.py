@@ -51,6 +51,8 @@ class Stop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            with contextlib.suppress(Exception):
+                self.bell.on_kill()
             os._exit(128 + number)
         self.signal = number
         self.bell.stop()

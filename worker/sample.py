@@ -1,6 +1,6 @@
 """What waits for a model, from a few of its rows: what a plan is made for."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,12 @@ ROWS = 256
 """Of all jobs together; the first of each, since datasets are rarely sorted."""
 
 
-def sample_workload(database: Database, model_dir: Path, jobs: Sequence[Job]) -> "Workload | None":
+def sample_workload(
+    database: Database, model_dir: Path, jobs: Sequence[Job], begins: Callable[[RowKey], None]
+) -> "Workload | None":
     """Lengths of what the jobs still want, as far as their first rows tell; ``None``: nothing can be computed.
+
+    ``begins`` is told of each row just before it is looked into: one that kills the process shall be found.
 
     Raises:
         DatabaseUnreachable: nothing can be read.
@@ -30,18 +34,29 @@ def sample_workload(database: Database, model_dir: Path, jobs: Sequence[Job]) ->
     if not left:
         return None
     rows = list(_requests(database, jobs))
-    workload = workload_of(model_dir, rows)
+    workload = workload_of(model_dir, _told(rows, begins))
     return None if workload is None else workload.times(max(1.0, left / len(rows)))
 
 
+def _told(rows: Sequence[Request], begins: Callable[[RowKey], None]) -> Iterator[Request]:
+    for row in rows:
+        assert isinstance(row.key, RowKey)
+        begins(row.key)
+        yield row
+
+
 def requests_of(
-    job_id: int, task: str, params: Mapping[str, Any], seed: int, rows: Iterable[tuple[int, dict[str, Any] | None]]
+    job_id: int,
+    task: str,
+    params: Mapping[str, Any],
+    seed: int,
+    rows: Iterable[tuple[int, int, dict[str, Any] | None]],
 ) -> Iterator[Request]:
-    """Rows (index and payload each) as the engine takes them, without those that it cannot take."""
-    for index, payload in rows:
+    """Rows (index, attempt and payload each) as the engine takes them, without those that it cannot take."""
+    for index, attempt, payload in rows:
         # What is left out will be an error row.
         with suppress(ValueError):
-            yield to_request(RowKey(job_id, index, 0), task, payload, params, seed)
+            yield to_request(RowKey(job_id, index, attempt), task, payload, params, seed)
 
 
 def _requests(database: Database, jobs: Sequence[Job]) -> Iterator[Request]:

@@ -84,6 +84,7 @@ def _serve_once(
     waits_s = [settings.backoff_s * times for times in _BACKOFFS]
     aside = Aside(database, host_name(), waits_s=waits_s, clock=clock, patience=patience)
     box = BlackBox(settings.home, settings.database_url, worker_id)
+    bell.on_kill = box.close  # an end that a person asked for is nobody's crash
     keeper = _Housekeeper(database, settings, clock, aside, get_logger({"worker": worker_id}))
 
     def reap() -> None:
@@ -146,13 +147,13 @@ class _Housekeeper:
             sweep_invisible(self._database, now=now, older_than_s=_DEAD_ENQUEUE_S)
 
     def _learn(self, death: Death) -> None:
-        if death.loading is not None:
+        if death.loading is not None and not death.running:  # else it died of a row that it looked into
             self._aside.note(death.loading, "the worker died while it loaded the model")
         if not death.running:
             return
         count_crash(self._database, death.worker_id, [(key.job_id, key.index, key.attempt) for key in death.running])
         self._log.warning(
-            "worker %d died with %d rows in a pass; they will run apart from others",
+            "worker %d died; rows that it had in hand, which will run apart from others: %d",
             death.worker_id,
             len(death.running),
             extra={"action": "crash"},

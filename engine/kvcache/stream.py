@@ -114,13 +114,20 @@ class KVStream:
         self._free.append(slot)
         self._run_ahead()
 
+    def settle(self) -> None:
+        """Wait for what is taken back; each buffer knows of the last of its own.
+
+        What fails is told to whoever needs it: the outputs of the pass are right without it.
+        """
+        for slot in self._slots:
+            with suppress(EngineError, CancelledError):
+                slot.left.wait()
+
     def close(self) -> None:
         """Stop the lanes, and free the ring when nothing is under way any more. What is not kept yet is lost."""
         self._bringing.close()
         self._writing.close()
-        for slot in self._slots:
-            with suppress(EngineError, CancelledError):  # who needed it was told
-                slot.left.wait()
+        self.settle()
         for slot in self._slots:
             slot.device.release()
             if slot.host is not None:

@@ -13,7 +13,7 @@ from benchmarks.strangers import ATTACKS
 from storage.claims import list_workers
 from storage.jobs import list_jobs
 from storage.results import list_passes
-from tests.e2e.conftest import OwnRedis, Station, json_of, wait_until
+from tests.e2e.conftest import PATIENCE_S, SLOW, OwnRedis, Station, json_of, wait_until
 from worker.doorbell import client_url, ring
 from worker.settings import load_settings
 
@@ -78,16 +78,18 @@ def test_lost_and_doubled_messages_change_nothing(station: Station, tiny_model: 
 def test_a_polite_stop_in_the_middle_gives_back_what_is_not_done(
     station: Station, tiny_model: Path, number: signal.Signals
 ) -> None:
-    job_id = station.enqueue(tiny_model, 400, max_new_tokens=60)
-    worker = station.start_worker()
-    station.wait_half_done(job_id)
+    num_rows = 20_000  # more than can be done in the time that a test may take
+    job_id = station.enqueue(tiny_model, num_rows, max_new_tokens=60)
+    worker = station.start_worker(*SLOW)
+    with station.caught_in_the_middle(job_id):
+        pass
 
     code = worker.signal(number)
 
     assert code == (0 if number == signal.SIGTERM else 130)
     assert "Traceback" not in worker.log
     num_done = station.job(job_id).num_done
-    assert station.request_states(job_id) == {"done": num_done, "pending": 400 - num_done}
+    assert station.request_states(job_id) == {"done": num_done, "pending": num_rows - num_done}
     assert list_workers(station.database) == []
 
 
@@ -96,15 +98,14 @@ def test_a_killed_workers_job_is_finished_with_one_output_a_row_equal_to_an_undi
 ) -> None:
     num_rows, new_tokens = 2000, 20
     job_id = station.enqueue(tiny_model, num_rows, max_new_tokens=new_tokens)
-    victim = station.start_worker(lease_s=3600)
-    station.wait_half_done(job_id)
-    victim.signal(signal.SIGKILL)
-    assert station.request_states(job_id).get("claimed", 0) > 0, "nothing was claimed: the kill came too late"
+    victim = station.start_worker(*SLOW, lease_s=3600)
+    with station.caught_in_the_middle(job_id):
+        victim.signal(signal.SIGKILL)
 
     successor = station.start_worker(scan_s=0.3, lease_s=3600)
-    job = station.wait_done(job_id, timeout_s=200)
+    job = station.wait_done(job_id)
     undisturbed = station.enqueue(tiny_model, num_rows, max_new_tokens=new_tokens)
-    station.wait_done(undisturbed, timeout_s=200)
+    station.wait_done(undisturbed)
 
     assert (job.state, job.num_done, job.num_failed) == ("done", num_rows, 0)
     assert [index for index, _ in station.texts(job_id)] == list(range(num_rows))
@@ -225,7 +226,7 @@ def test_a_drain_that_dies_takes_the_process_with_it(station: Station) -> None:
     with path.open("r+b") as file:
         file.write(b"this is not a database any more" * 100)
 
-    assert worker.process.wait(30) == 4
+    assert worker.process.wait(PATIENCE_S) == 4
     assert "Traceback" not in worker.log
     assert str(path) in worker.log.strip().splitlines()[-1]
     path.unlink()

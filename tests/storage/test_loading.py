@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -167,7 +166,7 @@ def test_numbers_are_not_used_twice(db: Database) -> None:
 
 
 MEMORY = """
-import resource, sys
+import sys
 from storage.database import Database
 from storage.jobs import create_job
 from storage.results import stream_outputs
@@ -176,7 +175,8 @@ db = Database.open(sys.argv[1])
 number = int(sys.argv[2])
 job_id = create_job(db, new_job(), rows(number, errors=range(number)), now=1.0)
 assert sum(1 for _ in stream_outputs(db, job_id)) == number
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not getrusage's peak, which begins with that of the process that started this one.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
@@ -186,9 +186,3 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert peak(40_000) - peak(4_000) < 4 << 10
-
-
-def test_a_hundred_thousand_rows_take_seconds(db: Database) -> None:
-    started = time.process_time()  # not the clock on the wall: the machine may have other things to do
-    make_job(db, 100_000)
-    assert time.process_time() - started < 10.0

@@ -15,16 +15,16 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 
 import storage
-from storage.claims import list_workers
+from storage.claims import claim, expire, list_workers
 from storage.database import Database
 from storage.errors import SchemaTooNew
 from storage.integrity import check_integrity
 from storage.jobs import get_job
 from storage.migrations import config, upgrade
 from storage.results import stream_outputs
-from storage.schema import REVISIONS, metadata
+from storage.schema import HEAD, REVISIONS, metadata
 from storage.sqlite import install_events
-from tests.storage.factories import make_job
+from tests.storage.factories import make_job, make_worker
 
 
 def schema(path: Path) -> dict[str, list[str]]:
@@ -74,6 +74,10 @@ def test_a_database_of_the_first_version_keeps_its_jobs(tmp_path: Path) -> None:
         assert [(row.row_id, row.output) for row in stream_outputs(db, 7)] == [("a", {"text": "z"})]
         assert [(worker.id, worker.message, worker.retry_at) for worker in list_workers(db)] == [(4, None, None)]
         check_integrity(db)
+        # The row that a worker of the old version was at is another's to finish.
+        assert expire(db, now=99.0) == 1
+        (claimed,) = claim(db, make_worker(db, now=99.0), 7, 5, now=99.0)
+        assert (claimed.index, claimed.payload, claimed.attempt) == (1, {"prompt": "y"}, 3)
 
 
 def test_autogenerate_finds_nothing(tmp_path: Path) -> None:
@@ -90,11 +94,12 @@ def test_a_migrated_database_opens_and_works(tmp_path: Path) -> None:
         check_integrity(db)
 
 
+LATER = f"{int(HEAD) + 1:04}"
 REVISION = '''
 """A revision of a later overnight."""
 import sqlalchemy as sa
 from alembic import op
-revision, down_revision, branch_labels, depends_on = "0004", "0003", None, None
+revision, down_revision, branch_labels, depends_on = "{later}", "{head}", None, None
 def upgrade():
     op.create_table("notes", sa.Column("id", sa.Integer, primary_key=True))
     with op.batch_alter_table("jobs") as batch:  # rebuilds a table that others refer to
@@ -117,10 +122,12 @@ def later_overnight(tmp_path: Path, last: str) -> Path:
     """A copy of the package, away from the checkout, with one revision more."""
     site = tmp_path / "site"
     shutil.copytree(Path(storage.__file__).parent, site / "storage", ignore=shutil.ignore_patterns("__pycache__"))
-    (site / "storage/migrations/versions/0004_later.py").write_text(REVISION.format(last=last))
+    revision = REVISION.format(later=LATER, head=HEAD, last=last)
+    (site / f"storage/migrations/versions/{LATER}_later.py").write_text(revision)
     text = (site / "storage/schema.py").read_text()
-    assert 'REVISIONS = ("0001", "0002", "0003")' in text
-    (site / "storage/schema.py").write_text(text.replace('"0003")', '"0003", "0004")'))
+    listed = "REVISIONS = " + json.dumps(REVISIONS).replace("[", "(").replace("]", ")")
+    assert listed in text
+    (site / "storage/schema.py").write_text(text.replace(listed, f'{listed[:-1]}, "{LATER}")'))
     return site
 
 
@@ -133,7 +140,7 @@ def test_a_later_overnight_upgrades_and_this_one_then_refuses(db: Database, path
     job_id = make_job(db)
     run = open_with(later_overnight(tmp_path, "pass"), path)
     assert (run.returncode, run.stdout) == (0, f"[({job_id}, 'none')]\n"), run.stderr
-    with pytest.raises(SchemaTooNew, match="has schema 0004"):
+    with pytest.raises(SchemaTooNew, match=f"has schema {LATER}"):
         Database.open(str(path))
 
 

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +150,18 @@ class Bench:
     def drain_all(self) -> None:
         while self.drain.step():
             pass
+
+
+class WrappedEngine:
+    """The real engine, whose passes a test may change."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.drop = engine.drop
+        self.close = engine.close
+        self.plan = engine.plan
+        self.is_planned = False
+        self.seconds_saved = engine.seconds_saved
 
 
 @pytest.fixture(autouse=True)
@@ -418,7 +431,7 @@ def test_other_queues_are_left_alone(bench: Bench, tiny_model: Path) -> None:
     assert bench.job(elsewhere).state == "queued"
 
 
-def test_two_drains_share_a_job_and_each_row_is_done_once(bench: Bench, tiny_model: Path) -> None:
+def test_another_worker_goes_on_where_one_has_stopped(bench: Bench, tiny_model: Path) -> None:
     job_id = bench.enqueue(tiny_model, prompts(200))
     first = bench.drain
     bench.clock.after(25, bench.bell.stop)
@@ -432,6 +445,61 @@ def test_two_drains_share_a_job_and_each_row_is_done_once(bench: Bench, tiny_mod
     assert 0 < done_by_first < 200
     assert [row.index for row in bench.outputs(job_id)] == list(range(200))
     assert [worker.id for worker in list_workers(bench.database)] == [bench.worker_id]
+
+
+class MeetingEngine(WrappedEngine):
+    """The real engine, which after its first pass waits for those that are to be running at the same time."""
+
+    def __init__(self, engine: Engine, meeting: threading.Barrier) -> None:
+        super().__init__(engine)
+        self._meeting = meeting
+
+    def passes(self, requests: Iterator[Request | None]) -> Iterator[PassReport]:
+        for count, report in enumerate(self._engine.passes(requests)):
+            if count == 0:
+                self._meeting.wait()
+            yield report
+
+
+def test_two_live_drains_share_a_job_and_each_row_is_done_once(
+    bench: Bench, settings: Settings, tiny_model: Path
+) -> None:
+    undisturbed = bench.enqueue(tiny_model, prompts(200))
+    bench.drain_all()
+    job_id = bench.enqueue(tiny_model, prompts(200))
+    meeting = threading.Barrier(2)
+    errors: list[BaseException] = []
+
+    def drain(database: Database) -> None:
+        torch.set_num_threads(1)
+        mine = Bench(database, settings, bench.placement)
+        mine.residency = Residency(
+            lambda path, sample, tell: MeetingEngine(mine.load(path, sample, tell), meeting), mine.clock
+        )
+        mine.new_worker()
+        try:
+            mine.drain_all()
+        except BaseException as error:  # noqa: BLE001 (a thread's error is the test's)
+            errors.append(error)
+            meeting.abort()
+        finally:
+            mine.residency.unload()
+
+    with Database.open(settings.database_url) as one, Database.open(settings.database_url) as two:
+        threads = [threading.Thread(target=drain, args=(database,)) for database in (one, two)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert errors == []
+    assert bench.job(job_id).state == "done"
+    assert [row.index for row in bench.outputs(job_id)] == list(range(200))
+    assert bench.texts(job_id) == bench.texts(undisturbed)
+    assert len({row.worker_id for row in list_passes(bench.database, job_id=job_id)}) == 2
+    with bench.database.read() as connection:
+        attempts = connection.exec_driver_sql("SELECT DISTINCT attempt FROM requests WHERE job_id = ?", (job_id,))
+        assert [attempt for (attempt,) in attempts] == [1]
 
 
 def test_a_model_that_is_found_damaged_in_the_middle_fails_its_job_and_the_worker_lives_on(
@@ -458,18 +526,13 @@ def test_a_model_that_is_found_damaged_in_the_middle_fails_its_job_and_the_worke
     assert (bench.job(bad).state, bench.job(bad).num_done) == ("done", 40)
 
 
-class FaultyEngine:
+class FaultyEngine(WrappedEngine):
     """The real engine, until a fault is injected after some passes."""
 
     def __init__(self, engine: Engine, num_passes: int, fault: Exception) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._num_passes = num_passes
         self._fault = fault
-        self.drop = engine.drop
-        self.close = engine.close
-        self.plan = engine.plan
-        self.is_planned = False
-        self.seconds_saved = engine.seconds_saved
 
     def passes(self, requests: Iterator[Request | None]) -> Iterator[PassReport]:
         for count, report in enumerate(self._engine.passes(requests)):

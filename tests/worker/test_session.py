@@ -22,9 +22,8 @@ from worker.settings import Settings
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    """What another thread writes can only be looked for; what never comes is ended by the test's own time limit."""
     while not condition():
-        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -106,7 +105,7 @@ def test_a_neighbour_that_was_killed_is_signed_off_at_the_next_look(running: Run
     gone = register_worker(
         running.database,
         hostname=host_name(),
-        pid=2**22 - 1,
+        pid=2**22,  # Linux gives out none so high
         queue="default",
         device="cpu",
         now=time.time(),

@@ -28,7 +28,9 @@ def test_our_own_ring_passes() -> None:
 
 def test_what_celery_itself_sends_passes(settings: Settings) -> None:
     app = make_app(settings)
-    app.send_task("overnight.ring", args=[7], queue="overnight.default", expires=60, ignore_result=True)
+    with app.connection_for_write() as connection:
+        asked = {"queue": "overnight.default", "expires": 60, "ignore_result": True}
+        app.send_task("overnight.ring", args=[7], connection=connection, **asked)
     with redis.Redis.from_url(client_url(settings.redis_url)) as client:
         (theirs,) = client.lrange(KEY, 0, -1)
     assert what_is_wrong(json.loads(theirs), is_control=False) is None
@@ -83,7 +85,7 @@ def test_a_ring_that_is_heard_is_gone(settings: Settings) -> None:
         with app.connection_for_read() as connection, app.amqp.TaskConsumer(connection) as consumer:
             consumer.on_message = heard.append
             while not heard:
-                connection.drain_events(timeout=10)
+                connection.drain_events(timeout=240)
             heard[0].ack()
         assert client.llen(KEY) == 0
     assert dropped == ["it is no JSON", "it is no JSON object"]
