@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,6 +202,8 @@ def test_who_waits_sees_that_the_worker_has_died_and_leaves_quietly(home: Path, 
         )  # fmt: skip
         heartbeat(database, number, now=time.time(), lease_s=600.0, doing=Doing("loading"))
     process = watching(home, verb, str(job), *(["--watch"] if verb == "status" else []))
+    impatience = threading.Timer(60.0, process.kill)  # so that a missing line fails the test and does not hang it
+    impatience.start()
     try:
         assert process.stderr is not None
         first = process.stderr.readline() if verb == "status" else ""
@@ -214,6 +217,7 @@ def test_who_waits_sees_that_the_worker_has_died_and_leaves_quietly(home: Path, 
         process.send_signal(signal.SIGINT)
         out, rest = process.communicate(timeout=30)
     finally:
+        impatience.cancel()
         sleeper.kill()
         process.kill()
         process.wait()

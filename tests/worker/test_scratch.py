@@ -46,7 +46,7 @@ def test_nothing_else_is_touched(killed: Path, tmp_path: Path) -> None:
     (tmp_path / "other" / MARKER).write_text("")
     (tmp_path / "overnight-link").symlink_to(tmp_path / "other")
     (tmp_path / "overnight-linked-marker").mkdir()
-    (tmp_path / "overnight-linked-marker" / MARKER).symlink_to(killed / MARKER)
+    (tmp_path / "overnight-linked-marker" / MARKER).symlink_to(tmp_path / "other" / MARKER)
     assert sweep([tmp_path]) == 1
     assert not killed.exists()
     left = {path.name for path in tmp_path.iterdir()}
