@@ -20,7 +20,7 @@ def plan_in_words(plan: Mapping[str, Any]) -> str:
     total = sum(layers.values())
     parts = [f"{number:,} {place}" for place, number in layers.items()]
     where = f"all {total:,} layers {next(iter(layers))}" if len(layers) == 1 else _first_of(parts, total)
-    kv = ", ".join(f"{format_bytes(num_bytes)} {place}" for place, num_bytes in cache.items()) or "none"
+    kv = ", ".join(f"up to {format_bytes(num_bytes)} {place}" for place, num_bytes in cache.items()) or "none"
     tokens = f"{plan['micro_batches']:,} x {plan['micro_batch']:,} tokens a pass"
     return f"{where}; KV cache {kv}; {plan['dtype']}; {tokens}"
 

@@ -140,7 +140,7 @@ def test_one_job_tells_what_it_was_made_from_and_where_it_lies(home: Path, run: 
     assert lines["choices"].strip() == "good, bad"
     assert lines["dataset"].strip() == str(Path("d.jsonl").resolve())
     assert lines["plan"].strip() == (
-        "10 of 24 layers on the device, 14 on disk; KV cache 3.0 GiB on the device, 512.0 MiB in host memory; float16; "
+        "10 of 24 layers on the device, 14 on disk; KV cache up to 3.0 GiB on the device, up to 512.0 MiB in host memory; float16; "
         "4 x 2,048 tokens a pass"
     )
     assert f"prompt:     Review: {{{{ prompt }}}}\n            {'x' * 99}…\n            three\n            …\n" in shown
@@ -157,7 +157,7 @@ def test_on_a_cpu_all_memory_is_memory() -> None:
         "kv_bytes": {"device": 2**20, "host": 2**20, "disk": 2**10}, "micro_batches": 1,
     }  # fmt: skip
     assert plan_in_words(plan) == (
-        "all 3 layers in memory; KV cache 2.0 MiB in memory, 1.0 KiB on disk; float32; 1 x 8 tokens a pass"
+        "all 3 layers in memory; KV cache up to 2.0 MiB in memory, up to 1.0 KiB on disk; float32; 1 x 8 tokens a pass"
     )
 
 
