@@ -34,7 +34,7 @@ def command(app: App, source: str, destination: str | None, dtype: str | None) -
     """
     from cli.errors import FileAbsent, OutputRefused
 
-    folder = Path(source).expanduser()
+    folder = _expanded(source)
     name = folder.resolve().name if folder.is_dir() else source.rpartition("/")[2]
     target = model_path(app, destination or name)
     if target.exists():
@@ -56,8 +56,17 @@ def command(app: App, source: str, destination: str | None, dtype: str | None) -
 def model_path(app: App, destination: str) -> Path:
     """A path as it is; a plain name is meant in the model folder."""
     if "/" in destination or destination.startswith((".", "~")):
-        return Path(destination).expanduser().absolute()
+        return _expanded(destination).absolute()
     return app.settings.models_dir / destination
+
+
+def _expanded(path: str) -> Path:
+    from cli.errors import FileAbsent
+
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise FileAbsent(f"there is no folder {path}: it begins with a user that does not exist") from None
 
 
 def make_model(app: App, folder: Path, target: Path, dtype: str | None) -> None:

@@ -3,11 +3,15 @@
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any
+from urllib.parse import urlsplit
 
+from engine.units import format_bytes, parse_bytes
+from storage.urls import shown_error, without_password
 from worker.errors import SettingsError
+from worker.limits import CEILINGS, DEFAULT_LIMITS, NAMES, Limits
 
 __all__ = ["Settings", "SettingsError", "load_settings", "without_password"]
 
@@ -17,6 +21,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 KEYS = (
     *("database", "redis", "models", "spill", "queue"),
     *("max_wait_s", "scan_s", "lease_s", "patience_s", "backoff_s", "log_level"),
+    *NAMES,
 )
 """What flags, ``OVERNIGHT_<KEY>`` and ``overnight.toml`` may say; ``home`` besides, but not in the file."""
 
@@ -30,9 +35,10 @@ class Settings:
 
     home: Path
     """The folder that holds all state, 0700."""
-    database_url: str
+    # Neither URL is part of the repr: each may hold a password.
+    database_url: str = field(repr=False)
     """SQLAlchemy URL; a plain path means SQLite."""
-    redis_url: str
+    redis_url: str = field(repr=False)
     """``redis://``, ``rediss://`` or ``unix:///path``."""
     models_dir: Path
     """Where model directories lie by name, and where Hugging Face folders are imported to."""
@@ -52,6 +58,8 @@ class Settings:
     """How long a machine leaves a model alone after a fault of its own, in seconds; then 5 and 30 times as long."""
     log_level: str = "info"
     """``debug`` adds tracebacks."""
+    limits: Limits = DEFAULT_LIMITS
+    """How large a row of a dataset may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +72,20 @@ class _Given:
 
     def text(self) -> str:
         if not isinstance(self.value, str | Path) or not str(self.value).strip():
-            raise SettingsError(f"{self.where} must be a text, not {self.value!r}")
+            # A list or a table may hold the URL, and with it the password, that was meant.
+            plain = isinstance(self.value, str | int | float)
+            raise SettingsError(
+                f"{self.where} must be a text, not {repr(self.value) if plain else 'a ' + type(self.value).__name__}"
+            )
+        if "\0" in str(self.value):
+            raise SettingsError(f"{self.where} holds a zero character, which no name does; leave it out")
         return str(self.value)
 
     def path(self) -> Path:
-        return (self.base / Path(self.text()).expanduser()).resolve()
+        try:
+            return (self.base / Path(self.text()).expanduser()).resolve()
+        except RuntimeError:
+            raise SettingsError(f"{self.where}: {self.value} begins with a user that does not exist") from None
 
     def seconds(self) -> float:
         try:
@@ -78,6 +95,25 @@ class _Given:
         if isinstance(self.value, bool) or not 0 < seconds < float("inf"):
             raise SettingsError(f"{self.where} must be a number of seconds above 0, not {self.value!r}")
         return seconds
+
+    def size(self, ceiling: int | None) -> int:
+        try:
+            size = parse_bytes(str(self.value))
+        except ValueError:
+            size = 0
+        if isinstance(self.value, bool) or size < 1:
+            raise SettingsError(f"{self.where} must be a size such as 4MiB, not {self.value!r}")
+        if ceiling is not None and size > ceiling:
+            raise SettingsError(f"{self.where} must be at most {format_bytes(ceiling)}, not {self.value!r}")
+        return size
+
+    def count(self, ceiling: int | None) -> int:
+        text = str(self.value)
+        number = int(text) if re.fullmatch(r"[0-9]{1,12}", text) else 0
+        if number < 1 or (ceiling is not None and number > ceiling):
+            most = "" if ceiling is None else f" and at most {ceiling}"
+            raise SettingsError(f"{self.where} must be a whole number of at least 1{most}, not {self.value!r}")
+        return number
 
     def database(self) -> str:
         text = self.text()
@@ -91,6 +127,14 @@ class _Given:
                 f"{self.where} must be a Redis URL such as {DEFAULT_REDIS} or unix:///run/redis.sock, "
                 f"not {without_password(text)!r}"
             )
+        try:
+            parts = urlsplit(text)
+            _ = parts.hostname, parts.port
+        except ValueError as error:
+            raise SettingsError(
+                f"{self.where} must be a Redis URL such as {DEFAULT_REDIS}, not {without_password(text)!r}: "
+                f"{shown_error(error, text)}; write %2F, %3F, %23 and %40 for /, ?, # and @ in a password"
+            ) from None
         return text
 
     def queue(self) -> str:
@@ -140,16 +184,20 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_
         patience_s=given["patience_s"].seconds() if "patience_s" in given else default.patience_s,
         backoff_s=given["backoff_s"].seconds() if "backoff_s" in given else default.backoff_s,
         log_level=given["log_level"].log_level() if "log_level" in given else default.log_level,
+        limits=_limits(given),
     )
 
 
-def without_password(url: str) -> str:
-    """``url`` as it may be shown: a password in it is replaced by ``***``."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+def _limits(given: Mapping[str, _Given]) -> Limits:
+    values: dict[str, Any] = {}
+    for name in (name for name in NAMES if name in given):
+        if name.endswith("_bytes"):
+            values[name] = given[name].size(CEILINGS.get(name))
+        elif name.endswith("_s"):
+            values[name] = given[name].seconds()
+        else:
+            values[name] = given[name].count(CEILINGS.get(name))
+    return Limits(**values)
 
 
 def _home(flags: Mapping[str, object], environ: Mapping[str, str], here: Path) -> Path:
