@@ -9,7 +9,7 @@ _URL = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<authority>[^/?#]*)(?P<path>[^?#]*)(?P<rest>.*)", re.DOTALL
 )
 _BARE = re.compile(r"[A-Za-z0-9_./-]*(:\d+)?(/\d*)?")
-_HOST = re.compile(r"([A-Za-z0-9_.-]*|\[[0-9A-Fa-f:.]*\])(:\d*)?")
+_HOST = re.compile(r"([A-Za-z0-9_.-]*|\[[0-9A-Fa-f:.]*\])(:\d+)?")
 _PLAIN = re.compile(r"(db|virtual_host|timeout)=\d{1,9}")
 _IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 
@@ -17,19 +17,19 @@ _IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 def without_password(url: str) -> str:
     """``url`` as it may be shown: whatever could be a password in it is replaced by ``***``. Never raises.
 
-    Shown are the scheme, a user that is set apart from its password, a host that is one, the path, and numbers in the
-    query. Where an ``@`` stands behind the host it may belong to a password, so nothing behind the scheme is shown.
+    Shown are the scheme, a user that is set apart from its password, the host, the path, and harmless numbers of the
+    query. Where what should be the host is none, or an ``@`` stands behind it, a password may have been cut by a ``/``
+    or a ``?`` of its own: then nothing behind the scheme is shown.
     """
     match = _URL.fullmatch(url)
     if match is None:
         return url if _BARE.fullmatch(url) else HIDDEN
-    scheme, path, rest = match["scheme"], match["path"], match["rest"]
-    if "@" in path or "@" in rest:
-        return f"{scheme}://{HIDDEN}"
+    if _is_unclear(match):
+        return f"{match['scheme']}://{HIDDEN}"
     userinfo, at, host = match["authority"].rpartition("@")
     user, colon, _ = userinfo.partition(":")
     shown = f"{user}:{HIDDEN}@" if colon else f"{HIDDEN}@" if at else ""
-    return f"{scheme}://{shown}{host if _HOST.fullmatch(host) else HIDDEN}{path}{_without_values(rest)}"
+    return f"{match['scheme']}://{shown}{host}{match['path']}{_without_values(match['rest'])}"
 
 
 def hide_passwords(text: str) -> str:
@@ -43,6 +43,11 @@ def shown_error(error: BaseException, url: str) -> str:
     hidden = [form for part in _hidden_parts(url) for form in (part, unquote_plus(part))]
     pieces = {piece for form in hidden for piece in (form, *re.split(r"[\s/?#@:&=]+", form)) if piece}
     return text if text and not any(piece in text for piece in pieces) else type(error).__name__
+
+
+def _is_unclear(url: re.Match[str]) -> bool:
+    host = url["authority"].rpartition("@")[2]
+    return "@" in url["path"] or "@" in url["rest"] or not _HOST.fullmatch(host)
 
 
 def _without_values(rest: str) -> str:
@@ -64,9 +69,8 @@ def _hidden_parts(url: str) -> list[str]:
     match = _URL.fullmatch(url)
     if match is None:
         return [] if _BARE.fullmatch(url) else [url]
-    if "@" in match["path"] or "@" in match["rest"]:
+    if _is_unclear(match):
         return [match["authority"] + match["path"] + match["rest"]]
-    userinfo, _, host = match["authority"].rpartition("@")
+    userinfo = match["authority"].rpartition("@")[0]
     pairs = [pair for pair in re.split("[?#&]", match["rest"]) if not _PLAIN.fullmatch(pair)]
-    hidden = [userinfo.partition(":")[2] or userinfo, *(pair.partition("=")[2] or pair for pair in pairs)]
-    return hidden if _HOST.fullmatch(host) else [*hidden, host]
+    return [userinfo.partition(":")[2] or userinfo, *(pair.partition("=")[2] or pair for pair in pairs)]
