@@ -159,7 +159,8 @@ class _Client:
 
         assert self._client is not None
         self._client.close()
-        if isinstance(error, redis.AuthenticationError | redis.exceptions.NoPermissionError) or "NOAUTH" in str(error):
+        denials = (redis.AuthenticationError, redis.exceptions.NoPermissionError)
+        if isinstance(error, denials) or (isinstance(error, redis.RedisError) and "NOAUTH" in str(error)):
             raise RedisRefused(
                 f"Redis at {without_password(self._redis_url)} does not let us in "
                 f"({shown_error(error, self._redis_url)}); say the password with OVERNIGHT_REDIS"
