@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from cli.json_text import json_text
+from cli.json_text import finite, json_text
 
 if TYPE_CHECKING:
     from storage.results import OutputRow
@@ -74,7 +74,9 @@ def _cell(value: object) -> object:
     """Numbers as they are, nested values as JSON; text that a spreadsheet would run is quoted with an apostrophe."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+    if isinstance(value, float) and not math.isfinite(value):
+        value = finite(value)
+    if value is None or isinstance(value, int | float):
         return value
     text = value if isinstance(value, str) else json_text(value)
     return f"'{text}" if _FORMULA.match(text) else text

@@ -8,5 +8,9 @@ def json_text(value: object, *, indent: int | None = None) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
     except ValueError:
-        named = json.loads(json.dumps(value), parse_constant=str)
-        return json.dumps(named, ensure_ascii=False, allow_nan=False, indent=indent)
+        return json.dumps(finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def finite(value: object) -> object:
+    """``value`` as it would be read back, with the name of each number that is none: ``"Infinity"``."""
+    return json.loads(json.dumps(value), parse_constant=str)
