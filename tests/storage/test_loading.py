@@ -192,3 +192,11 @@ def test_a_hundred_thousand_rows_take_seconds(db: Database) -> None:
     started = time.process_time()  # not the clock on the wall: the machine may have other things to do
     make_job(db, 100_000)
     assert time.process_time() - started < 10.0
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_what_json_does_not_have_is_never_stored(db: Database, number: float) -> None:
+    for request in (NewRequest(0, number, {"prompt": "p"}), NewRequest(0, None, {"prompt": [number]})):
+        with pytest.raises(ValueError, match="JSON"):
+            create_job(db, new_job(), [request], now=1.0)
+    assert list_jobs(db) == []
