@@ -93,15 +93,28 @@ class Bounds:
         self._running = False
 
     def run(self, compute: Callable[[], Result]) -> Result:
-        """What ``compute`` returns.
+        """What ``compute`` returns; it may be called twice.
 
         Raises:
             OutOfTime, MemoryError: it went beyond its bounds.
         """
+        is_fresh = self._calls % _MEASURE_EVERY == 0
+        self._calls += 1
+        if is_fresh:
+            self._space = _address_space()
+        try:
+            return self._run_in_memory(compute)
+        except MemoryError:
+            if is_fresh:
+                raise
+        self._space = _address_space()  # the process itself may have grown meanwhile
+        return self._run_in_memory(compute)
+
+    def _run_in_memory(self, compute: Callable[[], Result]) -> Result:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        most = self._most_space()
-        limited = most is not None and (soft == resource.RLIM_INFINITY or most < soft)
-        if limited and most is not None:
+        most = self._space + self.memory
+        limited = self._space > 0 and (soft == resource.RLIM_INFINITY or most < soft)
+        if limited:
             resource.setrlimit(resource.RLIMIT_AS, (most, hard))
         try:
             if threading.current_thread() is threading.main_thread():
@@ -133,13 +146,10 @@ class Bounds:
         if self._running:
             raise _Expired
 
-    def _most_space(self) -> int | None:
-        """The address space that the process may have, in bytes; None where the system does not tell its size."""
-        if self._calls % _MEASURE_EVERY == 0:
-            try:
-                pages = int(_STATM.read_text(encoding="ascii").split()[0])
-            except (OSError, ValueError):
-                pages = 0
-            self._space = pages * resource.getpagesize()
-        self._calls += 1
-        return self._space + self.memory if self._space else None
+
+def _address_space() -> int:
+    """That of this process, in bytes; 0 where the system does not tell."""
+    try:
+        return int(_STATM.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return 0

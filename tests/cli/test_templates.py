@@ -163,6 +163,7 @@ def test_moderate_sums_products_and_powers_are_as_ever() -> None:
         "{{ " + "[" * 200 + "]" * 200 + " }}",
         "{% if 1 %}" * 300 + "{% endif %}" * 300,
         "{{ " + "not " * 5000 + "1 }}",
+        "{{ 'x' | center(120000000) }}",  # computed as it is compiled
     ],
 )
 def test_a_template_that_is_nested_too_deep_is_one_sentence(template: str) -> None:
@@ -192,6 +193,16 @@ def test_bounds_leave_signals_timers_and_limits_as_they_were() -> None:
     with pytest.raises(OutOfTime):
         Bounds(seconds=1e-6, memory=1 << 28).run(endless)
     assert state() == before
+    assert len(bytearray(1 << 29)) == 1 << 29, "no template of before has left its limit"
+
+
+def test_a_process_that_grows_by_itself_takes_nothing_from_its_templates() -> None:
+    bounds = Bounds(seconds=2, memory=1 << 28)
+    assert bounds.run(lambda: len(bytearray(1 << 27))) == 1 << 27
+    grown = bytearray(1 << 29)
+    assert bounds.run(lambda: len(bytearray(1 << 27))) == 1 << 27
+    with pytest.raises(MemoryError):
+        bounds.run(lambda: bytearray(len(grown)))
 
 
 def test_an_exception_that_the_template_drops_does_not_stop_the_clock() -> None:
