@@ -6,23 +6,21 @@ count from 1.
 """
 
 import csv
-import json
-import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from cli.display import some_of
 from cli.errors import DatasetFault, FileAbsent
 from cli.lines import Lines, RowText, TooLong
-from cli.nesting import text_is_deeper
+from cli.rows import BadLine, Row, csv_row, json_row
 from cli.sources import PATIENCE_S, Unreadable, open_dataset
 from worker.limits import DEFAULT_LIMITS, Limits
+
+__all__ = ["BadLine", "Dataset", "Row"]
 
 _FOREIGN = (
     (b"\xff\xfe\x00\x00", "UTF-32 text", "convert it: iconv -f UTF-32 -t UTF-8"),
@@ -33,24 +31,6 @@ _FOREIGN = (
     (b"PAR1", "a Parquet file", "convert it to JSON lines first"),
 )
 """First bytes, what the file then is, what to do."""
-
-_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of the dataset."""
-
-    line: int
-    fields: dict[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class BadLine:
-    """A line that is no row, and why."""
-
-    line: int
-    reason: str
 
 
 class Dataset:
@@ -134,7 +114,7 @@ class Dataset:
             for blank in range(last + 1, lines.number):
                 yield BadLine(blank, "it is blank; blank lines are allowed only at the end")
             last = lines.number
-            yield self._too_long(last) if line is None else _parse_line(last, line, self._limits)
+            yield self._too_long(last) if line is None else json_row(last, line, self._limits)
 
     def _csv_rows(self, lines: Lines) -> Iterator[Row | BadLine]:
         csv.field_size_limit(2 * self._limits.row_bytes)  # never reached: rows are measured before
@@ -155,7 +135,7 @@ class Dataset:
                 yield BadLine(line, f"it is not valid CSV: {error}")
                 continue
             if cells:
-                yield _csv_row(line, names, cells)
+                yield csv_row(line, names, cells)
 
     def _csv_header(self, reader: Iterator[list[str]]) -> list[str] | None:
         """The names of the fields; None where the file is empty."""
@@ -177,69 +157,3 @@ class Dataset:
 
     def _fault(self, what: str, remedy: str) -> NoReturn:
         raise DatasetFault(f"{self.label} {what}; {remedy}")
-
-
-def _csv_row(line: int, names: list[str], cells: list[str]) -> Row | BadLine:
-    if len(cells) != len(names):
-        return BadLine(line, f"it has {len(cells)} cells where the header names {len(names)} fields")
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError:
-        return BadLine(line, "it is not valid UTF-8")
-    return Row(line, dict(zip(names, cells, strict=True)))
-
-
-def _parse_line(number: int, line: bytes, limits: Limits) -> Row | BadLine:
-    if text_is_deeper(line, limits.row_depth):
-        return BadLine(number, f"it is nested too deep: {limits.told('row_depth')}")
-    try:
-        # Without its line end, so that a fault at the end of the line has a column of this line.
-        value = _DECODER.decode(line.decode().rstrip("\r\n"))
-    except UnicodeDecodeError as error:
-        return BadLine(number, f"it is not valid UTF-8 (byte {error.start + 1} of the line)")
-    except json.JSONDecodeError as error:
-        hint = "; it looks like a JSON array: write one object a line" if line.lstrip()[:1] == b"[" else ""
-        return BadLine(number, f"it is not JSON ({error.msg}, column {error.colno}){hint}")
-    except ValueError as error:
-        return BadLine(number, f"it is not JSON ({error})")
-    if not isinstance(value, dict):
-        return BadLine(number, f'it is {_kind(value)}, not a JSON object such as {{"prompt": "…"}}')
-    if _SURROGATE_ESCAPE.search(line) and not _is_unicode(value):
-        return BadLine(number, "it holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
-    return Row(number, value)
-
-
-def _whole(digits: str) -> int:
-    try:
-        return int(digits)
-    except ValueError:
-        raise ValueError(f"a number has {len(digits)} digits; write it as a string") from None
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"the number {text[:20]} is too large; write it as a string")
-    return number
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value; write null or a number")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_whole, parse_float=_finite)
-
-
-def _is_unicode(value: object) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    kinds = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "an array"}
-    return kinds[type(value)]

@@ -1,32 +1,25 @@
 """Where things are and how patient we are: flags over ``OVERNIGHT_*`` over ``overnight.toml``."""
 
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from engine.units import format_bytes, parse_bytes
-from storage.urls import shown_error, without_password
+from storage.urls import without_password
 from worker.errors import SettingsError
+from worker.given import DEFAULT_REDIS, Given, sqlite_url
 from worker.limits import CEILINGS, DEFAULT_LIMITS, NAMES, Limits
 
 __all__ = ["Settings", "SettingsError", "load_settings", "without_password"]
 
 TOML_NAME = "overnight.toml"
-DEFAULT_REDIS = "redis://127.0.0.1:6379/0"
-LOG_LEVELS = ("debug", "info", "warning", "error")
 KEYS = (
     *("database", "redis", "models", "spill", "queue"),
     *("max_wait_s", "scan_s", "lease_s", "patience_s", "backoff_s", "log_level"),
     *NAMES,
 )
 """What flags, ``OVERNIGHT_<KEY>`` and ``overnight.toml`` may say; ``home`` besides, but not in the file."""
-
-_REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+socket")
-_QUEUE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,94 +55,6 @@ class Settings:
     """How large a row of a dataset may be."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """One value as it was given, with the words that name its place, and what relative paths are relative to."""
-
-    value: object
-    where: str
-    base: Path
-
-    def text(self) -> str:
-        if not isinstance(self.value, str | Path) or not str(self.value).strip():
-            # A list or a table may hold the URL, and with it the password, that was meant.
-            plain = isinstance(self.value, str | int | float)
-            raise SettingsError(
-                f"{self.where} must be a text, not {repr(self.value) if plain else 'a ' + type(self.value).__name__}"
-            )
-        if "\0" in str(self.value):
-            raise SettingsError(f"{self.where} holds a zero character, which no name does; leave it out")
-        return str(self.value)
-
-    def path(self) -> Path:
-        try:
-            return (self.base / Path(self.text()).expanduser()).resolve()
-        except RuntimeError:
-            raise SettingsError(f"{self.where}: {self.value} begins with a user that does not exist") from None
-
-    def seconds(self) -> float:
-        try:
-            seconds = float(str(self.value))
-        except ValueError:
-            seconds = -1.0
-        if isinstance(self.value, bool) or not 0 < seconds < float("inf"):
-            raise SettingsError(f"{self.where} must be a number of seconds above 0, not {self.value!r}")
-        return seconds
-
-    def size(self, ceiling: int | None) -> int:
-        try:
-            size = parse_bytes(str(self.value))
-        except ValueError:
-            size = 0
-        if isinstance(self.value, bool) or size < 1:
-            raise SettingsError(f"{self.where} must be a size such as 4MiB, not {self.value!r}")
-        if ceiling is not None and size > ceiling:
-            raise SettingsError(f"{self.where} must be at most {format_bytes(ceiling)}, not {self.value!r}")
-        return size
-
-    def count(self, ceiling: int | None) -> int:
-        text = str(self.value)
-        number = int(text) if re.fullmatch(r"[0-9]{1,12}", text) else 0
-        if number < 1 or (ceiling is not None and number > ceiling):
-            most = "" if ceiling is None else f" and at most {ceiling}"
-            raise SettingsError(f"{self.where} must be a whole number of at least 1{most}, not {self.value!r}")
-        return number
-
-    def database(self) -> str:
-        text = self.text()
-        return text if "://" in text else _sqlite_url(self.path())
-
-    def redis(self) -> str:
-        text = self.text()
-        scheme, _, rest = text.partition("://")
-        if scheme not in _REDIS_SCHEMES or not rest:
-            raise SettingsError(
-                f"{self.where} must be a Redis URL such as {DEFAULT_REDIS} or unix:///run/redis.sock, "
-                f"not {without_password(text)!r}"
-            )
-        try:
-            parts = urlsplit(text)
-            _ = parts.hostname, parts.port
-        except ValueError as error:
-            raise SettingsError(
-                f"{self.where} must be a Redis URL such as {DEFAULT_REDIS}, not {without_password(text)!r}: "
-                f"{shown_error(error, text)}; write %2F, %3F, %23 and %40 for /, ?, # and @ in a password"
-            ) from None
-        return text
-
-    def queue(self) -> str:
-        text = self.text()
-        if not _QUEUE_NAME.fullmatch(text):
-            raise SettingsError(f"{self.where} must be a queue name of letters, digits, '.', '_' and '-', not {text!r}")
-        return text
-
-    def log_level(self) -> str:
-        text = self.text().lower()
-        if text not in LOG_LEVELS:
-            raise SettingsError(f"{self.where} must be one of {', '.join(LOG_LEVELS)}, not {text!r}")
-        return text
-
-
 def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_path: Path | None = None) -> Settings:
     """Settings from ``flags`` (None: not given) over ``OVERNIGHT_*`` in ``environ`` over ``overnight.toml``.
 
@@ -164,16 +69,16 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_
     given = _from_toml(toml_path or home / TOML_NAME)
     for key in KEYS:
         if value := environ.get(f"OVERNIGHT_{key.upper()}"):
-            given[key] = _Given(value, f"OVERNIGHT_{key.upper()}", here)
+            given[key] = Given(value, f"OVERNIGHT_{key.upper()}", here)
     for key, flag in flags.items():
         if key not in (*KEYS, "home"):
             raise SettingsError(f"{key!r} is not a setting; there are: home, {', '.join(KEYS)}")
         if flag is not None:
-            given[key] = _Given(flag, f"--{key.replace('_', '-')}", here)
+            given[key] = Given(flag, f"--{key.replace('_', '-')}", here)
     default = Settings(home=home, database_url="", redis_url="", models_dir=home, spill_dir=home)
     return Settings(
         home=home,
-        database_url=given["database"].database() if "database" in given else _sqlite_url(home / "overnight.db"),
+        database_url=given["database"].database() if "database" in given else sqlite_url(home / "overnight.db"),
         redis_url=given["redis"].redis() if "redis" in given else DEFAULT_REDIS,
         models_dir=given["models"].path() if "models" in given else home / "models",
         spill_dir=given["spill"].path() if "spill" in given else home / "spill",
@@ -188,7 +93,7 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_
     )
 
 
-def _limits(given: Mapping[str, _Given]) -> Limits:
+def _limits(given: Mapping[str, Given]) -> Limits:
     values: dict[str, Any] = {}
     for name in (name for name in NAMES if name in given):
         if name.endswith("_bytes"):
@@ -202,15 +107,15 @@ def _limits(given: Mapping[str, _Given]) -> Limits:
 
 def _home(flags: Mapping[str, object], environ: Mapping[str, str], here: Path) -> Path:
     if (flag := flags.get("home")) is not None:
-        return _Given(flag, "--home", here).path()
+        return Given(flag, "--home", here).path()
     if value := environ.get("OVERNIGHT_HOME"):
-        return _Given(value, "OVERNIGHT_HOME", here).path()
+        return Given(value, "OVERNIGHT_HOME", here).path()
     import platformdirs
 
     return platformdirs.user_data_path("overnight", appauthor=False)
 
 
-def _from_toml(path: Path) -> dict[str, _Given]:
+def _from_toml(path: Path) -> dict[str, Given]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -220,8 +125,4 @@ def _from_toml(path: Path) -> dict[str, _Given]:
     for key in values:
         if key not in KEYS:
             raise SettingsError(f"{key!r} in {path} is not a setting; there are: {', '.join(KEYS)}")
-    return {key: _Given(value, f"{key!r} in {path}", path.parent) for key, value in values.items()}
-
-
-def _sqlite_url(path: Path) -> str:
-    return f"sqlite:///{path}"
+    return {key: Given(value, f"{key!r} in {path}", path.parent) for key, value in values.items()}
