@@ -64,7 +64,8 @@ def test_a_mistake_is_one_sentence_and_an_exit_code(
     sentence: str,
 ) -> None:
     monkeypatch.setattr("cli.datasets.PATIENCE_S", 0.05)
-    monkeypatch.setenv("OVERNIGHT_RENDER_S", "0.2")
+    if "range" in words[-1]:
+        monkeypatch.setenv("OVERNIGHT_RENDER_S", "0.2")
     os.mkfifo("pipe")
     good = '{"prompt": "a"}\n'
     Path("d.jsonl").write_text(good)
