@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.context import App
-from cli.display import emit_json, emit_table, format_count, format_rate, format_seconds, say
+from cli.display import emit, emit_json, emit_table, format_count, format_rate, format_seconds, say
 from cli.options import Number, json_option, settings_options
 from cli.reports import FINISHED, job_document, worker_document
 
@@ -65,7 +65,7 @@ def _show_job(database: "Database", job_id: int, *, watch: bool, as_json: bool) 
         emit_json(job_document(job, time.time()))
         return
     for name, value in _describe(job, time.time()):
-        click.echo(f"{name + ':':<12}{value}")
+        emit(f"{name + ':':<12}{value}")
     if hint and not watch:
         say(hint)
 
