@@ -7,9 +7,10 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from cli.errors import FileAbsent, OutputNotWritten, OutputRefused
+from cli.terminal import TerminalStream
 
 
 def check_output(name: str, *, keep: Iterable[Path], option: str = "-o") -> None:
@@ -36,7 +37,7 @@ def open_output(name: str) -> Iterator[BinaryIO]:
     """A binary stream to stdout or to a file that appears, readable by its owner only, when the block ends well.
 
     An existing file keeps its permissions; a link's target is replaced, not the link; a device or pipe is written as it
-    goes.
+    goes. On a terminal, what would command it is spelt out.
 
     Raises:
         OutputNotWritten: the file system refused; an existing file is as it was.
@@ -44,7 +45,7 @@ def open_output(name: str) -> Iterator[BinaryIO]:
     path = Path(name).resolve()
     try:
         if name == "-":
-            yield sys.stdout.buffer
+            yield cast(BinaryIO, TerminalStream(sys.stdout.buffer)) if sys.stdout.isatty() else sys.stdout.buffer
             sys.stdout.buffer.flush()
             return
         if path.exists() and not path.is_file():

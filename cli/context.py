@@ -1,6 +1,7 @@
 """What every command shares: the settings flags seen so far, and the database they lead to."""
 
 import os
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -86,15 +87,24 @@ class App:
         return database
 
     def files_to_keep(self, origin: Mapping[str, object] | None) -> list[Path]:
-        """Files that no output may replace: the dataset that a job was made from, and the database."""
+        """Files that no output may replace: the dataset of a job, and the database with what SQLite keeps beside it."""
         dataset = (origin or {}).get("dataset")
-        database = sqlite_path(self.settings.database_url)
-        return [*([Path(dataset)] if isinstance(dataset, str) else []), *([database] if database else [])]
+        kept = [Path(dataset)] if isinstance(dataset, str) else []
+        if database := sqlite_path(self.settings.database_url):
+            # SQLite names them after the file that a link leads to.
+            real = database.resolve()
+            kept += [database, *(real.with_name(f"{real.name}{suffix}") for suffix in _SIDE_FILES)]
+        return kept
+
+
+_SIDE_FILES = ("-journal", "-wal", "-shm")
+_SQLITE_URL = re.compile(r"sqlite(?:\+\w+)?:///([^?]*)", re.IGNORECASE)
 
 
 def sqlite_path(url: str) -> Path | None:
-    """The file of a SQLite URL; None for any other database."""
-    prefix = "sqlite:///"
-    if not url.startswith(prefix):
+    """The file of a SQLite URL; None for any other database, and where the URL names no file."""
+    match = _SQLITE_URL.match(url)
+    try:
+        return Path(match[1]).expanduser() if match and match[1] else None
+    except RuntimeError:  # ~nobody: opening it will say so
         return None
-    return Path(url.removeprefix(prefix).partition("?")[0])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.context import App
-from cli.display import emit_json, format_rate, format_seconds, say
+from cli.display import emit, emit_json, format_rate, format_seconds, say
 from cli.job_options import JobOptions
 from cli.options import json_option, settings_options
 from cli.placement import Placement
@@ -66,8 +66,8 @@ def command(app: App, as_json: bool) -> None:
         emit_json({**result, **more, **where})
         return
     for line in _lines_for_people(labelled, report, tiers, app.database_name):
-        click.echo(line)
-    click.echo(f"accuracy {correct / len(labelled):.3f} ({correct} of {len(labelled)})")
+        emit(line)
+    emit(f"accuracy {correct / len(labelled):.3f} ({correct} of {len(labelled)})")
 
 
 def shipped_folder() -> Path:

@@ -3,26 +3,47 @@
 Nothing here is animated, and tables are never cut: an id can always be copied whole.
 """
 
-import json
+import itertools
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 
 import click
 
+from cli.json_text import json_text
+from worker.printable import printable
+
+__all__ = [
+    "colour_wanted", "emit", "emit_json", "emit_table", "format_count", "format_rate", "format_seconds", "printable",
+    "say", "some_of", "warn",
+]  # fmt: skip
+
+_LAYOUT = "\n\t"
+"""Characters that lay a message out, and command no terminal."""
+
 
 def say(text: str) -> None:
-    """A message for people, on stderr."""
-    click.echo(text, err=True)
+    """A message for people, on stderr; what it quotes commands no terminal."""
+    click.echo(printable(text, keep=_LAYOUT), err=True)
 
 
 def warn(text: str) -> None:
     """Something a person should know that stops nothing."""
-    click.echo(f"warning: {text}", err=True)
+    say(f"warning: {text}")
+
+
+def emit(text: str) -> None:
+    """A line of a result for people, on stdout."""
+    click.echo(printable(text, keep=_LAYOUT))
 
 
 def emit_json(document: object) -> None:
-    """The one JSON document of a command, on stdout; half a surrogate (of a file name) becomes its JSON escape."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
+    """The one JSON document of a command, on stdout; half a surrogate (of a file name) becomes its JSON escape.
+
+    On a terminal its other escapes are those of `printable`: the same JSON.
+    """
+    text = json_text(document, indent=2)
+    click.echo((printable(text, keep="\n") if sys.stdout.isatty() else text).encode(errors="backslashreplace"))
 
 
 def colour_wanted() -> bool:
@@ -32,10 +53,17 @@ def colour_wanted() -> bool:
 
 def emit_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """An aligned table on stdout; the last column is not padded, no cell is shortened."""
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    for index, row in enumerate([headings, *rows]):
+    shown = [[printable(cell) for cell in row] for row in (headings, *rows)]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for index, row in enumerate(shown):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         click.echo(click.style(line, bold=True) if index == 0 and colour_wanted() else line)
+
+
+def some_of(names: Iterable[str], *, most: int = 10, length: int = 40) -> str:
+    """The first names of what may be many and long; ``none`` where there are none."""
+    shown = [name if len(name) <= length else f"{name[: length - 1]}…" for name in itertools.islice(names, most + 1)]
+    return ", ".join([*shown[:most], "…"] if len(shown) > most else shown) or "none"
 
 
 def format_count(number: int) -> str:

@@ -6,7 +6,7 @@ import click
 
 from cli import exit_codes
 from cli.context import App
-from cli.display import colour_wanted, emit_json, say
+from cli.display import colour_wanted, emit_json, printable, say
 from cli.options import DeviceName, json_option, settings_options
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -42,9 +42,9 @@ def command(app: App, measures: bool, device: str | None, as_json: bool) -> None
                 if colour_wanted()
                 else f"{check.status:<4}"
             )
-            click.echo(f"{mark}  {check.name:<9} {check.detail}")
+            click.echo(f"{mark}  {check.name:<9} {printable(check.detail)}")
             if check.remedy:
-                click.echo(f"      {'':<9} → {check.remedy}")
+                click.echo(f"      {'':<9} → {printable(check.remedy)}")
     failed = {check.name for check in checks if check.status == "fail"}
     if "database" in failed:
         raise click.exceptions.Exit(exit_codes.UNREACHABLE)

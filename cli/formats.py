@@ -2,10 +2,13 @@
 
 import csv
 import io
-import json
+import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+from cli.json_text import finite, json_text
 
 if TYPE_CHECKING:
     from storage.results import OutputRow
@@ -20,8 +23,8 @@ _COLUMNS = {
 }
 """The fields of `output` that become CSV columns; nested ones hold JSON."""
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""Spreadsheets run a cell that starts with one of these."""
+_FORMULA = re.compile(r"[\t\r\n]|[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*[=+\-@＝＋－＠]")
+"""Spreadsheets run a cell that starts so: they drop white space, and read full-width signs as the others."""
 
 
 def format_of(output: str, given: str | None) -> str:
@@ -50,7 +53,7 @@ def write_rows(
         return _write_csv(rows, stream, task, choices or ())
     count = 0
     for row in rows:
-        stream.write(json.dumps(output_document(row), ensure_ascii=False).encode() + b"\n")
+        stream.write(json_text(output_document(row)).encode() + b"\n")
         count += 1
     return count
 
@@ -86,7 +89,9 @@ def _cell(value: object) -> object:
     """Numbers as they are, nested values as JSON; text that a spreadsheet would run is quoted with an apostrophe."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        value = finite(value)
     if value is None or isinstance(value, int | float):
         return value
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    text = value if isinstance(value, str) else json_text(value)
+    return f"'{text}" if _FORMULA.match(text) else text

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from cli.context import App
-from cli.display import colour_wanted, say
+from cli.display import colour_wanted, emit, printable, say
 from cli.options import DTYPES, Text, settings_options
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -33,7 +33,7 @@ def command(app: App, source: str, destination: str | None, dtype: str | None) -
     """
     from cli.errors import FileAbsent, OutputRefused
 
-    folder = Path(source).expanduser()
+    folder = _expanded(source)
     name = folder.resolve().name if folder.is_dir() else source.rpartition("/")[2]
     target = model_path(app, destination or name)
     if target.exists():
@@ -49,14 +49,23 @@ def command(app: App, source: str, destination: str | None, dtype: str | None) -
             folder = _download(source, stack)
         make_model(app, folder, target, dtype)
     say(f"use it: overnight run DATASET --model {destination or name} --task generate|score|choose -o FILE")
-    click.echo(target)
+    emit(str(target))
 
 
 def model_path(app: App, destination: str) -> Path:
     """A path as it is; a plain name is meant in the model folder."""
     if "/" in destination or destination.startswith((".", "~")):
-        return Path(destination).expanduser().absolute()
+        return _expanded(destination).absolute()
     return app.settings.models_dir / destination
+
+
+def _expanded(path: str) -> Path:
+    from cli.errors import FileAbsent
+
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise FileAbsent(f"there is no folder {path}: it begins with a user that does not exist") from None
 
 
 def make_model(app: App, folder: Path, target: Path, dtype: str | None) -> None:
@@ -95,5 +104,5 @@ def _bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True, no_color=not colour_wanted())) as bars:
         # No bar before something is written: what is wrong with the folder is found first.
-        task = bars.add_task(title, total=None, visible=False)
+        task = bars.add_task(printable(title), total=None, visible=False)
         yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)

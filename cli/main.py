@@ -14,6 +14,7 @@ import click
 
 from cli import __version__, exit_codes
 from cli.context import App
+from cli.display import say
 from cli.options import settings_options
 
 COMMANDS = {
@@ -123,7 +124,7 @@ def _sentence(error: click.ClickException) -> str:
 
 
 def _print_error(text: str) -> None:
-    click.echo(f"error: {text}", err=True)
+    say(f"error: {text}")
 
 
 def _close_stdout_quietly() -> None:

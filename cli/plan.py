@@ -7,7 +7,7 @@ import click
 
 from cli import templates
 from cli.context import App
-from cli.display import emit_json, emit_table, format_count, format_rate, format_seconds
+from cli.display import emit, emit_json, emit_table, format_count, format_rate, format_seconds
 from cli.options import Number, Text, json_option, placement_options, settings_options
 from cli.placement import Placement
 from cli.planning import DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, DEFAULT_REQUESTS, LengthOptions, read_question
@@ -125,11 +125,9 @@ def _explain(found: "Found", advice: "list[Advice]", question: "Question", model
     prompts = sorted({each.prompt for each in workload.lengths})
     spread = f"{prompts[0]}" if len(prompts) == 1 else f"{prompts[0]} to {prompts[-1]}"
     generated = workload.generated / workload.requests
-    click.echo(f"model     {model}, {plan.dtype}, {question.shape.num_layers} layers")
-    click.echo(f"machine   {question.hardware.name}")
-    click.echo(
-        f"workload  {format_count(workload.requests)} requests, prompts of {spread} tokens, {generated:.3g} generated"
-    )
+    emit(f"model     {model}, {plan.dtype}, {question.shape.num_layers} layers")
+    emit(f"machine   {question.hardware.name}")
+    emit(f"workload  {format_count(workload.requests)} requests, prompts of {spread} tokens, {generated:.3g} generated")
     click.echo()
     pool = sum(plan.kv_bytes.values()) or 1
     rows = [
@@ -145,18 +143,18 @@ def _explain(found: "Found", advice: "list[Advice]", question: "Question", model
     ]
     emit_table(("TIER", "LAYERS", "KV CACHE", "ACTIVATIONS", "USED", "BUDGET"), rows)
     click.echo()
-    click.echo(f"batches   {plan.micro_batches} of {format_count(plan.micro_batch)} tokens a pass")
-    click.echo(f"by hand   {flags_of(found.options)}")
-    click.echo(
+    emit(f"batches   {plan.micro_batches} of {format_count(plan.micro_batch)} tokens a pass")
+    emit(f"by hand   {flags_of(found.options)}")
+    emit(
         f"predicted {format_rate(prediction.generated_per_s)} generated, {format_rate(prediction.total_per_s)} with "
         f"prompts: {format_count(workload.requests)} requests in {format_seconds(prediction.seconds)}"
     )
-    click.echo(
+    emit(
         f"bound by  {prediction.bound_by}, which alone would allow {format_rate(prediction.lane_ceiling_per_s)}; "
         f"products alone {format_rate(product_ceiling_per_s(found, question))}"
     )
     for index, each in enumerate(advice):
         label = "advice" if index == 0 else ""
-        click.echo(f"{label:<9} +{100 * each.gain:.0f}%: {each.change} ({format_rate(each.generated_per_s)})")
+        emit(f"{label:<9} +{100 * each.gain:.0f}%: {each.change} ({format_rate(each.generated_per_s)})")
     if not advice:
-        click.echo("advice    nothing would help by more than 1%")
+        emit("advice    nothing would help by more than 1%")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from engine.planner.decide import Question
     from engine.planner.hardware import Hardware
     from engine.planner.workload import Workload
+    from worker.limits import Limits
 
 DEFAULT_PROMPT_LEN, DEFAULT_GEN_LEN, DEFAULT_REQUESTS = 512, 32, 1000
 _MEASURED_ROWS = 5000
@@ -78,7 +79,7 @@ def read_question(
             f"--device {options.device}: {hardware.name} is described as {hardware.device}; name another machine with "
             "--hardware, or leave --device out"
         )
-    workload = _read_workload(lengths, model)
+    workload = _read_workload(lengths, model, app.settings.limits)
     if hardware_name is not None:
         facts, budgets = None, budgets_of_machine(hardware, model.stored)
     else:
@@ -137,14 +138,14 @@ def _read_hardware(app: App, name: str | None) -> "Hardware":
     return load_hardware(path)
 
 
-def _read_workload(lengths: LengthOptions, model: Sizes) -> "Workload":
+def _read_workload(lengths: LengthOptions, model: Sizes, limits: "Limits") -> "Workload":
     from engine.planner.workload import Workload
 
     if lengths.dataset is None:
         return Workload.uniform(
             lengths.prompt_len or DEFAULT_PROMPT_LEN, lengths.gen_len, lengths.requests or DEFAULT_REQUESTS
         )
-    prompts = _prompts(lengths.dataset, lengths.prompt or templates.DEFAULT)
+    prompts = _prompts(lengths.dataset, lengths.prompt or templates.DEFAULT, limits)
     measured = _token_counts(list(itertools.islice(prompts, _MEASURED_ROWS)), model)
     more = sum(1 for _ in prompts)
     return Workload.of(_that_fit(measured, lengths.gen_len, model.shape)).times((len(measured) + more) / len(measured))
@@ -183,7 +184,7 @@ def _that_fit(counts: list[int], generated: int, shape: "ModelShape") -> list[tu
     return pairs
 
 
-def _prompts(dataset_name: str, template: str) -> Iterator[str]:
+def _prompts(dataset_name: str, template: str, limits: "Limits") -> Iterator[str]:
     """Rendered prompts; a row that lacks a field will be an error row and costs nothing.
 
     Raises:
@@ -193,9 +194,9 @@ def _prompts(dataset_name: str, template: str) -> Iterator[str]:
     from cli.errors import DatasetFault
     from cli.templates import PromptTemplate, RowFault, read_template
 
-    dataset = Dataset(dataset_name)
+    dataset = Dataset(dataset_name, limits)
     dataset.check()
-    compiled = PromptTemplate(read_template(template))
+    compiled = PromptTemplate(read_template(template), limits)
     for index, row in enumerate(dataset.rows()):
         if isinstance(row, BadLine):
             raise DatasetFault(f"{dataset.label}, line {row.line}: {row.reason}; mend the line")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from cli.display import colour_wanted, format_count, format_rate, format_rows, format_seconds, say
+from cli.display import colour_wanted, format_count, format_rate, format_rows, format_seconds, printable, say
 from cli.reports import FINISHED
 from cli.workers import Attendance, attendance
 
@@ -189,10 +189,10 @@ def job_progress(title: str) -> "Iterator[Progress]":
                 failed = [f"{format_count(job.num_failed)} failed"] if job.num_failed else []
                 detail = " · ".join([str(job.state), *_speed_and_left(snapshot, pace), *failed])
                 ended = job.num_done + job.num_failed
-                bars.update(task, total=job.num_requests, completed=ended, detail=detail)
+                bars.update(task, total=job.num_requests, completed=ended, detail=printable(detail))
 
             def note(self, text: str) -> None:
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
+                console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
         yield BarProgress()
 

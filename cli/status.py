@@ -8,7 +8,7 @@ import click
 from cli import exit_codes
 from cli.context import App
 from cli.describing import describe, jobs_table
-from cli.display import emit_json, emit_table, format_seconds, say
+from cli.display import emit, emit_json, emit_table, format_seconds, say
 from cli.options import Number, json_option, settings_options
 from cli.reports import FINISHED, job_document, worker_document
 
@@ -71,7 +71,7 @@ def _show_job(database: "Database", job_id: int, *, watch: bool, as_json: bool) 
         emit_json(job_document(job, now, is_attended=hint is None))
         return
     for name, value in describe(job, now, is_attended=hint is None):
-        click.echo(f"{name + ':':<12}{value}")
+        emit(f"{name + ':':<12}{value}")
     if hint and not watch:
         say(hint)
 
@@ -115,7 +115,7 @@ def _show_all(database: "Database", *, as_json: bool) -> None:
         emit_table(("WORKER", "QUEUE", "DEVICE", "STATE", "MODEL", "HOST:PID"), rows)
         for worker in workers:
             if worker.message:
-                click.echo(f"worker {worker.id}: {worker.message}{_again(worker.retry_at, now)}")
+                emit(f"worker {worker.id}: {worker.message}{_again(worker.retry_at, now)}")
     elif any(job.state not in FINISHED for job in jobs):
         say("no worker is running; start one in another terminal: overnight worker")
 

@@ -117,10 +117,11 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
     from engine.weights.manifest import read_manifest
     from worker.models import resolve_model
 
-    dataset = Dataset(dataset_name)
+    limits = settings.limits
+    dataset = Dataset(dataset_name, limits)
     dataset.check()
     prompt = read_template(options.prompt)
-    spec = TaskSpec(options.task, PromptTemplate(prompt), options.choices or ())
+    spec = TaskSpec(options.task, PromptTemplate(prompt, limits), options.choices or (), limits)
     model = resolve_model(options.model, settings)
     if model.is_imported:
         read_manifest(model.path)

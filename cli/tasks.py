@@ -1,12 +1,15 @@
 """Rows of a dataset into the requests of a job: what `generate`, `score` and `choose` read from a row."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cli.datasets import BadLine, Row
+from cli.display import some_of
 from cli.errors import DatasetFault
+from cli.row_limits import check_fields, checked_id
 from cli.templates import PromptTemplate, RowFault
+from worker.limits import DEFAULT_LIMITS, Limits
 
 if TYPE_CHECKING:
     from storage.jobs import NewRequest
@@ -23,6 +26,8 @@ class TaskSpec:
     template: PromptTemplate
     choices: tuple[str, ...] = ()
     """The choices of every row; empty: each row brings its own."""
+    limits: Limits = DEFAULT_LIMITS
+    """What a row may be."""
 
     def payload(self, row: Row) -> dict[str, object]:
         """The request of one row, as it is stored.
@@ -35,7 +40,7 @@ class TaskSpec:
             return {"prompt": prompt}
         if self.task == "score":
             return {"context": prompt, "continuation": _continuation(row)}
-        return {"prompt": prompt, "choices": list(self.choices or _row_choices(row))}
+        return {"prompt": prompt, "choices": list(self.choices or _row_choices(row, self.limits))}
 
 
 def split_choices(text: str) -> tuple[str, ...]:
@@ -52,8 +57,9 @@ def split_choices(text: str) -> tuple[str, ...]:
 def requests(rows: Iterator[Row | BadLine], spec: TaskSpec, *, label: str, keep_going: bool) -> "Iterator[NewRequest]":
     """One request a row, in order, as they are read.
 
-    A line that is no row, and a fault of the first row, refuse the dataset unless ``keep_going``; the content faults of
-    later rows are error rows. ``label`` is the dataset's name for messages.
+    A line that is no row, and a fault of the first row that others would share, refuse the dataset unless
+    ``keep_going``; the content faults of later rows, and what is above a limit in any row, are error rows. ``label`` is
+    the dataset's name for messages.
 
     Raises:
         DatasetFault: names the line and, for the first row, the field.
@@ -70,11 +76,13 @@ def requests(rows: Iterator[Row | BadLine], spec: TaskSpec, *, label: str, keep_
                 index=index, row_id=None, payload=None, error=("bad_line", f"line {row.line}: {row.reason}")
             )
             continue
-        row_id = row.fields.get("id")
+        row_id = None
         try:
+            row_id = checked_id(row.fields, spec.limits)
+            check_fields(row.fields, spec.limits)
             yield NewRequest(index=index, row_id=row_id, payload=spec.payload(row))
         except RowFault as fault:
-            if index == 0 and not keep_going:
+            if index == 0 and not keep_going and not fault.is_of_one_row:
                 raise DatasetFault(
                     f"{label}, row 0 (line {row.line}): {fault}; every row would fail the same way, "
                     "or use --keep-going to make such rows error rows"
@@ -96,30 +104,35 @@ def _text_field(row: Row, name: str, meaning: str) -> str:
     return value
 
 
-def _row_choices(row: Row) -> tuple[str, ...]:
+def _row_choices(row: Row, limits: Limits) -> tuple[str, ...]:
     value = row.fields.get("choices")
     if value is None:
         raise RowFault("missing_field", f"no field 'choices', and no --choices was given; there: {_names(row)}")
+    count = value.count(",") + 1 if isinstance(value, str) else len(value) if isinstance(value, list) else 0
+    if count > limits.row_choices:
+        raise RowFault("over_limit", f"the field 'choices' has {count:,} choices: {limits.told('row_choices')}")
     try:
         if isinstance(value, str):
             return split_choices(value)
         if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
             raise RowFault("bad_field", "the field 'choices' is not a list of texts")
-        _check_choices(tuple(value))
+        _check_choices(value)
     except ValueError as error:
         raise RowFault("bad_field", f"the field 'choices': {error}") from None
     return tuple(value)
 
 
-def _check_choices(choices: tuple[str, ...]) -> None:
+def _check_choices(choices: Sequence[str]) -> None:
     if any(not choice for choice in choices):
         raise ValueError("a choice is empty; write for example positive,negative")
     if len(choices) < 2:
         raise ValueError("there is only one choice; write at least two, for example positive,negative")
-    doubled = [choice for choice in choices if choices.count(choice) > 1]
-    if doubled:
-        raise ValueError(f"the choice {doubled[0]!r} is there twice")
+    seen: set[str] = set()
+    for choice in choices:
+        if choice in seen:
+            raise ValueError(f"the choice {some_of([choice])!r} is there twice")
+        seen.add(choice)
 
 
 def _names(row: Row) -> str:
-    return ", ".join(row.fields) or "none"
+    return some_of(row.fields)

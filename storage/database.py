@@ -17,10 +17,13 @@ from storage.errors import (
     DatabaseUnreachable,
     NotADatabase,
     SchemaTooNew,
+    StorageError,
+    ValueTooBig,
 )
 from storage.reading import connect_for_reading, is_closed_wal
 from storage.schema import HEAD, REVISIONS, alembic_version, metadata
 from storage.sqlite import OLDEST_SQLITE, install_events, prepare_file
+from storage.urls import shown_error, without_password
 
 _REFUSALS = ("password authentication failed", "no password supplied", '" does not exist')  # PostgreSQL's words
 _ADVISORY_LOCK = 0x6F766E74  # "ovnt": PostgreSQL's name for "one process creates or upgrades the schema"
@@ -48,9 +51,11 @@ class Database:
         path = None
         if parsed.get_backend_name() == "sqlite":
             parsed, path = _sqlite_path(parsed, url)
-            prepare_file(path)
         database = cls(parsed, _make_engine(parsed, path, busy_timeout_s), path)
         try:
+            if path is not None:
+                prepare_file(path)
+            database._connect(url)
             database._open_schema(busy_timeout_s)
         except BaseException:
             database.close()
@@ -83,7 +88,7 @@ class Database:
     @property
     def url(self) -> str:
         """The URL, its password hidden."""
-        return self._url.render_as_string(hide_password=True)
+        return without_password(_text_of(self._url))
 
     @property
     def dialect(self) -> str:
@@ -133,10 +138,18 @@ class Database:
         try:
             yield
         except exc.DBAPIError as error:
-            translated = translate(error, str(self.path or self.url))
+            translated = translate(error, str(self.path or self.url), _text_of(self._url))
             if translated is None:
                 raise
             raise translated from error
+
+    def _connect(self, given: str) -> None:
+        """The first connection, which the pool keeps: only now does the driver see the options of the URL."""
+        try:
+            with self._translated(), self._engine.connect():
+                pass
+        except (TypeError, ValueError, exc.ProgrammingError) as error:
+            raise _unusable(given, error) from error
 
     def _open_schema(self, busy_timeout_s: float) -> None:
         with self.read() as connection:
@@ -203,15 +216,19 @@ class Database:
         return HEAD
 
 
-def translate(error: exc.DBAPIError, place: str) -> DatabaseUnreachable | None:
-    """The failure that a person can act on behind a driver's error; None when it is a fault of ours."""
+def translate(error: exc.DBAPIError, place: str, url: str = "") -> StorageError | None:
+    """The failure that a person can act on behind a driver's error; None when it is a fault of ours.
+
+    `place`: what to call the database. `url`: with its password, so that no driver's text shows it.
+    """
     code = getattr(error.orig, "sqlite_errorcode", None)
     if code is None:
+        said = shown_error(error.orig or error, url)
         # libpq gives no code for a connection that was refused, only a text.
         if any(words in str(error.orig) for words in _REFUSALS):
-            return DatabaseMisnamed(f"The database {place} does not let us in: {str(error.orig).strip()}")
+            return DatabaseMisnamed(f"The database {place} does not let us in: {said}")
         if isinstance(error, exc.OperationalError | exc.InterfaceError):
-            return DatabaseUnreachable(f"Cannot reach the database {place}: {str(error.orig).strip()}")
+            return DatabaseUnreachable(f"Cannot reach the database {place}: {said}")
         return None
     if code == sqlite3.SQLITE_CANTOPEN:
         return DatabaseUnreachable(f"The database {place} cannot be opened: {error.orig}.")
@@ -230,6 +247,11 @@ def translate(error: exc.DBAPIError, place: str) -> DatabaseUnreachable | None:
             return DatabaseReadOnly(f"The database {place} is read-only. Change its permissions, owner or mount.")
         case sqlite3.SQLITE_FULL:
             return DatabaseFull(f"No room left on the disk for the database {place}. Free some space and try again.")
+        case sqlite3.SQLITE_TOOBIG:
+            return ValueTooBig(
+                f"A row is larger than the database {place} can hold ({error.orig}). Shorten the texts, or lower "
+                "OVERNIGHT_PROMPT_BYTES and OVERNIGHT_ROW_BYTES, so that such rows become error rows."
+            )
         case sqlite3.SQLITE_NOTADB:
             return NotADatabase(f"{place} is not a database. Name another file with --database or OVERNIGHT_DATABASE.")
         case sqlite3.SQLITE_CORRUPT:
@@ -245,16 +267,34 @@ def _parse(url: str) -> URL:
     try:
         return make_url(url)
     except (exc.ArgumentError, ValueError) as error:
-        raise DatabaseMisnamed(f"The database URL cannot be understood: {error}") from error
+        raise _unusable(url, error) from error
+
+
+def _unusable(url: str, error: Exception) -> DatabaseMisnamed:
+    said = shown_error(getattr(error, "orig", None) or error, url).splitlines()[0].removesuffix(".")
+    return DatabaseMisnamed(
+        f"The database URL {without_password(url)} cannot be used: {said}. Correct it in --database or "
+        "OVERNIGHT_DATABASE."
+    )
+
+
+def _text_of(url: URL) -> str:
+    """With its password: never for people."""
+    return url.render_as_string(hide_password=False)
 
 
 def _sqlite_path(parsed: URL, given: str) -> tuple[URL, Path]:
     if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
-        raise DatabaseMisnamed(f"The database {given} is not a file. Give a path, or sqlite:////absolute/path.db.")
+        raise DatabaseMisnamed(
+            f"The database {without_password(given)} is not a file. Give a path, or sqlite:////absolute/path.db."
+        )
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         oldest = ".".join(map(str, OLDEST_SQLITE))
         raise DatabaseMisnamed(f"SQLite {sqlite3.sqlite_version} is too old: overnight needs {oldest} or later.")
-    path = Path(parsed.database).expanduser().resolve()
+    try:
+        path = Path(parsed.database).expanduser().resolve()
+    except (RuntimeError, ValueError) as error:  # ~nobody, or a zero character
+        raise _unusable(given, error) from error
     return parsed.set(database=str(path)), path
 
 
@@ -264,11 +304,13 @@ def _make_engine(url: URL, path: Path | None, busy_timeout_s: float, *, foreign_
         if path is None:
             return create_engine(url, hide_parameters=True, pool_pre_ping=True)
         engine = create_engine(url, hide_parameters=True, connect_args={"timeout": busy_timeout_s})
-    except (ModuleNotFoundError, exc.ArgumentError) as error:
+    except (ModuleNotFoundError, exc.NoSuchModuleError) as error:
         raise DatabaseMisnamed(
-            f"No driver for the database {url.render_as_string()}: {error}. "
+            f"No driver for the database {without_password(_text_of(url))}: {shown_error(error, _text_of(url))}. "
             "For PostgreSQL: pip install 'overnight[postgres]'."
         ) from error
+    except (TypeError, ValueError, exc.ArgumentError) as error:
+        raise _unusable(_text_of(url), error) from error
     install_events(engine, path, busy_timeout_s=busy_timeout_s, foreign_keys=foreign_keys)
     return engine
 

@@ -7,6 +7,7 @@ StorageError
 │   └── NothingToRetry      no request of the job can be run again
 ├── ClaimLost               this worker's lease was taken from it: what it holds belongs to others now
 ├── LoadLost                the job was swept away while it was still being loaded
+├── ValueTooBig             a row is larger than any value that the database can hold
 ├── IntegrityBroken         the rows contradict each other; names both sides
 └── DatabaseUnreachable     the database cannot be used at all
     ├── DatabaseLocked      another process kept it locked for longer than the busy timeout
@@ -66,6 +67,10 @@ class IntegrityBroken(StorageError):
     def __init__(self, faults: list[str]) -> None:
         super().__init__("The database contradicts itself:\n" + "\n".join(faults))
         self.faults = faults
+
+
+class ValueTooBig(StorageError):
+    """A text or a blob that SQLite cannot hold."""
 
 
 class DatabaseUnreachable(StorageError):

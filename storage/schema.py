@@ -48,8 +48,11 @@ metadata = MetaData(
 
 
 def to_json(value: object) -> str:
-    """JSON in one line of ASCII, so that even a lone surrogate survives the way through the database."""
-    return json.dumps(value, separators=(",", ":"))
+    """JSON in one line of ASCII, so that even a lone surrogate survives the way through the database.
+
+    Raises ValueError for NaN and infinities, which JSON does not have.
+    """
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def object_of(text: str | None) -> dict[str, Any] | None:

@@ -14,8 +14,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
+from storage.urls import shown_error, without_password
 from worker.errors import RedisRefused, RedisUnreachable
-from worker.settings import Settings, without_password
+from worker.settings import Settings
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -40,7 +41,7 @@ def ping(redis_url: str, timeout: float = 1.0) -> None:
     """Ask Redis for a sign of life within ``timeout`` seconds.
 
     Raises:
-        RedisUnreachable: no answer, or no entry; the text says what to do.
+        RedisUnreachable: no answer, or no entry; the text says what to do. RedisRefused: waiting would not help.
     """
     with _Client(redis_url, timeout) as client:
         client.ping()
@@ -149,8 +150,8 @@ class _Client:
                 socket_connect_timeout=self._timeout,
                 retry=Retry(NoBackoff(), 0),
             )
-        except ValueError as error:
-            raise RedisRefused(f"{without_password(self._redis_url)} is not a Redis URL: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise self._wrong(error) from error
         return self._client
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -158,13 +159,23 @@ class _Client:
 
         assert self._client is not None
         self._client.close()
-        if isinstance(error, redis.AuthenticationError | redis.exceptions.NoPermissionError) or "NOAUTH" in str(error):
+        denials = (redis.AuthenticationError, redis.exceptions.NoPermissionError)
+        if isinstance(error, denials) or (isinstance(error, redis.RedisError) and "NOAUTH" in str(error)):
             raise RedisRefused(
-                f"Redis at {without_password(self._redis_url)} does not let us in ({error}); say the password with "
-                "OVERNIGHT_REDIS"
+                f"Redis at {without_password(self._redis_url)} does not let us in "
+                f"({shown_error(error, self._redis_url)}); say the password with OVERNIGHT_REDIS"
             ) from error
         if isinstance(error, redis.RedisError | OSError):
             raise RedisUnreachable(
-                f"Redis at {without_password(self._redis_url)} does not answer ({error}); start it, "
-                f"or say with --redis or OVERNIGHT_REDIS where it is"
+                f"Redis at {without_password(self._redis_url)} does not answer "
+                f"({shown_error(error, self._redis_url)}); start it, or say with --redis or OVERNIGHT_REDIS where it is"
             ) from error
+        # Options and host names reach redis-py's connection, and the resolver, only when it connects.
+        if isinstance(error, TypeError | ValueError):
+            raise self._wrong(error) from error
+
+    def _wrong(self, error: Exception) -> RedisRefused:
+        return RedisRefused(
+            f"{without_password(self._redis_url)} is not a Redis URL that can be used "
+            f"({shown_error(error, self._redis_url)}); correct it in --redis or OVERNIGHT_REDIS"
+        )

@@ -6,12 +6,18 @@ import time
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from storage.urls import hide_passwords
+from worker.printable import printable
+
 LOGGER = "overnight"
 _FIELDS = ("action", "job", "worker", "model")
 
 
 class SentenceFormatter(logging.Formatter):
-    """One line a record; a traceback only where ``tracebacks`` is set."""
+    """One line a record; a traceback only where ``tracebacks`` is set.
+
+    Libraries log here, too: no password of a URL and no control character of theirs gets through.
+    """
 
     converter = staticmethod(time.gmtime)
     default_msec_format = ""
@@ -24,10 +30,10 @@ class SentenceFormatter(logging.Formatter):
         """The record as one line, plus its traceback where that is wanted."""
         plain = logging.makeLogRecord({**record.__dict__, "exc_info": None, "exc_text": None, "stack_info": None})
         fields = [f"{name}={getattr(record, name)}" for name in _FIELDS if hasattr(record, name)]
-        line = " ".join([super().format(plain).replace("\n", " "), *fields])
+        line = printable(" ".join([super().format(plain).replace("\n", " "), *fields]))
         if record.exc_info and self._tracebacks:
-            line += "\n" + self.formatException(record.exc_info)
-        return line
+            line += "\n" + printable(self.formatException(record.exc_info), keep="\n\t")
+        return hide_passwords(line)
 
 
 class BoundLogger(logging.LoggerAdapter[logging.Logger]):

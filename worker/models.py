@@ -39,7 +39,10 @@ def resolve_model(name_or_path: str, settings: Settings) -> ModelRef:
     given_as_path = name_or_path.startswith((".", "~", os.sep))
     if not given_as_path and _looks_complete(named):
         return ModelRef(name_or_path, named, is_imported=is_model_dir(named))
-    path = Path(name_or_path).expanduser().absolute()
+    try:
+        path = Path(name_or_path).expanduser().absolute()
+    except RuntimeError:
+        raise ModelNotFound(f"there is no model {name_or_path!r}: it begins with a user that does not exist") from None
     if _looks_complete(path):
         path = path.resolve()
         return ModelRef(str(path), path, is_imported=is_model_dir(path))

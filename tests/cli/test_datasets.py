@@ -1,6 +1,9 @@
 import io
 import json
+import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ from hypothesis import strategies as st
 
 from cli.datasets import BadLine, Dataset, Row
 from cli.errors import DatasetFault, FileAbsent
+from cli.nesting import text_is_deeper, value_is_deeper
+from worker.limits import Limits
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -63,7 +68,11 @@ def test_a_blank_line_in_the_middle_is_named(tmp_path: Path) -> None:
         (b'{"a": "\xff"}', "UTF-8 (byte 8"),
         (b'{"a": "\\ud83d"}', "surrogate"),
         (b'{"a": {"b": ["\\uDE00"]}}', "surrogate"),
-        (b"[" * 100_000, "not JSON (nested too deep)"),
+        (b"[" * 100_000, "nested too deep: the limit is 64 (OVERNIGHT_ROW_DEPTH"),
+        (b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}", "nested too deep"),
+        (b'{"a": 1e400}', "the number 1e400 is too large; write it as a string"),
+        (b'{"id": -1e999}', "too large"),
+        (b'{"a": -Infinity}', "no JSON value"),
         (b'{"a": 1', "column 8"),
         (b'{"a": ' + b"9" * 5000 + b"}", "5000 digits; write it as a string"),
     ],
@@ -96,12 +105,104 @@ def test_a_file_of_another_kind_is_refused_with_a_remedy(tmp_path: Path, content
     assert [word for word in [*words, "d.jsonl"] if word not in str(caught.value)] == []
 
 
-def test_a_line_that_never_ends_is_refused_before_it_fills_the_memory(
+SMALL = Limits(row_bytes=20, row_depth=3)
+
+
+def small(path: Path, content: bytes) -> list[Row | BadLine]:
+    path.write_bytes(content)
+    return list(Dataset(str(path), SMALL).rows())
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_line_above_the_limit_is_a_bad_line_and_the_next_is_read(tmp_path: Path, end: bytes) -> None:
+    exact, above = b'{"a": "' + b"x" * 11 + b'"}', b'{"a": "' + b"x" * 12 + b'"}'
+    rows = small(tmp_path / "d.jsonl", end.join([exact, above, b"y" * 200_000, b'{"a": 4}', above]))
+    assert [row.line for row in rows] == [1, 2, 3, 4, 5]
+    assert [isinstance(row, BadLine) for row in rows] == [False, True, True, False, True]
+    assert isinstance(rows[1], BadLine)
+    assert rows[1].reason.startswith("it is too long for a row: the limit is 20 B (OVERNIGHT_ROW_BYTES, or row_bytes")
+
+
+def test_a_line_that_never_ends_is_refused_without_reading_it_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless(io.RawIOBase):
+        read_bytes = 0
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+            buffer[:] = b"x" * len(buffer)
+            self.read_bytes += len(buffer)
+            return len(buffer)
+
+    endless = Endless()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(endless)))
+    assert isinstance(next(Dataset("-", SMALL).rows()), BadLine)
+    assert endless.read_bytes < 100_000
+
+
+def test_csv_rows_and_headers_above_the_limit_are_told_and_the_next_row_is_read(tmp_path: Path) -> None:
+    content = [
+        b"id,text",
+        b"1," + b"x" * 500,
+        b"2,a",
+        b'3,"' + b"x\n" * 40 + b'"',  # of 41 lines
+        b"44,b",
+        b'45,"' + b'x""' * 100_000 + b"\n" + b"y" * 100_000 + b'"',
+        b"47,c",
+        b'48,"' + b"x\n" * 40,  # without an end
+    ]
+    rows = small(tmp_path / "d.csv", b"\n".join(content))
+    assert [(row.line, row.fields["text"]) for row in rows if isinstance(row, Row)] == [(3, "a"), (45, "b"), (48, "c")]
+    bad = [row for row in rows if isinstance(row, BadLine)]
+    assert [row.line for row in bad] == [2, 4, 46, 49]
+    assert all("too long for a row: the limit is 20 B" in row.reason for row in bad)
+    with pytest.raises(DatasetFault, match="header that is too long"):
+        small(tmp_path / "h.csv", b"a," * 50 + b"b\n1,2\n")
+
+
+@given(JSON_VALUES, st.integers(1, 6))
+def test_depth_is_counted_alike_in_text_and_in_values_and_ignores_strings(value: object, most: int) -> None:
+    def depth(of: object) -> int:
+        inner = of.values() if isinstance(of, dict) else of if isinstance(of, list) else None
+        return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+
+    assert text_is_deeper(json.dumps(value).encode(), most) == value_is_deeper(value, most) == (depth(value) > most)
+
+
+@pytest.mark.parametrize(
+    "text", [b'"' + b'\\"' * 200_000 + b"[[", b'"[[[' * 100_000, b'{"a":"' + b"[" * 400_000, b"[]," * 150_000]
+)
+def test_depth_takes_time_in_proportion_to_the_text(text: bytes) -> None:
+    before = time.process_time()
+    assert not text_is_deeper(text, text.count(b"[") - 1)
+    assert time.process_time() - before < 2
+
+
+def test_as_many_blank_lines_as_one_likes_take_no_memory(tmp_path: Path) -> None:
+    rows = read(tmp_path / "d.jsonl", b'{"a": 1}\n\n\n{"a": 2}\n\n')
+    assert [(row.line, type(row)) for row in rows] == [(1, Row), (2, BadLine), (3, BadLine), (4, Row)]
+
+
+def test_a_pipe_is_read_and_one_that_nobody_writes_to_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cli.datasets.MAX_LINE_BYTES", 100)
-    with pytest.raises(DatasetFault, match="a line of more than"):
-        read(tmp_path / "d.jsonl", b'{"a": "' + b"x" * 200 + b'"}')
+    monkeypatch.setattr("cli.datasets.PATIENCE_S", 0.05)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DatasetFault, match=r"pipe that nobody wrote to for 0\.05 s; start its writer"):
+        list(Dataset(str(tmp_path / "pipe")).rows())
+    reading, writing = os.pipe()
+    silent = threading.Timer(0.3, lambda: (os.write(writing, b'{"a": 1}\n'), os.close(writing)))
+    silent.start()  # a writer who is there, and takes longer than our patience
+    assert list(Dataset(f"/dev/fd/{reading}").rows()) == [Row(1, {"a": 1})]
+    silent.join()
+    os.close(reading)
+
+
+def test_a_device_is_no_dataset() -> None:
+    for name in ("/dev/zero", "/dev/urandom", "/dev/null"):
+        with pytest.raises(DatasetFault, match=f"{name} is a device"):
+            list(Dataset(name).rows())
 
 
 def test_a_file_that_is_absent_and_a_folder_are_told_apart(tmp_path: Path) -> None:

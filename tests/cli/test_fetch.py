@@ -64,6 +64,34 @@ def test_the_database_is_never_overwritten(home: Path, run: Run, job: int) -> No
     assert run("fetch", str(job), "-o", str(home / "overnight.db")).exit_code == 2
 
 
+@pytest.mark.parametrize("suffix", ["-journal", "-wal", "-shm"])
+@pytest.mark.parametrize("way", ["path", "spelling", "symlink", "hard link"])
+def test_what_sqlite_keeps_beside_the_database_is_never_overwritten(
+    home: Path, run: Run, job: int, suffix: str, way: str
+) -> None:
+    side = home / f"overnight.db{suffix}"
+    name = {"path": str(side), "spelling": f"{home}/../home/./{side.name}"}.get(way, "link")
+    if way == "symlink":
+        Path("link").symlink_to(side)
+    elif way == "hard link":
+        side.touch()
+        Path("link").hardlink_to(side)
+    done = run("fetch", str(job), "-o", name)
+    assert done.exit_code == 2
+    assert "overwrite" in done.stderr
+    run_words = ("run", "d.jsonl", "--model", "m", "--task", "generate")
+    for words in ((*run_words, "-o", name), (*run_words, "-o", "out", "--trace", name)):
+        assert run(*words).exit_code == 2
+
+
+@pytest.mark.parametrize("url", ["sqlite:///link.db", "sqlite+pysqlite:///link.db?timeout=1", "link.db"])
+def test_a_database_by_another_name_is_kept_as_well(home: Path, run: Run, job: int, url: str) -> None:
+    Path("link.db").symlink_to(home / "overnight.db")
+    for name in ("link.db", str(home / "overnight.db-wal")):
+        done = run("fetch", str(job), "-o", name, "--database", url)
+        assert (done.exit_code, "overwrite" in done.stderr) == (2, True)
+
+
 def test_an_absent_folder_is_named(run: Run, job: int) -> None:
     done = run("fetch", str(job), "-o", "gone/out.jsonl")
     assert done.exit_code == 3

@@ -51,7 +51,28 @@ def test_a_line_end_in_a_text_does_not_end_the_row() -> None:
     assert json.loads(line)["output"]["text"] == text
 
 
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
+STARTS = [
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+    " =",
+    "\n=",
+    "\t @",
+    "\u3000-",
+    "\u200b+",
+    "\ufeff=",
+    "＝",
+    "＋",
+    " －",
+    "＠",
+]
+
+
+@pytest.mark.parametrize("start", STARTS)
 def test_a_csv_cell_is_never_a_formula(start: str) -> None:
     text = f"{start}1+1"
     rows = list(csv.reader(io.StringIO(written([ok(0, {"text": text, "finish_reason": "stop"})], "csv"), newline="")))
@@ -65,6 +86,30 @@ def test_numbers_in_csv_stay_numbers() -> None:
         )
     )
     assert (rows[0]["logprob"], rows[0]["is_greedy"], rows[0]["tokens"]) == ("-1.5", "true", "[]")
+
+
+def test_text_that_is_no_formula_is_left_alone() -> None:
+    for text in ("a=1", " a", "1-1", "＃=", "_=", "'=1"):
+        rows = list(
+            csv.reader(io.StringIO(written([ok(0, {"text": text, "finish_reason": "stop"})], "csv"), newline=""))
+        )
+        assert rows[1][3] == text
+
+
+@pytest.mark.parametrize("file_format", ["jsonl", "csv"])
+def test_an_id_beyond_all_numbers_of_an_older_database_is_its_name(file_format: str) -> None:
+    output = {"text": "t", "finish_reason": "stop"}
+    text = written([ok(0, output, float("inf")), ok(1, output, [float("nan"), 1e400])], file_format)
+    if file_format == "csv":
+        rows = list(csv.reader(io.StringIO(text)))
+        assert [row[0] for row in rows[1:]] == ["Infinity", '["NaN", "Infinity"]']
+    else:
+
+        def never(name: str) -> None:
+            raise AssertionError(name)
+
+        ids = [json.loads(line, parse_constant=never)["id"] for line in text.splitlines()]
+        assert ids == ["Infinity", ["NaN", "Infinity"]]
 
 
 def test_csv_has_a_header_even_without_rows_and_errors_in_columns() -> None:

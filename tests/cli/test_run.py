@@ -118,8 +118,8 @@ def test_a_dataset_goes_in_and_a_file_comes_out(home: Path, command: Command, mo
     assert [(row["index"], row["id"], row["status"]) for row in rows] == [(i, f"r{i}", "ok") for i in range(9)]
     assert all(row["usage"]["completion_tokens"] <= 5 for row in rows)
     assert "done: 100%" in done.stderr
-    assert re.search(r"^tiny: all 2 layers in memory; KV cache up to \S+ MiB in memory; float32; 1 x 2,048 tokens a pass$",
-                     done.stderr, re.MULTILINE)  # fmt: skip
+    plan = r"^tiny: all 2 layers in memory; KV cache up to \S+ MiB in memory; float32; 1 x 2,048 tokens a pass$"
+    assert re.search(plan, done.stderr, re.MULTILINE)
     assert re.search(
         r"^job 1: \S+ tokens/s generated, \S+ tokens/s in all, bound by [a-z_]+$", done.stderr, re.MULTILINE
     )

@@ -1,3 +1,4 @@
+import time
 from collections.abc import Iterable
 
 import pytest
@@ -7,6 +8,7 @@ from cli.errors import DatasetFault
 from cli.tasks import TaskSpec, requests, split_choices
 from cli.templates import PromptTemplate
 from storage.jobs import NewRequest
+from worker.limits import Limits
 
 
 def spec(task: str, choices: tuple[str, ...] = ()) -> TaskSpec:
@@ -83,3 +85,53 @@ def test_a_bad_line_refuses_everything_unless_it_may_be_an_error_row() -> None:
     kept = made(spec("generate"), rows, keep_going=True)
     assert [request.index for request in kept] == [0, 1, 2]
     assert kept[1].error == ("bad_line", "line 2: it is broken")
+
+
+DEEP: object = "x"
+for _ in range(9):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "words"),
+    [
+        ({"id": DEEP}, "bad_id", "'id' is nested too deep: the limit is 8 (OVERNIGHT_ID_DEPTH"),
+        ({"id": "x" * 1023}, "bad_id", "'id' is too long: the limit is 1.0 KiB (OVERNIGHT_ID_BYTES"),
+        ({"id": 10**1100}, "bad_id", "too long"),
+        ({f"f{i}": 1 for i in range(1000)}, "over_limit", "1,001 fields: the limit is 1,000 (OVERNIGHT_ROW_FIELDS"),
+        ({"choices": ["a"] * 1001}, "over_limit", "1,001 choices: the limit is 1,000 (OVERNIGHT_ROW_CHOICES"),
+        ({"choices": "a," * 1000 + "b"}, "over_limit", "1,001 choices"),
+    ],
+)
+def test_a_row_above_a_limit_is_an_error_row_wherever_it_stands(
+    fields: dict[str, object], code: str, words: str
+) -> None:
+    good: dict[str, object] = {"prompt": "p", "choices": "a,b"}
+    bad = {"prompt": "p", **fields}
+    for rows in ([Row(1, bad), Row(2, good)], [Row(1, good), Row(2, bad)]):
+        made_rows = made(spec("choose"), rows)
+        (refused,) = [row for row in made_rows if row.error]
+        assert refused.error is not None
+        assert refused.error[0] == code
+        assert words in refused.error[1]
+        assert refused.row_id is None
+        assert refused.payload is None
+
+
+def test_what_is_at_a_limit_is_a_row() -> None:
+    fields: dict[str, object] = {f"f{i}": 1 for i in range(997)}
+    row = Row(1, {"id": "x" * 1022, "prompt": "p", "choices": [str(i) for i in range(1000)], **fields})
+    assert made(spec("choose"), [row])[0].error is None
+    assert isinstance(DEEP, list)
+    assert made(spec("generate"), [Row(1, {"id": DEEP[0], "prompt": "p"})])[0].row_id == DEEP[0]
+
+
+def test_choices_are_compared_in_time_in_proportion_to_their_number() -> None:
+    many = TaskSpec("choose", PromptTemplate("p"), (), Limits(row_choices=10**6))
+    choices: list[object] = [str(i) for i in range(200_000)]
+    before = time.process_time()
+    assert made(many, [Row(1, {"choices": choices})])[0].error is None
+    (refused,) = made(many, [Row(1, {"choices": [*choices, "7"]})], keep_going=True)
+    assert refused.error is not None
+    assert "the choice '7' is there twice" in refused.error[1]
+    assert time.process_time() - before < 5

@@ -1,9 +1,18 @@
+import os
+import resource
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from cli.errors import FileAbsent, TemplateFault
+from cli.sandbox import Bounds, OutOfTime
 from cli.templates import PromptTemplate, RowFault, read_template
+from worker.limits import Limits
+
+BRIEF = Limits(render_s=0.2)
 
 
 def fault_of(template: str, **fields: object) -> RowFault:
@@ -105,3 +114,148 @@ def test_a_template_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_template(f"@{tmp_path / 'latin'}")
     with pytest.raises(TemplateFault, match="cannot be read"):
         read_template(f"@{tmp_path}")
+
+
+SLOW = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "{{ ([[1]] * 99999) | sum(start=[]) | length }}",
+    "{{ lipsum(n=99999) }}",
+]
+"""Templates that would compute for minutes, or for ever."""
+
+
+@pytest.mark.parametrize("template", SLOW)
+def test_a_template_that_takes_too_long_is_stopped_and_names_the_limit(template: str) -> None:
+    before = time.process_time()
+    with pytest.raises((RowFault, TemplateFault), match=r"takes too long: the limit is 0\.2 s \(OVERNIGHT_RENDER_S"):
+        PromptTemplate(template, BRIEF).render({})
+    assert time.process_time() - before < 2
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 'x' * 1100000000 }}", "more than 1,048,576 parts"),
+        ("{{ 1100000000 * [0] }}", "more than 1,048,576 parts"),
+        ("{{ 10 ** 5000 }}", "more than 4,300 digits"),
+        ("{{ 10 ** (10 ** 10) }}", "more than 4,300 digits"),
+        ("{% set n = namespace(x=10) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}", "4,300 digits"),
+        ("{{ 'x' | center(1000000000) }}", "more memory than 256.0 MiB"),
+        ("{{ '%1000000000d' % 1 }}", "more memory"),
+        ("{{ '{:1000000000}'.format(1) }}", "more memory"),
+        ("{{ 'x'.ljust(size) }}", "more memory"),
+        ("{{ (long | replace('x', long)) | length }}", "more memory"),
+        ("{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "more memory"),
+        (
+            "{% for i in range(99999) %}{{ long }}{% endfor %}",
+            "the prompt is too long: the limit is 1.0 MiB (OVERNIGHT_PROMPT",
+        ),
+        ("{{ 'é' * 600000 }}", "the prompt is too long"),
+        ("{{ long | truncate(-1) }}", "the template fails: expected length"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
+        ("{% include 'x' %}", "the template fails: "),
+    ],
+)
+def test_a_template_that_takes_too_much_fails_at_once_with_its_reason(template: str, reason: str) -> None:
+    before = time.process_time()
+    fault = fault_of(template, long="x" * 100_000, size=10**9)
+    assert fault.code == "template_error"
+    assert reason in str(fault)
+    assert time.process_time() - before < 2
+
+
+def test_moderate_sums_products_and_powers_are_as_ever() -> None:
+    template = "{{ 2 ** 10 }} {{ 'ab' * 3 }} {{ 3 * [1] }} {{ 1.5 * 2 }} {{ 2 ** -1 }} {{ -2 * 'x' }} {{ n * 2 }}"
+    assert PromptTemplate(template).render({"n": 4}) == "1024 ababab [1, 1, 1] 3.0 0.5  8"
+    assert (
+        PromptTemplate("{{ [1, 2] | sum }} {{ x | sum('a', 10) }} {{ [] | sum }}").render({"x": [{"a": 1}, {"a": 2}]})
+        == "3 13 0"
+    )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+        "{{ " + "[" * 200 + "]" * 200 + " }}",
+        "{% if 1 %}" * 300 + "{% endif %}" * 300,
+        "{{ " + "not " * 5000 + "1 }}",
+        "{{ 'x' | center(120000000) }}",  # computed as it is compiled
+    ],
+)
+def test_a_template_that_is_nested_too_deep_is_one_sentence(template: str) -> None:
+    with pytest.raises(TemplateFault, match="nested too deep"):
+        PromptTemplate(template)
+
+
+def test_bounds_leave_signals_timers_and_limits_as_they_were() -> None:
+    def state() -> tuple[object, ...]:
+        handler = signal.getsignal(signal.SIGPROF)
+        return handler, signal.getitimer(signal.ITIMER_PROF), resource.getrlimit(resource.RLIMIT_AS)
+
+    def endless() -> None:
+        while True:
+            pass
+
+    before = state()
+    bounds = Bounds(seconds=0.05, memory=1 << 28)
+    assert bounds.run(lambda: 7) == 7
+    assert state() == before
+    with pytest.raises(OutOfTime):
+        bounds.run(endless)
+    assert state() == before
+    with pytest.raises(MemoryError):
+        bounds.run(lambda: bytearray(1 << 30))
+    assert state() == before
+    with pytest.raises(OutOfTime):
+        Bounds(seconds=1e-6, memory=1 << 28).run(endless)
+    assert state() == before
+    assert len(bytearray(1 << 29)) == 1 << 29, "no template of before has left its limit"
+
+
+def test_a_process_that_grows_by_itself_takes_nothing_from_its_templates() -> None:
+    bounds = Bounds(seconds=2, memory=1 << 28)
+    assert bounds.run(lambda: len(bytearray(1 << 27))) == 1 << 27
+    grown = bytearray(1 << 29)
+    assert bounds.run(lambda: len(bytearray(1 << 27))) == 1 << 27
+    with pytest.raises(MemoryError):
+        bounds.run(lambda: bytearray(len(grown)))
+
+
+def test_an_exception_that_the_template_drops_does_not_stop_the_clock() -> None:
+    def deaf() -> None:
+        while True:
+            try:
+                while True:
+                    pass
+            except BaseException as error:
+                if time.process_time() > deadline:
+                    raise error from None
+
+    deadline = time.process_time() + 0.3
+    with pytest.raises(OutOfTime):
+        Bounds(seconds=0.05, memory=1 << 28).run(deaf)
+
+
+def test_other_threads_render_within_the_memory_limit_alone() -> None:
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(PromptTemplate("{{ x }}").render({"x": "y"})))
+    thread.start()
+    thread.join()
+    assert found == ["y"]
+
+
+def test_a_template_file_is_a_regular_file_of_moderate_size(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("/dev/zero", str(tmp_path / "pipe")):
+        with pytest.raises(TemplateFault, match="is not a regular file"):
+            read_template(f"@{name}")
+    (tmp_path / "long").write_bytes(b"x" * ((1 << 20) + 1))
+    with pytest.raises(TemplateFault, match="more than 1024 KiB; shorten it"):
+        read_template(f"@{tmp_path / 'long'}")
+
+
+def test_a_row_of_many_fields_does_not_fill_a_message() -> None:
+    fault = fault_of("{{ text }}", **{f"field{i}": 1 for i in range(5000)})
+    assert len(str(fault)) < 300

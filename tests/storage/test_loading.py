@@ -186,3 +186,11 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert peak(40_000) - peak(4_000) < 4 << 10
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_what_json_does_not_have_is_never_stored(db: Database, number: float) -> None:
+    for request in (NewRequest(0, number, {"prompt": "p"}), NewRequest(0, None, {"prompt": [number]})):
+        with pytest.raises(ValueError, match="JSON"):
+            create_job(db, new_job(), [request], now=1.0)
+    assert list_jobs(db) == []

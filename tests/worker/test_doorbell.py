@@ -9,6 +9,7 @@ import redis
 
 from worker.app import broker_url, make_app
 from worker.doorbell import HANDLER, RedisUnreachable, client_url, message_for, ping, queue_name, ring
+from worker.errors import RedisRefused
 from worker.private_redis import PrivateRedis
 from worker.settings import Settings
 
@@ -100,6 +101,32 @@ def test_a_redis_that_is_off_is_named_without_its_password(url: str) -> None:
 
     assert "OVERNIGHT_REDIS" in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:secret@h/0?nosuch=1",
+        "redis://h/0?nosuch=secret",
+        "redis://me:secret@h/0?socket_timeout=x",
+        f"redis://me:secret@{'x' * 300}/0",
+        "redis+socket:///run/r.sock?virtual_host=secret",
+    ],
+)
+def test_a_url_that_can_never_work_is_told_apart_and_named_without_its_password(url: str) -> None:
+    with pytest.raises(RedisRefused, match="OVERNIGHT_REDIS") as caught:
+        ping(url, timeout=1.0)
+
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0?password=secret", "unix:///nowhere/secret?password=secret"])
+def test_what_redis_py_says_of_a_redis_that_is_off_holds_no_password(url: str) -> None:
+    with pytest.raises(RedisUnreachable) as caught:
+        ping(url, timeout=1.0)
+
+    assert not isinstance(caught.value, RedisRefused)
+    assert "secret" not in str(caught.value).replace("unix:///nowhere/secret", "")
 
 
 def test_a_redis_that_ended_is_noticed_at_once() -> None:

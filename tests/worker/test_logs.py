@@ -31,6 +31,19 @@ def test_a_line_stays_one_line() -> None:
     assert "\n" not in SentenceFormatter(tracebacks=False).format(record("two\nlines"))
 
 
+def test_no_control_character_reaches_a_terminal_and_no_password_a_log() -> None:
+    text = "cannot reach redis+socket:///r.sock?password=secret: \x1b[2J\x9b1m \u202eod\udc80"
+    try:
+        raise ValueError("redis://:secret@h \x1b[31m")
+    except ValueError as error:
+        line = SentenceFormatter(tracebacks=True).format(record(text, error=error, model="m\x07"))
+
+    assert "secret" not in line
+    assert r"\u001b[2J\u009b1m \u202eod\udc80 model=m\u0007" in line
+    assert r"ValueError: redis://:***@h \u001b[31m" in line
+    assert not [char for char in line if char in "\x1b\x9b\u202e\x07"]
+
+
 def test_bound_fields_are_on_every_line_and_the_calls_own_win() -> None:
     logger = get_logger({"worker": 1}).bind(job=2)
 

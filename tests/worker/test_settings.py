@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from worker.limits import Limits
 from worker.settings import Settings, SettingsError, load_settings, without_password
 
 
@@ -117,6 +118,68 @@ def test_a_password_is_never_shown(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         load(tmp_path, OVERNIGHT_REDIS="http://:secret@host/0")
     assert "secret" not in str(caught.value)
+
+
+def test_the_repr_of_the_settings_holds_no_url(tmp_path: Path) -> None:
+    url = "redis://h/0?password=secret"
+    settings = load(tmp_path, OVERNIGHT_REDIS=url, OVERNIGHT_DATABASE="postgresql://me:secret@h/d")
+    assert settings.redis_url == url
+    assert "secret" not in repr(settings)
+
+
+@pytest.mark.parametrize("redis", ["redis://[::1", "redis://:secret@h:port/0", "redis://me:secret@h:99999999/0"])
+def test_a_redis_url_without_a_sound_host_is_refused_without_its_password(tmp_path: Path, redis: str) -> None:
+    with pytest.raises(SettingsError, match="OVERNIGHT_REDIS must be a Redis URL") as caught:
+        load(tmp_path, OVERNIGHT_REDIS=redis)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_url_in_a_list_is_not_shown_either(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="must be a text, not a list") as caught:
+        load(tmp_path, toml='redis = ["redis://:secret@h"]')
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("models", "~nosuch/x"), ("models", "a\\u0000b"), ("database", "~nosuch/q")]
+)
+def test_a_path_that_cannot_be_is_named(tmp_path: Path, key: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=key):
+        load(tmp_path, toml=f'{key} = "{value}"')
+
+
+def test_limits_are_settings_like_the_others(tmp_path: Path) -> None:
+    assert load(tmp_path).limits == Limits()
+    toml = 'row_bytes = "2MiB"\nrow_fields = 7\nrender_s = 0.5\nid_depth = 3'
+    given = load(tmp_path, toml=toml, OVERNIGHT_ROW_FIELDS="9", OVERNIGHT_PROMPT_BYTES="100").limits
+    assert given == Limits(row_bytes=2 << 20, row_fields=9, render_s=0.5, id_depth=3, prompt_bytes=100)
+    assert load(tmp_path, flags={"row_choices": 5}).limits.row_choices == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [
+        ("row_bytes", "many", "a size such as 4MiB"),
+        ("row_bytes", "0", "a size"),
+        ("row_bytes", "1GiB", "at most 64.0 MiB"),
+        ("prompt_bytes", "1GiB", "at most 64.0 MiB"),
+        ("row_depth", "500", "at most 200"),
+        ("row_depth", "1.5", "a whole number"),
+        ("row_fields", "-1", "at least 1"),
+        ("row_choices", "9" * 5000, "a whole number"),
+        ("render_s", "0", "seconds above 0"),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_named(tmp_path: Path, name: str, value: str, word: str) -> None:
+    with pytest.raises(SettingsError, match=word) as caught:
+        load(tmp_path, **{f"OVERNIGHT_{name.upper()}": value})
+    assert f"OVERNIGHT_{name.upper()}" in str(caught.value)
+
+
+def test_a_limit_says_where_it_is_set() -> None:
+    assert Limits().told("row_bytes") == "the limit is 1.0 MiB (OVERNIGHT_ROW_BYTES, or row_bytes in overnight.toml)"
+    assert "the limit is 2 s (OVERNIGHT_RENDER_S" in Limits().told("render_s")
+    assert "the limit is 1,000 (OVERNIGHT_ROW_FIELDS" in Limits().told("row_fields")
 
 
 def test_home_comes_from_the_platform_when_nobody_says() -> None:
