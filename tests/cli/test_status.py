@@ -140,8 +140,8 @@ def test_one_job_tells_what_it_was_made_from_and_where_it_lies(home: Path, run: 
     assert lines["choices"].strip() == "good, bad"
     assert lines["dataset"].strip() == str(Path("d.jsonl").resolve())
     assert lines["plan"].strip() == (
-        "10 of 24 layers on the device, 14 on disk; KV cache up to 3.0 GiB on the device, up to 512.0 MiB in host memory; "
-        "float16; 4 x 2,048 tokens a pass"
+        "10 of 24 layers on the device, 14 on disk; KV cache up to 3.0 GiB on the device, up to 512.0 MiB in host "
+        "memory; float16; 4 x 2,048 tokens a pass"
     )
     assert f"prompt:     Review: {{{{ prompt }}}}\n            {'x' * 99}…\n            three\n            …\n" in shown
     assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d", lines["finished"].strip())
