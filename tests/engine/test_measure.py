@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from engine.planner.hardware import LINKS, Hardware, Width
 from engine.planner.profiles import load_hardware, profile_json
 from engine.planner.rates import Figure, Rate, between
 from engine.profile import profile_for, store_profile, stored_profile
+from tests.engine.like_cuda import LikeCuda
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,22 @@ def measured(folder: Path) -> Hardware:
     return measure(HostDevice(), folder, effort=QUICK)
 
 
-def test_every_figure_is_there_and_above_nothing(measured: Hardware) -> None:
+@pytest.fixture(scope="module")
+def measured_apart(tmp_path_factory: pytest.TempPathFactory) -> Hardware:
+    """With copies as a GPU makes them."""
+    with closing(LikeCuda()) as device:
+        return measure(device, tmp_path_factory.mktemp("measured"), effort=QUICK)
+
+
+@pytest.fixture(params=["measured", "measured_apart"])
+def either(request: pytest.FixtureRequest) -> Hardware:
+    hardware = request.getfixturevalue(request.param)
+    assert isinstance(hardware, Hardware)
+    return hardware
+
+
+def test_every_figure_is_there_and_above_nothing(either: Hardware) -> None:
+    measured = either
     figures = measured.figures()
     assert {f"lanes.{lane}" for lane in LINKS} <= set(figures)
     assert {"scratch_attention", "widths.64.decode_attention", "widths.128.prompt_attention"} <= set(figures)
@@ -44,7 +61,8 @@ def test_every_figure_is_there_and_above_nothing(measured: Hardware) -> None:
     assert 0 < passes < 1
 
 
-def test_products_are_a_curve_for_each_dtype_and_width(measured: Hardware) -> None:
+def test_products_are_a_curve_for_each_dtype_and_width(either: Hardware) -> None:
+    measured = either
     assert [width.hidden_size for width in measured.widths] == [size for size, _ in QUICK.widths]
     for width in measured.widths:
         assert [tokens for tokens, _ in width.matmul["bfloat16"].points] == list(QUICK.tokens)

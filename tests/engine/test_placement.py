@@ -13,6 +13,7 @@ from engine.planner.plan import Shares, TierName
 from engine.units import MIB
 from engine.weights.importers.huggingface import import_checkpoint
 from tests.engine.checkpoints import make_checkpoint
+from tests.engine.like_cuda import LikeCuda
 
 BUDGETS = {"device_memory": 64 * MIB, "host_memory": 64 * MIB, "disk_space": 64 * MIB}
 PLACEMENTS: dict[str, dict[str, object]] = {
@@ -71,7 +72,8 @@ def options(placement: dict[str, object], **more: object) -> PlanOptions:
 
 
 def make_device(kind: str) -> Device:
-    return HostDevice() if kind == "cpu" else SimulatedDevice(delay_s=0.0002)
+    kinds = {"cpu": HostDevice, "simulated": lambda: SimulatedDevice(delay_s=0.0002), "like-cuda": LikeCuda}
+    return kinds[kind]()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def expected(model_dir: Path) -> dict[object, object]:
         return about(results(engine))
 
 
-@pytest.mark.parametrize("kind", ["cpu", "simulated"])
+@pytest.mark.parametrize("kind", ["cpu", "simulated", "like-cuda"])
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_outputs_do_not_depend_on_placement(
     name: str, kind: str, model_dir: Path, tmp_path: Path, expected: dict[object, object]
