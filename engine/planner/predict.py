@@ -1,7 +1,7 @@
 """How long a workload takes under a plan: ramp-up, steady state and tail, pass after pass. Pure; no torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.memory.lane import LaneName
 from engine.model.family import ModelShape, layer_name
@@ -85,6 +85,24 @@ def steady_requests_per_pass(workload: Workload, plan: Plan, token_bytes: int) -
     )
 
 
+def as_filled(workload: Workload, plan: Plan, token_bytes: int) -> Plan:
+    """The plan with pools as large as the part of them that a workload fills, once steady: where the device is filled
+    first, the other tiers hold what it has no room for."""
+    if plan.kv_fills_together:
+        return plan
+    if plan.schedule == "block":
+        tokens = min(float(workload.requests), plan.tokens_per_pass) * workload.mean(lambda each: each.reserved)
+    else:
+        occupied = workload.mean(lambda each: each.reserved * residency_passes(each, plan))
+        tokens = steady_requests_per_pass(workload, plan, token_bytes) * occupied
+    left = math.ceil(tokens * token_bytes)
+    filled = {}
+    for tier in TierName:
+        filled[tier] = min(plan.kv_bytes[tier], left)
+        left -= filled[tier]
+    return replace(plan, kv_bytes=filled) if any(filled.values()) else plan
+
+
 def predict(
     hardware: Hardware,
     shape: ModelShape,
@@ -97,11 +115,13 @@ def predict(
 ) -> Prediction:
     """How long a workload takes under a plan, from the first pass to the last output.
 
-    A sequence lives in the tiers in the proportion of their pools. If no sequence finds room, everything is 0 per
-    second and takes infinitely long.
+    A sequence lives in the tiers in the proportion in which they are filled. If no sequence finds room, everything is 0
+    per second and takes infinitely long.
     """
-    model = PassModel(hardware, shape, stored, plan, host_attention=host_attention, overlap=overlap)
-    run = _Run(model, plan, workload, kv_bytes_per_token(shape, plan.dtype))
+    token_bytes = kv_bytes_per_token(shape, plan.dtype)
+    filled = as_filled(workload, plan, token_bytes)
+    model = PassModel(hardware, shape, stored, filled, host_attention=host_attention, overlap=overlap)
+    run = _Run(model, plan, workload, token_bytes)
     if plan.schedule == "block":
         return run.by_block()
     return run.mixed()

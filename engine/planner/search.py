@@ -18,7 +18,7 @@ from engine.planner.hardware import Hardware
 from engine.planner.load import mean_request_load, residency_passes
 from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions, Shares, TierName
-from engine.planner.predict import Prediction, predict, steady_requests_per_pass
+from engine.planner.predict import Prediction, as_filled, predict, steady_requests_per_pass
 from engine.planner.problem import Problem
 from engine.planner.programme import TIE, Choice, Optimum, Programme
 from engine.planner.workload import Workload
@@ -255,7 +255,7 @@ class _Search:
         if not rate:
             return 0.0, 0.0
         load = mean_request_load(self._workload, plan)
-        model = self._problem.model(plan, host_attention)
+        model = self._problem.model(as_filled(self._workload, plan, self._problem.token_bytes), host_attention)
         seconds = model.cost(load.scaled(rate)).seconds
         return rate / seconds, seconds * self._workload.mean(lambda each: residency_passes(each, plan))
 
