@@ -34,6 +34,7 @@ from engine.tasks import InProgress, begin, rejected
 from engine.tokenizer import Tokenizer
 from engine.trace import Recorder
 from engine.units import format_bytes
+from engine.weights.checks import check_tokens, check_units
 from engine.weights.files import WeightFiles
 from engine.weights.manifest import read_manifest
 from engine.weights.stream import WeightStream
@@ -95,11 +96,12 @@ class Engine:
     def _open(self, model_dir: Path, options: PlanOptions, outlook: Outlook | None) -> None:
         start = perf_counter()
         manifest = read_manifest(model_dir)
+        check_units(manifest, model_dir)
         family = family_for(manifest.config)
         self._shape = family.shape
         stored = StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units})
-        eos = self._shape.eos_token_ids
-        self._tokenizer = Tokenizer.load(model_dir, self._shape.bos_token_id, eos[0] if eos else None)
+        self._tokenizer = Tokenizer.of_model(model_dir, self._shape)
+        check_tokens(self._tokenizer, self._shape, model_dir)
         self._stored, self._options, self._model_dir = stored, options, model_dir
         decision = self._decide(outlook)
         self.plan: Plan = decision.plan
