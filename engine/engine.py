@@ -1,6 +1,7 @@
 """The engine's public face: load a model once, run requests through it, close it."""
 
 from collections.abc import Callable, Container, Generator, Hashable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -8,6 +9,7 @@ from typing import Self
 
 from engine.activations import Activations
 from engine.balance import Balance
+from engine.closing import run_all
 from engine.devices.base import Device
 from engine.devices.open import facts_of, open_device
 from engine.errors import EngineError
@@ -63,7 +65,8 @@ class Engine:
         try:
             self._open(model_dir, options, outlook)
         except BaseException:
-            self.close()
+            with suppress(Exception):  # what went wrong first is what matters
+                self.close()
             raise
 
     @classmethod
@@ -245,10 +248,16 @@ class Engine:
         return len(dropped)
 
     def close(self) -> None:
-        """Free every byte and end the lanes. A second call does nothing."""
+        """Free every byte and end the lanes. A second call does nothing.
+
+        Raises:
+            EngineError: the device or a lane failed meanwhile; everything was closed all the same.
+        """
         self._broken = True
-        while self._closers:
-            self._closers.pop()()
+        closers, self._closers = self._closers, []
+        if closers:
+            # No memory is freed while a copy under way may still use it.
+            run_all([self._device.synchronize, *reversed(closers)])
 
     def check_integrity(self) -> None:
         """Raise ``EngineError`` if a tier's books do not add up."""

@@ -9,11 +9,13 @@ Shapes: T tokens of a micro-batch, t of one segment, N query heads, K key/value 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from engine.closing import run_all
 from engine.devices.base import Device
 from engine.errors import DiskFull, EngineError, TierFull
 from engine.kvcache.extents import DiskExtent, ExtentLayout, HostExtent, MemoryExtent
@@ -298,14 +300,14 @@ class KVStore:
 
     def close(self) -> None:
         """Free everything."""
-        if self._stream is not None:
-            self._stream.close()
-        for sequence in list(self._sequences):
-            self.release(sequence)
-        for arena in self._arenas.values():
-            arena.close()
-        if self._workers is not None:
-            self._workers.close()
+        run_all(
+            [
+                *([self._stream.close] if self._stream is not None else []),
+                *(partial(self.release, sequence) for sequence in list(self._sequences)),
+                *(arena.close for arena in self._arenas.values()),
+                *([self._workers.close] if self._workers is not None else []),
+            ]
+        )
 
     def _layouts(self, num_tokens: int) -> list[ExtentLayout]:
         shape = self._shape

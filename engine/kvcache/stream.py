@@ -6,13 +6,13 @@ are brought, and what it added to those before is taken back: three lanes, and c
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from engine.closing import run_all, settle
 from engine.devices.base import Device
 from engine.errors import EngineError
 from engine.kvcache.extents import DiskExtent, HostExtent
@@ -48,6 +48,10 @@ class _Slot:
     """The device's buffer holds what was brought; known once ``filled`` was waited for."""
     left: Event = _REACHED
     """Nobody needs the last visit's contents any more."""
+
+    def settle(self) -> None:
+        """Wait until nobody needs them."""
+        settle(self.left)
 
 
 class KVStream:
@@ -116,16 +120,16 @@ class KVStream:
 
     def close(self) -> None:
         """Stop the lanes, and free the ring when nothing is under way any more. What is not kept yet is lost."""
-        self._bringing.close()
-        self._writing.close()
-        for slot in self._slots:
-            with suppress(EngineError, CancelledError):  # who needed it was told
-                slot.left.wait()
-        for slot in self._slots:
-            slot.device.release()
-            if slot.host is not None:
-                slot.host.release()
-        self._slots.clear()
+        slots, self._slots = self._slots, []
+        blocks = [block for slot in slots for block in (slot.device, slot.host) if block is not None]
+        run_all(
+            [
+                self._bringing.close,
+                self._writing.close,
+                *(slot.settle for slot in slots),
+                *(block.release for block in blocks),
+            ]
+        )
 
     def _run_ahead(self) -> None:
         while self._free and self._next is not None and self._next.at_once:

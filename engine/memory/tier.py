@@ -74,7 +74,7 @@ class MemoryTier(Tier):
                 return Block(self, self._allocator(num_bytes), what)
         except BaseException as error:
             self.give(num_bytes, what)
-            if isinstance(error, MemoryError | OSError | OutOfMemoryError):
+            if isinstance(error, MemoryError | OSError | OutOfMemoryError | TierFull):
                 raise TierFull(
                     f"{self.name} memory: the machine has no {format_bytes(num_bytes)} left for {what}, although "
                     f"{format_bytes(self.used)} of a budget of {format_bytes(self.budget)} are used; "

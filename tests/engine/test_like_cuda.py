@@ -1,14 +1,11 @@
 """On a device whose copies are issued as CUDA's are: loading, planning and measuring, whatever mode a thread is in."""
 
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from engine.devices import cuda
-from engine.devices.cuda import CudaDevice
 from engine.engine import Engine
 from engine.lengths import workload_of
 from engine.measure import QUICK, measure
@@ -19,7 +16,7 @@ from engine.planner.hardware import Hardware
 from engine.planner.plan import PlanOptions, Shares, TierName
 from engine.request import Generate, Request, SamplingParams
 from engine.units import MIB
-from tests.engine.like_cuda import LikeCuda
+from tests.engine.like_cuda import LikeCuda, stubbed_cuda
 
 
 def test_an_engine_loads_for_a_workload_by_measuring_first(tiny_model: Path, tmp_path: Path) -> None:
@@ -39,24 +36,11 @@ def test_an_engine_loads_for_a_workload_by_measuring_first(tiny_model: Path, tmp
         assert len(list(engine.run(requests))) == 6
 
 
-class Stream:
-    """A stream of a GPU that is not there."""
-
-    def wait_event(self, event: Any) -> None:
-        """Nothing to wait for."""
-
-
 @pytest.mark.parametrize("made_in_inference_mode", [False, True])
 def test_a_lane_of_a_gpu_copies_into_memory_made_in_any_mode(
     made_in_inference_mode: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: Stream())
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(cuda, "timed_event", lambda _: Recorded())
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    device = CudaDevice(0)
+    device = stubbed_cuda(monkeypatch)
     tier = MemoryTier(TierName.DEVICE, 64, lambda size: torch.empty(size, dtype=torch.uint8))
     with torch.inference_mode(made_in_inference_mode):
         destination, source = (tier.allocate(16, "a slot").data for _ in range(2))
@@ -67,10 +51,3 @@ def test_a_lane_of_a_gpu_copies_into_memory_made_in_any_mode(
     finally:
         lane.close()
     assert destination.tolist() == [7] * 16
-
-
-class Recorded:
-    """An event of a GPU that is not there."""
-
-    def synchronize(self) -> None:
-        """Done."""
