@@ -80,6 +80,13 @@ def whole_layers(num_layers: int, shares: Shares) -> dict[TierName, int]:
     return counts
 
 
+def compute_dtype(options: PlanOptions, stored: StoredWeights, facts: MachineFacts) -> str:
+    """As asked, else as the weights are stored; in float16 where the device cannot compute as they are stored."""
+    if options.dtype is not None:
+        return options.dtype
+    return stored.dtype if facts.computes(stored.dtype) else "float16"
+
+
 def resolve_plan(
     options: PlanOptions,
     *,
@@ -92,9 +99,16 @@ def resolve_plan(
     """Fill in whatever ``options`` leaves open.
 
     Raises:
-        PlanDoesNotFit: the sentence says which tier is short, by how much, and what to change.
+        PlanDoesNotFit: the sentence says which tier is short, by how much, and what to change; or that the device
+            cannot compute in the dtype that was asked for.
     """
-    dtype = options.dtype or stored.dtype
+    dtype = compute_dtype(options, stored, facts)
+    if not facts.computes(dtype):
+        assert facts.capability is not None
+        raise PlanDoesNotFit(
+            f"this GPU has no {dtype} kernels: its compute capability is {facts.capability[0]}.{facts.capability[1]}, "
+            f"and they need 8.0; use --dtype float16"
+        )
     disk_dir = options.disk_dir or disk_dir
     budgets = budgets_of(options, facts, disk_dir)
     micro_batch = options.micro_batch or MICRO_BATCH_TOKENS
