@@ -63,7 +63,7 @@ class Tokenizer:
 
     @property
     def largest_id(self) -> int:
-        """Of all tokens, added and special ones included, and those put around every text; -1 if there are none."""
+        """The highest number of a token, be it added, special or put around every text; -1: there are none."""
         around = self._backend.encode("").ids
         return max(*self._backend.get_vocab(with_added_tokens=True).values(), *around, -1, -1)
 

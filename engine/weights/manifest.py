@@ -20,7 +20,7 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 FORMAT_VERSION = 1
 MOST_BYTES = 256 * MIB
-"""Of a manifest or a tokenizer, which are read whole."""
+"""The largest manifest or tokenizer that is taken for one: they are read whole."""
 PAGE_BYTES = 4096
 """Weight files are whole pages long, so that direct reads need no special last piece."""
 TENSOR_ALIGNMENT = 256

@@ -102,11 +102,11 @@ class WeightStream:
         """Stop reading and free every byte."""
         blocks, self._blocks = self._blocks, []
         slots, self._slots = self._slots, []
-        self._resident.clear()
-        self._host.clear()
         run_all(
             [
                 self._lane.close,
+                self._resident.clear,
+                self._host.clear,
                 *(slot.settle for slot in slots),
                 *(block.release for block in blocks),
                 self._files.close,

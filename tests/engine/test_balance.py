@@ -126,7 +126,7 @@ def test_passes_do_not_swing_though_some_show_a_part_of_their_compute(part: floa
      Machine(prompt_token_s=5e-4)],
 )  # fmt: skip
 def test_a_change_that_lasts_is_believed(then: Machine) -> None:
-    """Of links and decoding after 2 passes, of prompts after 5; then the passes approach the new balance."""
+    """A change of links or decoding after 2 passes, of prompts after 5; then the passes approach the new balance."""
     balance = Balance()
     Machine().run(balance, 50)
     after = then.run(balance, 40)

@@ -18,7 +18,7 @@ from engine.weights.manifest import TOKENIZER_NAME
 
 _COPIED = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 LEAST_SHARE = 0.8
-"""Of a vocabulary, what its tokenizer knows at least: tables are padded, but never by so much."""
+"""The part of a vocabulary that its tokenizer knows at least: tables are padded, but never by more."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _ROLES = ("unk_token", "bos_token", "eos_token", "pad_token", "cls_token", "sep_token", "mask_token")
 
