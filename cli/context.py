@@ -71,9 +71,9 @@ class App:
             raise JobNotFound(job_id)
         return database
 
-    def files_to_keep(self, job_params: Mapping[str, object]) -> list[Path]:
-        """Files that no output may replace: the job's dataset and the database."""
-        dataset = job_params.get("dataset")
+    def files_to_keep(self, origin: Mapping[str, object] | None) -> list[Path]:
+        """Files that no output may replace: the dataset that a job was made from, and the database."""
+        dataset = (origin or {}).get("dataset")
         database = sqlite_path(self.settings.database_url)
         return [*([Path(dataset)] if isinstance(dataset, str) else []), *([database] if database else [])]
 

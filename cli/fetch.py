@@ -30,7 +30,7 @@ def command(app: App, job_id: int, output: str, file_format: str, errors: bool) 
 
     with app.job_database(job_id) as database:
         job = get_job(database, job_id)
-        check_output(output, keep=app.files_to_keep(job.params))
+        check_output(output, keep=app.files_to_keep(job.origin))
         with open_output(output) as stream:
             rows = stream_outputs(database, job_id, errors_only=errors)
             count = write_rows(rows, stream, file_format=file_format, task=job.task)

@@ -90,7 +90,7 @@ def _job(
     if resume is not None:
         with app.job_database(resume) as database:
             job = _resumed(database, resume)
-            _check_outputs(app, output, trace, job.params)
+            _check_outputs(app, output, trace, job.origin)
             yield database, job
         return
     from cli.submission import prepare
@@ -110,8 +110,8 @@ def _job(
         yield database, get_job(database, job_id)
 
 
-def _check_outputs(app: App, output: str, trace: Path | None, job_params: Mapping[str, object]) -> None:
-    keep = app.files_to_keep(job_params)
+def _check_outputs(app: App, output: str, trace: Path | None, origin: Mapping[str, object] | None) -> None:
+    keep = app.files_to_keep(origin)
     check_output(output, keep=keep)
     if trace is not None:
         check_output(str(trace.absolute()), keep=[*keep, Path(output)], option="--trace")

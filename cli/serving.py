@@ -17,7 +17,7 @@ from cli.errors import WorkerDied
 from cli.placement import Placement
 from cli.progress import follow, job_progress
 from cli.reports import FINISHED
-from cli.workers import TRACE_VARIABLE
+from cli.workers import ALONE_VARIABLE, TRACE_VARIABLE
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -104,6 +104,7 @@ class OwnWorker:
         return {
             **environ,
             "PYTHONPATH": os.pathsep.join([packages, path] if path else [packages]),
+            ALONE_VARIABLE: "1",
             # Not on its command line: the URL may hold a password, which `ps` would show to everybody.
             "OVERNIGHT_DATABASE": self._settings.database_url,
         }

@@ -25,6 +25,8 @@ class Submission:
     model: str
     """The name, or the absolute path."""
     dataset: Dataset
+    prompt: str
+    """The template itself, also where it was given as a file."""
     rows: "Iterator[NewRequest]"
     """Read once, as it is stored."""
 
@@ -36,16 +38,20 @@ class Submission:
         """
         from storage.jobs import NewJob, create_job
 
-        params = self.options.params()
-        if self.dataset.path is not None:
-            params["dataset"] = str(self.dataset.path.resolve())
+        path = self.dataset.path
+        origin = {
+            "dataset": None if path is None else str(path.resolve()),
+            "prompt": self.prompt,
+            "choices": None if self.options.choices is None else list(self.options.choices),
+        }
         job = NewJob(
             model=self.model,
             task=self.options.task,
-            params=params,
+            params=self.options.params(),
             seed=self.options.seed or 0,
             priority=self.options.priority,
             queue=queue,
+            origin=origin,
         )
         return create_job(database, job, _then(self.rows, before_commit), now=time.time())
 
@@ -62,13 +68,14 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
 
     dataset = Dataset(dataset_name)
     dataset.check()
-    spec = TaskSpec(options.task, PromptTemplate(read_template(options.prompt)), options.choices or ())
+    prompt = read_template(options.prompt)
+    spec = TaskSpec(options.task, PromptTemplate(prompt), options.choices or ())
     model = resolve_model(options.model, settings)
     if model.is_imported:
         read_manifest(model.path)
     rows = requests(dataset.rows(), spec, label=dataset.label, keep_going=options.keep_going)
     first = next(rows)
-    return Submission(options, model.reference, dataset, itertools.chain([first], rows))
+    return Submission(options, model.reference, dataset, prompt, itertools.chain([first], rows))
 
 
 def _then(rows: "Iterator[NewRequest]", last: Callable[[], None] | None) -> "Iterator[NewRequest]":

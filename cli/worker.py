@@ -9,7 +9,7 @@ import click
 from cli.context import App
 from cli.options import Text, placement_options, queue_option, settings_options
 from cli.placement import Placement
-from cli.workers import TRACE_VARIABLE
+from cli.workers import ALONE_VARIABLE, TRACE_VARIABLE
 
 
 @click.command("worker", short_help="Work on the jobs of a queue.")
@@ -30,6 +30,11 @@ def command(app: App, /, model: str | None, **values: Any) -> None:
 
     placement = Placement.take(values).plan_options()
     trace = os.environ.get(TRACE_VARIABLE)
-    options = WorkerOptions(model=model, placement=placement, trace=Path(trace) if trace else None)
+    options = WorkerOptions(
+        model=model,
+        placement=placement,
+        trace=Path(trace) if trace else None,
+        is_alone=bool(os.environ.get(ALONE_VARIABLE)),
+    )
     code = run_worker(app.settings, options)
     raise click.exceptions.Exit(code)

@@ -8,6 +8,8 @@ PRIVATE_QUEUE = "run-"
 """How the queues begin that a worker of our own serves for one job."""
 TRACE_VARIABLE = "_OVERNIGHT_TRACE"
 """How `overnight run --trace` tells its worker where the trace goes; a worker of a queue has no such option."""
+ALONE_VARIABLE = "_OVERNIGHT_ALONE"
+"""How `overnight run` tells its worker that no other serves its queue."""
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -20,7 +22,7 @@ def missing_worker_hint(database: "Database", job: "Job", *, now: float) -> str 
     from worker.presence import is_dead
 
     if job.state in FINISHED or any(
-        worker.queue == job.queue and not is_dead(worker.hostname, worker.pid, worker.started_at)
+        worker.queue == job.queue and not is_dead(worker.hostname, worker.pid, worker.process)
         for worker in list_workers(database, now)
     ):
         return None

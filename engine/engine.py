@@ -231,6 +231,8 @@ class Engine:
                 outputs = self._compute(this_pass) if this_pass.micro_batches else []
                 outputs += rejections
                 rejections.clear()
+                if scheduler.is_idle:
+                    self._settle()
                 stats = self._stats(this_pass, scheduler, (start, perf_counter()))
                 if this_pass.micro_batches:
                     self._balance.learn(stats)
@@ -318,6 +320,15 @@ class Engine:
     def _scheduler_of(self) -> Scheduler:
         assert self._scheduler is not None
         return self._scheduler
+
+    def _settle(self) -> None:
+        """Wait for what the last pass left under way: a run may end here, and its figures must not miss any of it.
+
+        Not for weights that are read ahead: they belong to whoever runs next.
+        """
+        with self._device.computing():
+            self._device.compute_mark().wait()
+            self._kv.settle()
 
     def _stats(self, this_pass: Pass, scheduler: Scheduler, span: Span) -> PassStats:
         segments = this_pass.segments

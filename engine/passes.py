@@ -69,8 +69,9 @@ class PassStats:
     """Sequences that wait for room."""
     lane_bytes: dict[str, int]
     lane_seconds: dict[str, float]
-    """How long each lane was busy. ``device_compute`` leaves out what it waited for; lanes that run ahead into the next
-    pass count where their work ends."""
+    """How long each lane was busy. ``device_compute`` leaves out what it waited for; work that goes on beside the next
+    pass counts where it ends. Before the report of a pass after which nothing runs, keys and values under way are
+    waited for, so that a run counts all that it moved."""
     weight_bytes: int
     """How many weight bytes were moved: 0 where all are resident. A first pass counts those of loading, too, which are
     in no lane's figures."""

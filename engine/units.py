@@ -1,4 +1,4 @@
-"""Byte sizes and the two integer roundings; the only place where 1024 is written."""
+"""Byte sizes, for the whole engine and the command line, and the two integer roundings."""
 
 import re
 

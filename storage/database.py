@@ -12,6 +12,7 @@ from sqlalchemy.engine import make_url
 from storage.errors import (
     DatabaseFull,
     DatabaseLocked,
+    DatabaseMisnamed,
     DatabaseReadOnly,
     DatabaseUnreachable,
     NotADatabase,
@@ -20,6 +21,7 @@ from storage.errors import (
 from storage.schema import HEAD, REVISIONS, alembic_version, metadata
 from storage.sqlite import OLDEST_SQLITE, install_events, prepare_file
 
+_REFUSALS = ("password authentication failed", "no password supplied", '" does not exist')  # PostgreSQL's words
 _ADVISORY_LOCK = 0x6F766E74  # "ovnt": PostgreSQL's name for "one process creates or upgrades the schema"
 
 
@@ -156,6 +158,9 @@ def translate(error: exc.DBAPIError, place: str) -> DatabaseUnreachable | None:
     """The failure that a person can act on behind a driver's error; None when it is a fault of ours."""
     code = getattr(error.orig, "sqlite_errorcode", None)
     if code is None:
+        # libpq gives no code for a connection that was refused, only a text.
+        if any(words in str(error.orig) for words in _REFUSALS):
+            return DatabaseMisnamed(f"The database {place} does not let us in: {str(error.orig).strip()}")
         if isinstance(error, exc.OperationalError | exc.InterfaceError):
             return DatabaseUnreachable(f"Cannot reach the database {place}: {str(error.orig).strip()}")
         return None
@@ -186,15 +191,15 @@ def _parse(url: str) -> URL:
     try:
         return make_url(url)
     except (exc.ArgumentError, ValueError) as error:
-        raise DatabaseUnreachable(f"The database URL cannot be understood: {error}") from error
+        raise DatabaseMisnamed(f"The database URL cannot be understood: {error}") from error
 
 
 def _sqlite_path(parsed: URL, given: str) -> tuple[URL, Path]:
     if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
-        raise DatabaseUnreachable(f"The database {given} is not a file. Give a path, or sqlite:////absolute/path.db.")
+        raise DatabaseMisnamed(f"The database {given} is not a file. Give a path, or sqlite:////absolute/path.db.")
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         oldest = ".".join(map(str, OLDEST_SQLITE))
-        raise DatabaseUnreachable(f"SQLite {sqlite3.sqlite_version} is too old: overnight needs {oldest} or later.")
+        raise DatabaseMisnamed(f"SQLite {sqlite3.sqlite_version} is too old: overnight needs {oldest} or later.")
     path = Path(parsed.database).expanduser().resolve()
     return parsed.set(database=str(path)), path
 
@@ -206,7 +211,7 @@ def _make_engine(url: URL, path: Path | None, busy_timeout_s: float, *, foreign_
             return create_engine(url, hide_parameters=True, pool_pre_ping=True)
         engine = create_engine(url, hide_parameters=True, connect_args={"timeout": busy_timeout_s})
     except (ModuleNotFoundError, exc.ArgumentError) as error:
-        raise DatabaseUnreachable(
+        raise DatabaseMisnamed(
             f"No driver for the database {url.render_as_string()}: {error}. "
             "For PostgreSQL: pip install 'overnight[postgres]'."
         ) from error

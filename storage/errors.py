@@ -12,6 +12,7 @@ StorageError
     ├── DatabaseLocked      another process kept it locked for longer than the busy timeout
     ├── DatabaseReadOnly    the file or its directory cannot be written
     ├── DatabaseFull        no room left on the disk
+    ├── DatabaseMisnamed    a URL, password or path that cannot lead to a database
     ├── NotADatabase        the file is something else, or damaged
     ├── UnsafeFilesystem    SQLite on a network file system
     └── SchemaTooNew        a newer overnight made it
@@ -70,6 +71,9 @@ class IntegrityBroken(StorageError):
 class DatabaseUnreachable(StorageError):
     """The database cannot be opened, read or written."""
 
+    may_pass = True
+    """Whether waiting can help: a lock is released, a disk gets room, a server comes back."""
+
 
 class DatabaseLocked(DatabaseUnreachable):
     """Another process held the lock for longer than the busy timeout."""
@@ -78,18 +82,32 @@ class DatabaseLocked(DatabaseUnreachable):
 class DatabaseReadOnly(DatabaseUnreachable):
     """The database file, or the directory that must hold its journal, cannot be written."""
 
+    may_pass = False
+
 
 class DatabaseFull(DatabaseUnreachable):
     """The disk has no room left for the database or its journal."""
 
 
+class DatabaseMisnamed(DatabaseUnreachable):
+    """The URL, its password or its path cannot lead to a database, however long one waits."""
+
+    may_pass = False
+
+
 class NotADatabase(DatabaseUnreachable):
     """The file is not an overnight database, or it is damaged."""
+
+    may_pass = False
 
 
 class UnsafeFilesystem(DatabaseUnreachable):
     """SQLite would lie on a network file system, whose locks cannot be trusted."""
 
+    may_pass = False
+
 
 class SchemaTooNew(DatabaseUnreachable):
     """The schema is of a version that this program does not know."""
+
+    may_pass = False

@@ -4,12 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, delete, func, select, update
+from sqlalchemy import Connection, Select, Text, and_, case, delete, func, select, type_coerce, update
 
+from storage.crashes import FOUND_GUILTY
 from storage.database import Database
 from storage.errors import InvalidTransition, JobNotFound, NothingToRetry
 from storage.loading import NewJob, NewRequest, create_job, remove_rows, sweep_invisible
-from storage.schema import jobs, outputs, requests
+from storage.schema import jobs, object_of, outputs, requests
 from storage.states import OPEN_JOBS, JobState, OutputStatus, RequestState, jobs_before, requests_before
 
 __all__ = [
@@ -54,6 +55,8 @@ class Job:
     generated_tokens: int
     message: str | None  # why the whole job failed
     plan: dict[str, Any] | None  # placement and batches that its rows were last computed under
+    name: str | None  # what its owner calls it
+    origin: dict[str, Any] | None  # for people: "dataset" (absolute path, or null), "prompt" (template), "choices"
 
     @property
     def is_finished(self) -> bool:
@@ -102,16 +105,23 @@ def runnable_jobs(db: Database, queue: str) -> list[Job]:
         return [Job(*row) for row in connection.execute(query)]
 
 
-def peek_requests(db: Database, job_id: int, limit: int) -> list[tuple[int, dict[str, Any] | None]]:
-    """Index and payload of the first pending requests, claimed by nobody: to see what they are like."""
+def peek_requests(db: Database, job_id: int, limit: int) -> list[tuple[int, int, dict[str, Any] | None]]:
+    """Index, attempt and payload of the first pending requests, claimed by nobody: to see what they are like.
+
+    Those that were in a crash are left out.
+    """
     query = (
-        select(requests.c.index, requests.c.payload)
-        .where(requests.c.job_id == job_id, requests.c.state == RequestState.PENDING)
+        select(requests.c.index, requests.c.attempt, type_coerce(requests.c.payload, Text))
+        .where(
+            requests.c.job_id == job_id,
+            requests.c.state == RequestState.PENDING,
+            requests.c.crash_group.is_(None),
+        )
         .order_by(requests.c.index)
         .limit(limit)
     )
     with db.read() as connection:
-        return [(index, payload) for index, payload in connection.execute(query)]
+        return [(index, attempt, object_of(text)) for index, attempt, text in connection.execute(query)]
 
 
 def note_plan(db: Database, job_id: int, plan: dict[str, Any]) -> None:
@@ -188,7 +198,10 @@ def retry_job(db: Database, job_id: int, *, now: float) -> Job:  # noqa: ARG001 
             ).where(errors)
         ).one()
         connection.execute(delete(outputs).where(errors))
-        queued = connection.execute(update(requests).where(again).values(state=RequestState.PENDING)).rowcount
+        # A row that was found to end its worker gets another chance, still apart from all others.
+        apart = case((requests.c.crash_group == FOUND_GUILTY, -1 - requests.c.index), else_=requests.c.crash_group)
+        values = {"state": RequestState.PENDING, "crash_group": apart}
+        queued = connection.execute(update(requests).where(again).values(values)).rowcount
         if queued == 0:
             raise NothingToRetry(_why_nothing(job))
         connection.execute(

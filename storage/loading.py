@@ -31,6 +31,8 @@ class NewJob:
     seed: int
     priority: int  # higher first
     queue: str
+    name: str | None = None  # what its owner calls it
+    origin: dict[str, Any] | None = None  # as in `jobs.Job`
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,8 @@ def _insert_job(connection: Connection, new: NewJob, now: float) -> int:
             seed=new.seed,
             priority=new.priority,
             queue=new.queue,
+            name=new.name,
+            origin=new.origin,
             num_requests=0,
             num_done=0,
             num_failed=0,

@@ -17,6 +17,8 @@ from storage.states import JobState, OutputStatus, RequestState, jobs_before
 
 _IN_LIST = 500  # SQLite's oldest limit of parameters is 999
 _PASSES_PAGE = 1000
+_Claim = tuple[int, int]
+"""Index and attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +85,10 @@ def record(
     """
     with db.write() as connection:
         hold_worker(connection, worker_id)
-        by_job: dict[int, dict[int, RequestResult]] = defaultdict(dict)
+        by_job: dict[int, dict[_Claim, RequestResult]] = defaultdict(dict)
         for result in results:
-            by_job[result.job_id].setdefault(result.index, result)
+            # By attempt, too: a job that was cancelled and queued again within one commit has results of both.
+            by_job[result.job_id].setdefault((result.index, result.attempt), result)
         new = sum(_record_job(connection, worker_id, job_id, by_job[job_id], now) for job_id in sorted(by_job))
         if passes is not None:
             _insert_passes(connection, worker_id, passes)
@@ -93,10 +96,11 @@ def record(
 
 
 def _record_job(
-    connection: Connection, worker_id: int, job_id: int, results: dict[int, RequestResult], now: float
+    connection: Connection, worker_id: int, job_id: int, results: dict[_Claim, RequestResult], now: float
 ) -> int:
     connection.execute(select(jobs.c.id).where(jobs.c.id == job_id).with_for_update())
-    mine = [results[i] for i in _held(connection, worker_id, job_id, results)]
+    held = _held(connection, worker_id, job_id, sorted({index for index, _ in results}))
+    mine = [results[claim] for claim in held if claim in results]
     if not mine:
         return 0
     for state, some in (
@@ -131,9 +135,9 @@ def _record_job(
     return len(mine)
 
 
-def _held(connection: Connection, worker_id: int, job_id: int, results: dict[int, RequestResult]) -> list[int]:
-    """The indexes whose claim is the one that the result names. The write lock keeps that true until the commit."""
-    indexes, held = list(results), []
+def _held(connection: Connection, worker_id: int, job_id: int, indexes: list[int]) -> list[_Claim]:
+    """Which of the indexes the worker holds, and by which claims. The write lock keeps that true until the commit."""
+    held: list[_Claim] = []
     for start in range(0, len(indexes), _IN_LIST):
         rows = connection.execute(
             select(requests.c.index, requests.c.attempt)
@@ -145,7 +149,7 @@ def _held(connection: Connection, worker_id: int, job_id: int, results: dict[int
             )
             .with_for_update()
         )
-        held += [index for index, attempt in rows if results[index].attempt == attempt]
+        held += [(index, attempt) for index, attempt in rows]
     return held
 
 

@@ -34,7 +34,7 @@ from sqlalchemy import (
 from storage.states import JobState, OutputStatus, RequestState
 
 #: Every revision of the schema, oldest first; the last is the one this program speaks (a test holds it to the files).
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 HEAD = REVISIONS[-1]
 
 metadata = MetaData(
@@ -50,6 +50,15 @@ metadata = MetaData(
 def to_json(value: object) -> str:
     """JSON in one line of ASCII, so that even a lone surrogate survives the way through the database."""
     return json.dumps(value, separators=(",", ":"))
+
+
+def object_of(text: str | None) -> dict[str, Any] | None:
+    """A JSON object as it was stored; None for anything else, so that one damaged row costs nothing but itself."""
+    try:
+        value = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 class JsonText(TypeDecorator[Any]):
@@ -105,6 +114,8 @@ class _JobColumns(TypedColumns):
     generated_tokens: Named[int] = Column(BigInteger)
     message: Named[str | None] = Column(MessageText)  # why the whole job failed
     plan: Named[dict[str, Any] | None] = Column(JsonText)  # what its rows were last computed under
+    name: Named[str | None] = Column(MessageText)  # what its owner calls it
+    origin: Named[dict[str, Any] | None] = Column(JsonText)  # what its rows were made from, for people: see `jobs.Job`
 
 
 jobs = Table("jobs", metadata, _JobColumns, _one_of("state", JobState), sqlite_autoincrement=True)
@@ -124,6 +135,9 @@ class _WorkerColumns(TypedColumns):
     lease_until: Named[float] = Column(Double)
     stopped_at: Named[float | None] = Column(Double)  # set once; after that the worker can neither claim nor record
     state: Named[str] = Column(Text)  # free text for people, "stopped" or "expired" at the end
+    process: Named[str | None] = Column(Text)  # tells this process from a later one of the same number
+    message: Named[str | None] = Column(MessageText)  # what it waits for, or leaves alone, and why
+    retry_at: Named[float | None] = Column(Double)  # when it tries again what it leaves alone
 
 
 workers = Table("workers", metadata, _WorkerColumns, sqlite_autoincrement=True)
@@ -137,6 +151,8 @@ class _RequestColumns(TypedColumns):
     state: Named[RequestState] = Column(_state(RequestState))
     worker_id: Named[int | None] = Column(Integer, ForeignKey("workers.id"))
     attempt: Named[int] = Column(Integer)  # one more at each claim: the epoch of the claim
+    crashes: Named[int] = Column(Integer, server_default="0")  # how many processes died while the row was in a pass
+    crash_group: Named[int | None] = Column(Integer)  # runs apart, with the rows of its group: see `storage.crashes`
 
 
 requests = Table(
@@ -149,6 +165,7 @@ requests = Table(
 Index(None, requests.c.job_id, requests.c.state, requests.c.index)
 # Partial where it matters; naming PostgreSQL's twin of this option would import its dialect (50 ms) everywhere.
 Index(None, requests.c.worker_id, sqlite_where=requests.c.worker_id.is_not(None))
+Index(None, requests.c.crash_group, sqlite_where=requests.c.crash_group.is_not(None))
 
 
 class _OutputColumns(TypedColumns):
@@ -190,6 +207,19 @@ class _PassColumns(TypedColumns):
 
 
 passes = Table("passes", metadata, _PassColumns)
+
+
+class _FaultColumns(TypedColumns):
+    # Why one machine leaves one model alone for a while; gone once the model has worked there.
+    machine: Named[str] = Column(Text, primary_key=True)  # as workers.hostname
+    model: Named[str] = Column(Text, primary_key=True)  # as jobs.model
+    count: Named[int] = Column(Integer)  # faults in a row
+    message: Named[str] = Column(MessageText)
+    happened_at: Named[float] = Column(Double)
+    retry_at: Named[float] = Column(Double)
+
+
+faults = Table("faults", metadata, _FaultColumns)
 
 # Alembic's own table, declared here so that opening a database needs no Alembic; it is not part of `metadata`.
 alembic_version = Table(

@@ -7,7 +7,13 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 
-from storage.errors import DatabaseReadOnly, DatabaseUnreachable, NotADatabase, UnsafeFilesystem
+from storage.errors import (
+    DatabaseMisnamed,
+    DatabaseReadOnly,
+    DatabaseUnreachable,
+    NotADatabase,
+    UnsafeFilesystem,
+)
 
 #: Write-ahead logging can corrupt the file in every release from 3.7.0 up to this one (the "WAL reset" bug).
 WAL_IS_SAFE_FROM = (3, 51, 3)
@@ -65,7 +71,7 @@ def prepare_file(path: Path, mounts_file: Path = Path("/proc/mounts")) -> None:
         _check_existing(path)
         return
     except OSError as error:
-        raise DatabaseUnreachable(f"Cannot create the database {path}: {error.strerror}.") from error
+        raise DatabaseMisnamed(f"Cannot create the database {path}: {error.strerror}.") from error
     try:
         os.fchmod(descriptor, 0o600)  # whatever the umask took away
     finally:
@@ -79,23 +85,23 @@ def _make_directory(directory: Path) -> None:
             folder.mkdir(mode=0o700, exist_ok=True)
             folder.chmod(0o700)
         except OSError as error:
-            raise DatabaseUnreachable(
+            raise DatabaseMisnamed(
                 f"Cannot make the directory {folder} for the database: {error.strerror}. "
                 "Choose another place with --database, OVERNIGHT_DATABASE or OVERNIGHT_HOME."
             ) from error
     if not directory.is_dir():
-        raise DatabaseUnreachable(f"Cannot make the database in {directory}: it is not a directory.")
+        raise DatabaseMisnamed(f"Cannot make the database in {directory}: it is not a directory.")
 
 
 def _check_existing(path: Path) -> None:
     if not path.is_file():
-        raise DatabaseUnreachable(f"The database {path} is not a regular file.")
+        raise DatabaseMisnamed(f"The database {path} is not a regular file.")
     # Looking into it would be clearer, but closing the file would drop the POSIX locks that SQLite holds on it in this
     # process. SQLite refuses strangers itself, except files of a single byte, which it would overwrite.
     if path.stat().st_size == 1:
         raise NotADatabase(f"{path} is not a database. Name another file with --database or OVERNIGHT_DATABASE.")
     if not os.access(path, os.R_OK):
-        raise DatabaseUnreachable(f"The database {path} cannot be read: permission denied.")
+        raise DatabaseMisnamed(f"The database {path} cannot be read: permission denied.")
     for place in (path, path.parent):
         if not os.access(place, os.W_OK):
             raise DatabaseReadOnly(

@@ -12,7 +12,9 @@ from worker.private_redis import PrivateRedis
 from worker.settings import Settings, load_settings
 
 # A busy machine is no failure of the code under test.
-hypothesis.settings.register_profile("overnight", deadline=None)
+hypothesis.settings.register_profile(
+    "overnight", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("overnight")
 
 

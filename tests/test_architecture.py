@@ -42,7 +42,7 @@ for name in names:
 def load_in_a_fresh_process(names: list[str], heavy: tuple[str, ...] = HEAVY) -> str:
     """Import ``names`` one after the other; what was wrong, or an empty string."""
     ran = subprocess.run(
-        [sys.executable, "-c", _LOAD, json.dumps([heavy, names])], capture_output=True, text=True, timeout=120, cwd=ROOT
+        [sys.executable, "-c", _LOAD, json.dumps([heavy, names])], capture_output=True, text=True, timeout=240, cwd=ROOT
     )
     return ran.stderr.strip() if ran.returncode else ""
 

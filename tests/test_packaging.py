@@ -140,7 +140,7 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         env={**inherited, **environment},
     )
 
@@ -188,15 +188,15 @@ def compose() -> dict[str, Any]:
 
 def test_compose_is_accepted_by_docker(tmp_path: Path) -> None:
     try:
-        present = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=60).returncode == 0
+        present = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=240).returncode == 0
     except FileNotFoundError:
         present = False
     if not present:
         pytest.skip("docker compose is not installed here")
     command = ["docker", "compose", "--profile", "postgres", "config", "--quiet"]
-    without = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    without = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     with_password = {**os.environ, "REDIS_PASSWORD": "secret", "POSTGRES_PASSWORD": "secret"}
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=with_password)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=with_password)
     assert ran.returncode == 0, ran.stderr
     assert "REDIS_PASSWORD" in without.stderr
 

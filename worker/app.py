@@ -12,14 +12,21 @@ from celery import Celery
 
 from worker.doorbell import HANDLER, KEY_PREFIX, queue_name
 from worker.settings import Settings
+from worker.strangers import amqp_class
 
 
-def make_app(settings: Settings, on_ring: Callable[[int], None] | None = None) -> Celery:
+def make_app(
+    settings: Settings,
+    on_ring: Callable[[int], None] | None = None,
+    on_stray: Callable[[str], None] | None = None,
+) -> Celery:
     """The application for ``settings``; ``on_ring`` is called with a job's id for each message.
 
-    ``on_ring`` runs on the pool's one thread and should return at once. Nothing is connected to yet.
+    ``on_ring`` runs on the pool's one thread and should return at once; ``on_stray`` is told of each message that is
+    dropped. Nothing is connected to yet.
     """
-    app = Celery("overnight", broker=broker_url(settings.redis_url), set_as_current=False)
+    url = broker_url(settings.redis_url)
+    app = Celery("overnight", broker=url, amqp=amqp_class(on_stray or (lambda _: None)), set_as_current=False)
     app.conf.update(
         # JSON only: a message can name a handler and a number, never run code.
         task_serializer="json",

@@ -1,6 +1,7 @@
 """The bell inside the process: what Celery's handler and the signals pull, and the drain hears."""
 
 import threading
+from collections.abc import Callable
 
 
 class Bell:
@@ -9,6 +10,8 @@ class Bell:
     def __init__(self) -> None:
         self._rung = threading.Event()
         self._stop = threading.Event()
+        self.on_kill: Callable[[], None] = lambda: None
+        """Called when a person ends the process at once, by a second signal; must be quick."""
 
     @property
     def is_stopping(self) -> bool:
@@ -27,6 +30,10 @@ class Bell:
     def answer(self) -> None:
         """What rang until now is about to be looked at."""
         self._rung.clear()
+
+    def pause(self, timeout_s: float) -> None:
+        """Return after ``timeout_s`` seconds, or when it is time to stop."""
+        self._stop.wait(timeout_s)
 
     def wait(self, timeout_s: float) -> None:
         """Return when it rings, at once if it has rung since ``answer``, or after ``timeout_s`` seconds."""

@@ -1,21 +1,19 @@
 """One process, one device: a Celery worker for the doorbell, one drain thread for the work.
 
 The order of stopping, and why: a signal only sets flags; the drain finishes its pass, records it and gives back what
-it holds while Celery still answers; then Celery's loop ends, the drain thread is joined, and the database is closed
-last. A second signal ends the process at once: the lease, or the next worker on this host, returns the claims.
+it holds while Celery still answers; then Celery's loop ends, and the database is closed last. A second signal ends the
+process at once: the lease, or the next worker on this host, returns the claims.
 """
 
 import importlib
 import os
 import signal
-import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from celery import Celery, signals
 from celery.exceptions import SecurityWarning
@@ -30,18 +28,21 @@ from storage.database import Database
 from worker.app import make_app
 from worker.bell import Bell
 from worker.doorbell import ping
-from worker.errors import SettingsError, TraceNotWritten
-from worker.lifecycle import DrainStep, DrainThread, Stop
+from worker.errors import RedisRefused, RedisUnreachable, SettingsError, TraceNotWritten
+from worker.lifecycle import DrainThread, Stop
 from worker.locks import device_lock
 from worker.logs import configure, get_logger
 from worker.models import resolve_model
-from worker.residency import Engine, Residency, Sample
+from worker.patience import Patience
+from worker.residency import Engine, Residency, Sample, Tell
+from worker.ringing import Ringing
 from worker.session import serve
 from worker.settings import Settings
+from worker.strangers import Strays
 
 _FAILED = 1
-_PATIENCE_S = 60.0
-"""How long a worker waits for a locked database: a nightly backup should not end a night's work."""
+_BUSY_S = 10.0
+"""How long one statement waits for another process's lock; what lasts longer is a matter of ``worker.patience``."""
 _KNOWN_ROOMS = ("engine.errors", "storage.errors", "worker.errors")
 
 
@@ -56,6 +57,8 @@ class WorkerOptions:
     placement: PlanOptions = field(default_factory=PlanOptions)
     trace: Path | None = None
     """Where to write what lanes and passes did."""
+    is_alone: bool = False
+    """No other worker will ever serve the queue: what cannot be done here fails the job instead of waiting."""
 
 
 def run_worker(settings: Settings, options: WorkerOptions) -> int:
@@ -64,8 +67,8 @@ def run_worker(settings: Settings, options: WorkerOptions) -> int:
     Call it on the main thread: it takes over the signals.
 
     Raises:
-        RedisUnreachable, DatabaseUnreachable, ModelNotFound, DeviceUnavailable, SettingsError, TraceNotWritten: before
-            anything starts.
+        RedisRefused, DatabaseUnreachable, ModelNotFound, DeviceUnavailable, SettingsError, TraceNotWritten: before
+            anything starts. Redis or a database that may come back is waited for.
         EngineError, DatabaseUnreachable: the drain ended on its own; nothing is lost.
     """
     configure(settings.log_level)
@@ -73,10 +76,16 @@ def run_worker(settings: Settings, options: WorkerOptions) -> int:
     os.umask(0o077)
     if options.queue is not None:
         settings = replace(settings, queue=options.queue)
-    ping(settings.redis_url)
+    try:
+        ping(settings.redis_url)
+    except RedisRefused:
+        raise
+    except RedisUnreachable as error:
+        get_logger().warning("%s; until then this worker looks for jobs by itself", error, extra={"action": "bell"})
     if options.model is not None:
         resolve_model(options.model, settings)
-    with Database.open(settings.database_url, busy_timeout_s=_PATIENCE_S) as database:
+    patience = Patience(settings.patience_s)
+    with patience(lambda: Database.open(settings.database_url, busy_timeout_s=_BUSY_S)) as database:
         device = _open_device_name(options.placement)
         _make_spill_dir(_disk_dir(settings, options.placement))
         with device_lock(settings.home, device) as is_alone:
@@ -120,44 +129,33 @@ def _work(
                 device=device,
                 residency=residency,
                 bell=bell,
-                clock=time.time,
                 preload=options.model,
+                is_alone=options.is_alone,
             )
         finally:
             residency.unload()
 
-    thread = DrainThread(drain)
-    stopped_by = Stop(bell)
-    app = make_app(settings, on_ring=lambda _: bell.ring())
-    app.steps["worker"].add(DrainStep)
+    strays = Strays(lambda text: get_logger().warning("%s", text, extra={"action": "stray"}), time.monotonic)
+
+    def app() -> Celery:
+        return make_app(settings, on_ring=lambda _: bell.ring(), on_stray=strays)
+
+    stop = Stop(bell)
+    stop.install()
     signals.setup_logging.connect(_leave_logging_alone)
-    with warnings.catch_warnings():
-        # Celery warns root because of pickle, which this worker does not accept.
-        warnings.simplefilter("ignore", SecurityWarning)
-        worker = _celery_worker(app, thread, stopped_by)
-    worker.start()
-    # Celery may have ended without stopping its steps (it never came up): the drain must not outlive it.
-    bell.stop()
-    if thread.ident is not None:
-        thread.join()
-    return exit_code(thread.error, worker.exitcode, stopped_by.signal)
+    # Celery warns root because of pickle, which this worker does not accept.
+    warnings.simplefilter("ignore", SecurityWarning)
+    ringing = Ringing(app, settings, bell)
+    thread = DrainThread(drain)
+    thread.start()
+    ringing.start()
+    thread.wait()
+    ringing.close()
+    return exit_code(thread.error, stop.signal)
 
 
-def _celery_worker(app: Celery, thread: DrainThread, on_signal: Stop) -> Any:
-    return app.Worker(
-        hostname=f"overnight-{os.getpid()}@{socket.gethostname()}",
-        pool_cls="threads",
-        concurrency=1,
-        quiet=True,
-        without_gossip=True,
-        without_mingle=True,
-        drain_thread=thread,
-        on_signal=on_signal,
-    )
-
-
-def exit_code(error: BaseException | None, celery_code: int | None, stopped_by: int | None) -> int:
-    """What the process ends with: after the drain's error, Celery's own code, and the first signal.
+def exit_code(error: BaseException | None, stopped_by: int | None) -> int:
+    """What the process ends with: after the drain's error, and the first signal. 0 is an orderly stop and nothing else.
 
     Raises:
         Exception: ``error``, where it is one that a person can mend.
@@ -175,26 +173,28 @@ def exit_code(error: BaseException | None, celery_code: int | None, stopped_by: 
         return _FAILED
     if stopped_by == signal.SIGINT:
         return 128 + signal.SIGINT
-    return celery_code or 0
+    return 0 if stopped_by is not None else _FAILED
 
 
 def _loader(
     settings: Settings, placement: PlanOptions, device: str, recorder: TraceFile | None, bell: Bell
-) -> Callable[[Path, Sample], Engine]:
-    def load(model_dir: Path, sample: Sample) -> Engine:
+) -> Callable[[Path, Sample, Tell], Engine]:
+    def load(model_dir: Path, sample: Sample, tell: Tell) -> Engine:
         from engine.engine import Engine as RealEngine
 
         disk_dir = _disk_dir(settings, placement)
         _make_spill_dir(disk_dir)
         workload = sample()
         options = replace(placement, device=device, disk_dir=disk_dir)
-        outlook = None if workload is None else Outlook(workload, lambda: _profile(settings, device, options, bell))
+        outlook = (
+            None if workload is None else Outlook(workload, lambda: _profile(settings, device, options, bell, tell))
+        )
         return RealEngine.load(model_dir, options, recorder=recorder, outlook=outlook)
 
     return load
 
 
-def _profile(settings: Settings, device_name: str, options: PlanOptions, bell: Bell) -> Hardware:
+def _profile(settings: Settings, device_name: str, options: PlanOptions, bell: Bell, tell: Tell) -> Hardware:
     """What this machine can do; measured where nobody has done so yet, within the budgets of ``options``.
 
     Raises:
@@ -211,6 +211,7 @@ def _profile(settings: Settings, device_name: str, options: PlanOptions, bell: B
     try:
 
         def measured() -> Hardware:
+            tell("measuring")
             log.info("measuring this machine, once: it takes up to a minute", extra={"action": "measure"})
             return measure(
                 device,

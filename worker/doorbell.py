@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
-from worker.errors import RedisUnreachable
+from worker.errors import RedisRefused, RedisUnreachable
 from worker.settings import Settings, without_password
 
 if TYPE_CHECKING:
@@ -63,6 +63,17 @@ def ring(settings: Settings, job_id: int, *, queue: str | None = None, timeout: 
             pipeline.ltrim(key, 0, _MAX_WAITING - 1)
             pipeline.expire(key, _EXPIRES_S)
             pipeline.execute()
+
+
+def empty(settings: Settings, timeout: float = 5.0) -> None:
+    """Remove every key of ours from Redis: rings that nobody heard, and whatever strangers put in their place.
+
+    Raises:
+        RedisUnreachable: no answer, or no entry.
+    """
+    with _Client(settings.redis_url, timeout) as client:
+        for key in client.scan_iter(match=f"{KEY_PREFIX}*", count=1000):
+            client.delete(key)
 
 
 def message_for(job_id: int, queue: str, *, now: datetime) -> dict[str, Any]:
@@ -139,7 +150,7 @@ class _Client:
                 retry=Retry(NoBackoff(), 0),
             )
         except ValueError as error:
-            raise RedisUnreachable(f"{without_password(self._redis_url)} is not a Redis URL: {error}") from error
+            raise RedisRefused(f"{without_password(self._redis_url)} is not a Redis URL: {error}") from error
         return self._client
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -147,6 +158,11 @@ class _Client:
 
         assert self._client is not None
         self._client.close()
+        if isinstance(error, redis.AuthenticationError | redis.exceptions.NoPermissionError) or "NOAUTH" in str(error):
+            raise RedisRefused(
+                f"Redis at {without_password(self._redis_url)} does not let us in ({error}); say the password with "
+                "OVERNIGHT_REDIS"
+            ) from error
         if isinstance(error, redis.RedisError | OSError):
             raise RedisUnreachable(
                 f"Redis at {without_password(self._redis_url)} does not answer ({error}); start it, "

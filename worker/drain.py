@@ -3,29 +3,39 @@
 Everything here runs on one thread, which also owns the engine. Times are unix seconds from ``clock``.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from engine.errors import DeviceUnavailable, EngineError, LaneFailed
+from engine.errors import EngineError
 from engine.request import Request
-from storage.claims import ClaimedRequest, claim, give_back
+from storage.claims import ClaimedRequest, Doing, claim, claim_suspects, give_back, give_back_requests, held_claims
+from storage.crashes import FOUND_GUILTY, count_crash, only_suspects
 from storage.database import Database
 from storage.errors import ClaimLost, StorageError
-from storage.jobs import Job, cancelled_among, fail_job, note_plan, runnable_jobs
+from storage.jobs import Job, cancelled_among, fail_job, get_job, note_plan
 from storage.results import record
+from worker.aside import DEATHS_SPARED, Aside, sentence_of
 from worker.bell import Bell
-from worker.errors import ModelNotFound
+from worker.blackbox import BlackBox
 from worker.fairness import Waiting, choose_model
+from worker.faults import Blame, blame
 from worker.feed import Feed
-from worker.ledger import Ledger
+from worker.joblog import JobLog
+from worker.ledger import Ledger, key_of
 from worker.logs import get_logger
 from worker.models import ModelRef, model_dir_for, resolve_model
+from worker.patience import Patience
+from worker.prospects import Prospect, prospects
 from worker.residency import Engine, Residency
 from worker.rows import JobKeys, RowKey, to_request
 from worker.sample import sample_workload
 from worker.settings import Settings
 from worker.watch import Watch
+
+if TYPE_CHECKING:
+    from engine.planner.workload import Workload
 
 _COMMIT_S = 1.0
 
@@ -42,13 +52,18 @@ class Drain:
         residency: Residency,
         prepare: Callable[[ModelRef, Path], None],
         reap: Callable[[], None],
-        describe: Callable[[str | None, str], None],
+        describe: Callable[[Doing], None],
         is_lost: Callable[[], bool],
         bell: Bell,
         clock: Callable[[], float],
+        patience: Patience,
+        aside: Aside,
+        box: BlackBox,
+        is_alone: bool = False,
     ) -> None:
         """``prepare`` makes the model directory of a reference; ``reap`` frees what dead workers hold; ``describe``
-        tells people the model and state of this worker; ``is_lost``: another may have taken the claims."""
+        tells people what this worker does; ``is_lost``: another may have taken the claims; ``is_alone``: there are no
+        other workers that could do better, so a fault of this machine fails the job."""
         self._database = database
         self._settings = settings
         self._worker_id = worker_id
@@ -59,23 +74,31 @@ class Drain:
         self._is_lost = is_lost
         self._bell = bell
         self._clock = clock
+        self._patiently = patience
+        self._aside = aside
+        self._box = box
+        self._is_alone = is_alone
         self._log = get_logger({"worker": worker_id})
+        self._joblog = JobLog(self._log, self._job, clock)
 
     def run(self) -> None:
         """Drain until the bell says stop.
 
         Raises:
-            DatabaseUnreachable: nothing can be read or recorded; what is claimed comes back by the lease.
+            DatabaseUnreachable: nothing can be read or recorded, for longer than patience lasts; what is claimed comes
+                back by the lease.
             ClaimLost: this worker was taken for dead; its claims are others' by now.
-            EngineError: the device or the disk of the engine failed; what was claimed has been given back.
+            DeviceFailed, DeviceUnavailable: the device is lost; what was claimed has been given back.
         """
         self._log.info("waiting for jobs", extra={"action": "start"})
         while not self._bell.is_stopping:
             self._bell.answer()
             self._reap()
+            self._aside.refresh()
+            if self._patiently(lambda: held_claims(self._database, self._worker_id)):
+                self._give_back()  # the engine is empty: whatever is claimed here, nobody runs
             if not self.step():
-                self._describe(self._resident, "idle")
-                self._bell.wait(self._settings.scan_s)
+                self._idle()
 
     def preload(self, name: str) -> None:
         """Make a model resident before any job asks for it.
@@ -84,50 +107,58 @@ class Drain:
             ModelNotFound, EngineError: it cannot be loaded.
         """
         ref = resolve_model(name, self._settings)
-        self._load(ref, model_dir_for(ref, self._settings), [])
+        self._load(ref, model_dir_for(ref, self._settings), [], name)
 
     def step(self) -> bool:
         """One model's turn; False when there was nothing to do."""
-        jobs = self._runnable()
-        model = self._choose(jobs)
+        waiting = self._prospects()
+        model = self._choose(waiting)
         if model is None:
             return False
-        of_model = [job for job, ref, model_dir in jobs if str(model_dir) == model]
-        ref, model_dir = next((ref, path) for _, ref, path in jobs if str(path) == model)
+        of_model = [each for each in waiting if each.model == model]
+        first = of_model[0]
+        jobs = [each.job for each in of_model]
         try:
-            engine = self._load(ref, model_dir, of_model)
-        except DeviceUnavailable:
-            raise
-        except (ModelNotFound, EngineError, OSError) as error:
-            self._fail(of_model, f"its model cannot be loaded: {error}")
-            return True
-        self._describe(model, "draining")
-        ledger = Ledger(model)
-        try:
-            self._drain(engine, model, ledger)
+            engine = self._load(first.ref, first.model_dir, jobs, first.job.model)
         except StorageError:
             raise
-        except EngineError as error:
-            held = ledger.jobs
+        except Exception as error:  # noqa: BLE001 (classified below; a fault of ours is told with its traceback)
+            self._bear(error, jobs, f"its model cannot be loaded: {error}", unknown=Blame.MACHINE)
+            return True
+        suspects = first.job.id in self._patiently(lambda: only_suspects(self._database, [first.job.id]))
+        self._run(engine, model, jobs, apart=suspects)
+        return True
+
+    def _run(self, engine: Engine, model: str, jobs: Sequence[Job], *, apart: bool) -> None:
+        """One engine run; what fails in it is borne by whom it belongs to."""
+        self._describe(Doing("draining", model))
+        ledger = Ledger(model)
+        refill = self._suspects(ledger, jobs) if apart else self._rows(engine, ledger, model)
+        feed = Feed(refill, self._clock, begins=lambda request: self._box.begins(_row(request)))
+        try:
+            self._drain(engine, model, ledger, feed)
+        except StorageError:
+            raise
+        except Exception as error:  # noqa: BLE001 (classified below)
+            held, running = ledger.jobs, self._box.running
             self._salvage(ledger)
-            self._residency.unload()
-            if isinstance(error, LaneFailed):
-                # The device or a disk misbehaves under us: another process may do better, this one will not.
-                raise
-            self._fail([job for job in of_model if job.id in held], str(error))
+            self._unload()
+            if blame(error) is Blame.UNKNOWN:
+                self._patiently(lambda: count_crash(self._database, self._worker_id, _claims(running)))
+            self._bear(error, [self._job(job_id) for job_id in sorted(held)] or jobs, str(error))
         except BaseException:
             self._salvage(ledger)
             raise
-        return True
+        finally:
+            self._box.clear()
 
-    def _drain(self, engine: Engine, model: str, ledger: Ledger) -> None:
-        """One engine run over all jobs of ``model``."""
-        feed = Feed(lambda limit: self._claim(engine, model, ledger, limit), self._clock)
+    def _drain(self, engine: Engine, model: str, ledger: Ledger, feed: Feed) -> None:
         watch = Watch()
-        committed_at = began_at = self._clock()
+        committed_at = reconciled_at = began_at = self._clock()
         with closing(engine.passes(feed)) as passes:  # type: ignore[type-var]
             for report in passes:
                 ledger.add(report, began_at=began_at)
+                self._box.ends(key_of(output) for output in report.outputs)
                 if (warning := watch.add(report.stats)) is not None:
                     self._log.warning("%s", warning, extra={"action": "slow", "model": model})
                 began_at = self._clock()
@@ -135,6 +166,9 @@ class Drain:
                     self._commit(ledger)
                     self._drop_cancelled(engine, feed, ledger)
                     committed_at = began_at
+                    if began_at - reconciled_at >= self._settings.scan_s:
+                        self._reconcile(engine, feed, ledger)
+                        reconciled_at = began_at
                 if self._bell.is_stopping:
                     break
                 if self._is_lost():
@@ -143,33 +177,71 @@ class Drain:
         if self._bell.is_stopping:
             self._give_back()
 
-    def _claim(self, engine: Engine, model: str, ledger: Ledger, limit: int) -> list[Request] | None:
-        """Up to ``limit`` requests of the jobs of ``model``; None when the run should end."""
-        if self._bell.is_stopping:
-            return None
-        jobs = self._runnable()
-        if not jobs:
-            return []
-        if self._choose(jobs) != model:
-            # No job of this model waits any more, or one of another model has waited too long.
-            return None
-        requests: list[Request] = []
-        for job, _, model_dir in jobs:
-            if str(model_dir) != model or len(requests) >= limit:
-                continue
-            rows = claim(self._database, self._worker_id, job.id, limit - len(requests), now=self._clock())
-            if rows and job.plan != (plan := engine.plan.to_json()):
-                note_plan(self._database, job.id, plan)
-            keys = [RowKey(row.job_id, row.index, row.attempt) for row in rows]
-            ledger.claim(keys)
-            requests += self._requests(job, keys, rows, ledger)
-            self._log.debug("claimed %d rows", len(rows), extra={"action": "claim", "job": job.id})
-        return requests
+    def _rows(self, engine: Engine, ledger: Ledger, model: str) -> Callable[[int], list[Request] | None]:
+        """Refills a run with rows of all jobs of ``model``, in turn."""
 
-    def _requests(
-        self, job: Job, keys: Sequence[RowKey], rows: Sequence[ClaimedRequest], ledger: Ledger
-    ) -> Iterable[Request]:
+        def refill(limit: int) -> list[Request] | None:
+            if self._bell.is_stopping:
+                return None
+            waiting = self._prospects()
+            if not waiting:
+                return []
+            if self._choose(waiting) != model:
+                # No job of this model waits any more, or one of another model has waited too long.
+                return None
+            of_model = [each.job for each in waiting if each.model == model]
+            apart = self._patiently(lambda: only_suspects(self._database, [job.id for job in of_model]))
+            requests: list[Request] = []
+            for job in of_model:
+                if job.id in apart:
+                    # Its turn has come, and it must run alone: this run takes nothing more.
+                    return requests or None
+                if len(requests) >= limit:
+                    break
+                rows = self._claim(job, limit - len(requests))
+                if rows and job.plan != (plan := engine.plan.to_json()):
+                    self._patiently(lambda job=job, plan=plan: note_plan(self._database, job.id, plan))  # type: ignore[misc]
+                requests += self._requests(ledger, {job.id: job}, rows)
+            return requests
+
+        return refill
+
+    def _suspects(self, ledger: Ledger, jobs: Sequence[Job]) -> Callable[[int], list[Request] | None]:
+        """Fills a run once, with rows that were in a crash together, and with nothing else."""
+        by_id = {job.id: job for job in jobs}
+        is_filled = False
+
+        def refill(limit: int) -> list[Request] | None:  # noqa: ARG001 (a group runs whole)
+            nonlocal is_filled
+            if is_filled or self._bell.is_stopping:
+                return None
+            is_filled = True
+            rows = self._patiently(
+                lambda: claim_suspects(self._database, self._worker_id, list(by_id), now=self._clock())
+            )
+            self._log.info("rows that run apart, since they were in a crash: %d", len(rows), extra={"action": "apart"})
+            return list(self._requests(ledger, by_id, rows))
+
+        return refill
+
+    def _claim(self, job: Job, limit: int) -> list[ClaimedRequest]:
+        rows = self._patiently(lambda: claim(self._database, self._worker_id, job.id, limit, now=self._clock()))
+        self._log.debug("claimed %d rows", len(rows), extra={"action": "claim", "job": job.id})
+        return rows
+
+    def _requests(self, ledger: Ledger, jobs: dict[int, Job], rows: Sequence[ClaimedRequest]) -> Iterator[Request]:
+        keys = [RowKey(row.job_id, row.index, row.attempt) for row in rows]
+        ledger.claim(keys)
         for key, row in zip(keys, rows, strict=True):
+            job = jobs[row.job_id]
+            self._joblog.claims(job)
+            if row.crash_group == FOUND_GUILTY:
+                ledger.refuse(
+                    key,
+                    "crashed",
+                    f"the worker ended {row.crashes} times while it computed this row, the last time with no other",
+                )
+                continue
             try:
                 yield to_request(key, job.task, row.payload, job.params, job.seed)
             except ValueError as error:
@@ -178,7 +250,11 @@ class Drain:
     def _commit(self, ledger: Ledger) -> None:
         results, passes = ledger.take()
         if results or passes:
-            record(self._database, self._worker_id, results, passes, now=self._clock())
+            self._patiently(lambda: record(self._database, self._worker_id, results, passes, now=self._clock()))
+        if passes and self._aside.is_any:
+            for job_id in sorted({result.job_id for result in results}):
+                self._aside.clear(self._job(job_id).model)
+        self._joblog.committed(ledger.jobs)
 
     def _salvage(self, ledger: Ledger) -> None:
         """After a failure: what is computed is recorded, what is not is given back."""
@@ -188,31 +264,79 @@ class Drain:
     def _drop_cancelled(self, engine: Engine, feed: Feed, ledger: Ledger) -> None:
         if not ledger.jobs:
             return
-        cancelled = cancelled_among(self._database, sorted(ledger.jobs))
-        if cancelled:
-            dropped = feed.forget(cancelled) + engine.drop(JobKeys(cancelled))
-            ledger.forget(cancelled)
-            for job_id in sorted(cancelled):
-                self._log.info("dropped %d rows: cancelled", dropped, extra={"action": "cancel", "job": job_id})
+        for job_id in sorted(self._patiently(lambda: cancelled_among(self._database, sorted(ledger.jobs)))):
+            dropped = self._forget(engine, feed, ledger, JobKeys([job_id]))
+            self._log.info("dropped %d rows: cancelled", dropped, extra={"action": "cancel", "job": job_id})
 
-    def _runnable(self) -> list[tuple[Job, ModelRef, Path]]:
-        """The jobs that wait, in turn, with where their models are; a job whose model is absent is failed."""
-        found: list[tuple[Job, ModelRef, Path]] = []
-        for job in runnable_jobs(self._database, self._settings.queue):
-            try:
-                ref = resolve_model(job.model, self._settings)
-                found.append((job, ref, model_dir_for(ref, self._settings)))
-            except (ModelNotFound, OSError) as error:
-                self._fail([job], str(error))
-        return found
+    def _reconcile(self, engine: Engine, feed: Feed, ledger: Ledger) -> None:
+        """What the database thinks that we run, and what we do run, made equal.
 
-    def _choose(self, jobs: Sequence[tuple[Job, ModelRef, Path]]) -> str | None:
-        waiting = [
-            Waiting(job.id, str(model_dir), job.priority, job.created_at, has_started=job.started_at is not None)
-            for job, _, model_dir in jobs
-        ]
+        They differ where a job was cancelled and queued again between two looks, or a message of ours was lost.
+        """
+        held = {RowKey(*each) for each in self._patiently(lambda: held_claims(self._database, self._worker_id))}
+        if strays := held - ledger.claims:
+            self._patiently(lambda: give_back_requests(self._database, self._worker_id, _claims(strays)))
+            self._log.warning("gave back %d rows that nobody ran", len(strays), extra={"action": "give_back"})
+        if lost := ledger.claims - held:
+            self._forget(engine, feed, ledger, lost)
+
+    def _forget(self, engine: Engine, feed: Feed, ledger: Ledger, keys: "JobKeys | frozenset[RowKey]") -> int:
+        dropped = feed.forget(keys) + engine.drop(keys)
+        self._box.ends(ledger.forget(keys))
+        return dropped
+
+    def _bear(self, error: Exception, jobs: Sequence[Job], message: str, *, unknown: Blame = Blame.UNKNOWN) -> None:
+        """After a failure: the jobs fail, or this machine leaves their models alone for a while.
+
+        ``unknown``: who bears what nobody foresaw.
+
+        Raises:
+            DeviceFailed, DeviceUnavailable: ``error`` itself, if the device is lost.
+        """
+        whose = blame(error)
+        if whose is Blame.DEVICE:
+            raise error
+        if self._bell.is_stopping:
+            return  # what was interrupted proves nothing
+        if whose is Blame.UNKNOWN:
+            self._log.error("%s: %s", type(error).__name__, error, exc_info=error, extra={"action": "fault"})
+            message = f"{message} ({type(error).__name__})"
+            whose = unknown
+        if whose is Blame.JOB:
+            self._fail(jobs, message)
+            return
+        spared = DEATHS_SPARED if whose is Blame.UNKNOWN else 0
+        for model in dict.fromkeys(job.model for job in jobs):
+            fault = self._aside.note(model, message, spared=spared)
+            if fault.wait_s and self._is_alone:
+                self._fail([job for job in jobs if job.model == model], message)
+            elif fault.wait_s:
+                extra = {"action": "aside", "model": model}
+                self._log.warning("left alone for %.0f s: %s", fault.wait_s, message, extra=extra)
+
+    def _job(self, job_id: int) -> Job:
+        return self._patiently(lambda: get_job(self._database, job_id))
+
+    def _prospects(self) -> list[Prospect]:
+        def absent(job: Job, error: Exception) -> None:
+            self._bear(error, [job], str(error))
+
+        return self._patiently(
+            lambda: prospects(self._database, self._settings, is_aside=self._aside.has, absent=absent)
+        )
+
+    def _choose(self, waiting: Sequence[Prospect]) -> str | None:
         return choose_model(
-            waiting,
+            [
+                Waiting(
+                    each.job.id,
+                    each.model,
+                    each.job.priority,
+                    each.job.created_at,
+                    has_started=each.job.started_at is not None,
+                )
+                for each in waiting
+            ],
             resident=self._resident,
             left_at=self._residency.left_at,
             now=self._clock(),
@@ -223,19 +347,62 @@ class Drain:
     def _resident(self) -> str | None:
         return None if self._residency.model_dir is None else str(self._residency.model_dir)
 
-    def _load(self, ref: ModelRef, model_dir: Path, jobs: Sequence[Job]) -> Engine:
-        if self._residency.model_dir != model_dir:
-            self._describe(str(model_dir), "loading")
-            self._log.info("loading", extra={"action": "load", "model": model_dir})
+    def _load(self, ref: ModelRef, model_dir: Path, jobs: Sequence[Job], name: str) -> Engine:
+        def sample() -> "Workload | None":
+            try:
+                return self._patiently(lambda: sample_workload(self._database, model_dir, jobs, self._box.begins))
+            except (StorageError, EngineError):
+                raise
+            except Exception as error:  # noqa: BLE001 (a row that nobody foresaw: it is found once it runs)
+                self._log.warning("no plan for these rows: %s", error, exc_info=error, extra={"action": "sample"})
+                return None
+            finally:
+                self._box.ends(self._box.running)
+
+        if self._residency.model_dir == model_dir:
+            return self._residency.ensure(model_dir, sample)
+        self._describe(Doing("loading", str(model_dir)))
+        self._log.info("loading", extra={"action": "load", "model": model_dir})
+        self._box.loads(name)
+        try:
             self._prepare(ref, model_dir)
-        return self._residency.ensure(model_dir, lambda: sample_workload(self._database, model_dir, jobs))
+            return self._residency.ensure(model_dir, sample, lambda state: self._describe(Doing(state, str(model_dir))))
+        finally:
+            self._box.loads(None)
+
+    def _unload(self) -> None:
+        try:
+            self._residency.unload()
+        except Exception as error:  # noqa: BLE001 (the failure before it is the one that counts)
+            self._log.warning("unloading failed as well: %s", error, extra={"action": "unload"})
+
+    def _idle(self) -> None:
+        """Say so, and wait for the bell, the next scan, or the end of a model's waiting time."""
+        wait_s = self._settings.scan_s
+        faults = self._aside.now()
+        if not faults:
+            self._describe(Doing("idle", self._resident))
+        else:
+            now = self._clock()
+            self._describe(Doing("waiting", self._resident, sentence_of(faults), faults[0].retry_at))
+            wait_s = min(wait_s, max(0.0, faults[0].retry_at - now))
+        self._bell.wait(wait_s)
 
     def _fail(self, jobs: Iterable[Job], message: str) -> None:
         for job in jobs:
-            fail_job(self._database, job.id, message, now=self._clock())
+            self._patiently(lambda job=job: fail_job(self._database, job.id, message, now=self._clock()))  # type: ignore[misc]
             self._log.error("job failed: %s", message, extra={"action": "fail", "job": job.id})
 
     def _give_back(self) -> None:
-        given = give_back(self._database, self._worker_id, now=self._clock())
+        given = self._patiently(lambda: give_back(self._database, self._worker_id, now=self._clock()))
         if given:
             self._log.info("gave back %d rows", given, extra={"action": "give_back"})
+
+
+def _row(request: Request) -> RowKey:
+    assert isinstance(request.key, RowKey)
+    return request.key
+
+
+def _claims(keys: Iterable[RowKey]) -> list[tuple[int, int, int]]:
+    return [(key.job_id, key.index, key.attempt) for key in keys]

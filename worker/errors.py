@@ -4,10 +4,10 @@ WorkerError
 ├── SettingsError            a flag, variable or key of overnight.toml that makes no sense
 ├── ModelNotFound            ``--model`` names nothing that is there
 ├── RedisUnreachable         no answer from the doorbell
+│   └── RedisRefused         a wrong URL or password: it will never answer
 ├── RedisUnavailable         no redis-server to start privately, or it did not start
 ├── DeviceBusy               another worker on this machine holds the device
-├── TraceNotWritten          the file of ``run --trace`` cannot be written
-└── WorkerStopped            the drain ended on its own; its cause is chained
+└── TraceNotWritten          the file of ``run --trace`` cannot be written
 
 The texts are for people: what is wrong, where, and what to do.
 """
@@ -29,6 +29,10 @@ class RedisUnreachable(WorkerError):
     """Redis does not answer, or does not let us in."""
 
 
+class RedisRefused(RedisUnreachable):
+    """The URL is none, or Redis does not accept the password: waiting cannot help."""
+
+
 class RedisUnavailable(WorkerError):
     """There is no redis-server that could be started, or it ended at once."""
 
@@ -39,7 +43,3 @@ class DeviceBusy(WorkerError):
 
 class TraceNotWritten(WorkerError):
     """The trace cannot be begun; later on, a trace that cannot grow only ends."""
-
-
-class WorkerStopped(WorkerError):
-    """The drain ended though nobody asked it to; the cause is chained."""

@@ -1,10 +1,9 @@
 """The stream of requests that the engine pulls from: blocks of claimed rows, over all jobs of one model."""
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 
 from engine.request import Request
-from worker.rows import JobKeys
 
 MIN_BLOCK = 64
 MAX_BLOCK = 512
@@ -24,9 +23,13 @@ class Feed(Iterator[Request | None]):
     second doubles the next one, one that lasts longer than ten halves it.
     """
 
-    def __init__(self, refill: Refill, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, refill: Refill, clock: Callable[[], float], begins: Callable[[Request], None] | None = None
+    ) -> None:
+        """``begins`` is told of each request just before the engine gets it."""
         self._refill = refill
         self._clock = clock
+        self._begins = begins
         self._claimed: deque[Request] = deque()
         self._block = MIN_BLOCK
         self._refilled_at: float | None = None
@@ -38,14 +41,8 @@ class Feed(Iterator[Request | None]):
         """How many rows the next claim asks for, at most."""
         return self._block
 
-    def end(self) -> None:
-        """No more requests, not even those that are claimed already."""
-        self._is_over = True
-        self._claimed.clear()
-
-    def forget(self, job_ids: Collection[int]) -> int:
-        """Drop the claimed requests of some jobs; returns how many."""
-        keys = JobKeys(job_ids)
+    def forget(self, keys: Container[Hashable]) -> int:
+        """Drop the claimed requests with these keys; returns how many."""
         kept = [request for request in self._claimed if request.key not in keys]
         dropped = len(self._claimed) - len(kept)
         self._claimed = deque(kept)
@@ -55,7 +52,10 @@ class Feed(Iterator[Request | None]):
         if not self._claimed and not self._is_over:
             self._claim()
         if self._claimed:
-            return self._claimed.popleft()
+            request = self._claimed.popleft()
+            if self._begins is not None:
+                self._begins(request)
+            return request
         if self._is_over:
             raise StopIteration
         return None

@@ -1,7 +1,7 @@
 """What is in the engine, and what has come out of it since the last commit."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from engine.request import Output
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
 
 class Ledger:
-    """Counts claimed rows by job, and gathers results and passes for one transaction at a time.
+    """Knows the claimed rows, and gathers results and passes for one transaction at a time.
 
     Its size is bounded by what the engine holds and by what one second brings forth, never by the dataset.
     """
 
     def __init__(self, model: str) -> None:
         self._model = model
-        self._claimed: Counter[int] = Counter()
+        self._claimed: dict[RowKey, None] = {}
+        self._by_job: Counter[int] = Counter()
         self._jobs: set[int] = set()
         self._results: list[RequestResult] = []
         self._passes: list[PassStats] = []
@@ -29,11 +30,17 @@ class Ledger:
     @property
     def jobs(self) -> frozenset[int]:
         """The jobs with claimed rows that have no result yet."""
+        return frozenset(+self._by_job)
+
+    @property
+    def claims(self) -> frozenset[RowKey]:
+        """The claimed rows that have no result yet."""
         return frozenset(self._claimed)
 
     def claim(self, keys: Sequence[RowKey]) -> None:
         """Rows were claimed, for the engine."""
-        self._claimed.update(key.job_id for key in keys)
+        self._claimed.update(dict.fromkeys(keys))
+        self._by_job.update(key.job_id for key in keys)
         self._jobs.update(key.job_id for key in keys)
 
     def refuse(self, key: RowKey, code: str, message: str) -> None:
@@ -46,19 +53,21 @@ class Ledger:
             self._started_at = began_at
         self._passes.append(report.stats)
         for output in report.outputs:
-            self._add(_key(output), to_row(output), output.prompt_tokens, output.completion_tokens)
+            self._add(key_of(output), to_row(output), output.prompt_tokens, output.completion_tokens)
 
-    def forget(self, job_ids: Collection[int]) -> None:
-        """Nothing more will come of these jobs."""
-        for job_id in job_ids:
-            self._claimed.pop(job_id, None)
+    def forget(self, keys: Container[RowKey]) -> list[RowKey]:
+        """Nothing more will come of these rows; returns those that were claimed."""
+        gone = [key for key in self._claimed if key in keys]
+        for key in gone:
+            self._drop(key)
+        return gone
 
     def take(self) -> tuple[list[RequestResult], PassTotals | None]:
         """The results and the sums of the passes since the last call, which are then forgotten."""
         results, self._results = self._results, []
         passes, self._passes = self._passes, []
         started_at, self._started_at = self._started_at, None
-        job_ids, self._jobs = sorted(self._jobs), set(self._claimed)
+        job_ids, self._jobs = sorted(self._jobs), set(self.jobs)
         if not passes or started_at is None:
             return results, None
         return results, PassTotals(
@@ -74,10 +83,12 @@ class Ledger:
             lane_seconds={lane: sum(s.lane_seconds.get(lane, 0.0) for s in passes) for lane in _lanes(passes)},
         )
 
+    def _drop(self, key: RowKey) -> None:
+        if self._claimed.pop(key, 0) is None:
+            self._by_job[key.job_id] -= 1
+
     def _add(self, key: RowKey, row: Row, prompt_tokens: int, completion_tokens: int) -> None:
-        self._claimed[key.job_id] -= 1
-        if self._claimed[key.job_id] <= 0:
-            del self._claimed[key.job_id]
+        self._drop(key)
         self._jobs.add(key.job_id)
         self._results.append(
             RequestResult(
@@ -92,7 +103,8 @@ class Ledger:
         )
 
 
-def _key(output: Output) -> RowKey:
+def key_of(output: Output) -> RowKey:
+    """The claimed row that an output is of."""
     assert isinstance(output.key, RowKey)
     return output.key
 

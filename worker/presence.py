@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC
-_SLACK_S = 5.0
 
 
 def host_name() -> str:
@@ -19,35 +18,42 @@ def host_name() -> str:
     return name if namespace == _FIRST_PID_NAMESPACE else f"{name}#{namespace}"
 
 
-def is_dead(hostname: str, pid: int, started_at: float) -> bool:
-    """Proof that the process is gone. ``started_at``: when it registered, unix seconds.
+def process_of(pid: int) -> str | None:
+    """What tells a process from all others that ever have its number: the boot, and the moment of its start.
 
-    False means "cannot tell" as well as "alive": a process of another host is left to its lease.
+    None where the system does not say. Neither changes when somebody sets the clock.
     """
-    if hostname != host_name():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    except OSError:
-        return False
-    born_at = _born_at(pid)
-    # A younger process than the registration has inherited the number.
-    return born_at is not None and born_at > started_at + _SLACK_S
-
-
-def _born_at(pid: int) -> float | None:
-    """When a process started, unix seconds; None where the system does not say. A zombie counts as gone."""
     if not sys.platform.startswith("linux"):
         return None
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
-    except (OSError, StopIteration):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{_stat(pid)[19]}"
+    except (OSError, IndexError):
         return None
-    if fields[0] in "ZX":
-        return float("inf")
-    return float(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def is_dead(hostname: str, pid: int, process: str | None) -> bool:
+    """Proof that a process is gone. ``process``: as ``process_of`` said of it when it lived.
+
+    False means "cannot tell" as well as "alive": a process of another host, or of another boot of a host of that name,
+    is left to its lease.
+    """
+    if hostname != host_name():
+        return False
+    here = process_of(os.getpid())
+    if process is not None and here is not None and process.partition("/")[0] != here.partition("/")[0]:
+        return False
+    try:
+        os.kill(pid, 0)
+        if _stat(pid)[0] in "ZX":  # a zombie has only its exit status left
+            return True
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return process is not None and process_of(pid) not in (None, process)
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; the name before them may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

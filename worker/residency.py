@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Sample = Callable[[], "Workload | None"]
 """What waits for a model; ``None``: nothing is known."""
+Tell = Callable[[str], None]
+"""Told the worker's state, in a word for people: "loading", "measuring"."""
 
 
 class Engine(Protocol):
@@ -40,7 +42,7 @@ class Engine(Protocol):
 class Residency:
     """Keeps at most one engine; loading another model closes it first, so that both never need to fit."""
 
-    def __init__(self, load: Callable[[Path, Sample], Engine], clock: Callable[[], float]) -> None:
+    def __init__(self, load: Callable[[Path, Sample, Tell], Engine], clock: Callable[[], float]) -> None:
         self._load = load
         self._clock = clock
         self._engine: Engine | None = None
@@ -53,7 +55,7 @@ class Residency:
         """The model directory of the resident model."""
         return self._model_dir
 
-    def ensure(self, model_dir: Path, sample: Sample = lambda: None) -> Engine:
+    def ensure(self, model_dir: Path, sample: Sample = lambda: None, tell: Tell = lambda _: None) -> Engine:
         """The engine of ``model_dir``, loaded now unless it is resident.
 
         It is loaded again where the work has changed so much that another plan pays for moving the weights.
@@ -66,7 +68,7 @@ class Residency:
             if workload is None or self._engine.seconds_saved(workload) <= 0:
                 return self._engine
         self.unload()
-        self._engine = self._load(model_dir, sample)
+        self._engine = self._load(model_dir, sample, tell)
         self._model_dir = model_dir
         self.left_at.pop(str(model_dir), None)
         return self._engine

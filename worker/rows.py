@@ -61,9 +61,7 @@ def to_request(
         raise ValueError("the row has no payload")
     try:
         if task == "generate":
-            # Where the rows came from is remembered beside the sampling, for `fetch`.
-            chosen = {name: value for name, value in params.items() if name != "dataset"}
-            sampling = SamplingParams(**{**chosen, "stop": tuple(params.get("stop", ())), "seed": seed})
+            sampling = SamplingParams(**{**params, "stop": tuple(params.get("stop", ())), "seed": seed})
             return Request(key, Generate(payload["prompt"], sampling, sample_index=key.index))
         if task == "score":
             return Request(key, Score(payload["context"], payload["continuation"]))

@@ -1,6 +1,6 @@
 """What waits for a model, from a few of its rows: what a plan is made for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,12 @@ ROWS = 256
 """Of all jobs together; the first of each, since datasets are rarely sorted."""
 
 
-def sample_workload(database: Database, model_dir: Path, jobs: Sequence[Job]) -> "Workload | None":
+def sample_workload(
+    database: Database, model_dir: Path, jobs: Sequence[Job], begins: Callable[[RowKey], None]
+) -> "Workload | None":
     """Lengths of what the jobs still want, as far as their first rows tell; ``None``: nothing can be computed.
+
+    ``begins`` is told of each row just before it is looked into: one that kills the process shall be found.
 
     Raises:
         DatabaseUnreachable: nothing can be read.
@@ -29,15 +33,22 @@ def sample_workload(database: Database, model_dir: Path, jobs: Sequence[Job]) ->
     if not left:
         return None
     rows = list(_requests(database, jobs))
-    workload = workload_of(model_dir, rows)
+    workload = workload_of(model_dir, _told(rows, begins))
     return None if workload is None else workload.times(max(1.0, left / len(rows)))
+
+
+def _told(rows: Sequence[Request], begins: Callable[[RowKey], None]) -> Iterator[Request]:
+    for row in rows:
+        assert isinstance(row.key, RowKey)
+        begins(row.key)
+        yield row
 
 
 def _requests(database: Database, jobs: Sequence[Job]) -> Iterator[Request]:
     each = max(1, ROWS // len(jobs))
     for job in jobs:
-        for index, payload in peek_requests(database, job.id, each):
+        for index, attempt, payload in peek_requests(database, job.id, each):
             try:
-                yield to_request(RowKey(job.id, index, 0), job.task, payload, job.params, job.seed)
+                yield to_request(RowKey(job.id, index, attempt), job.task, payload, job.params, job.seed)
             except ValueError:
                 continue  # it will be an error row

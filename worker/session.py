@@ -1,25 +1,32 @@
 """One registration of this process as a worker: its row, its lease, its drain."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from storage.claims import Worker, expire, register_worker, stop_worker
+from storage.clock import DatabaseClock
+from storage.crashes import count_crash
 from storage.database import Database
-from storage.errors import ClaimLost, DatabaseUnreachable
-from storage.jobs import sweep_invisible
+from storage.errors import ClaimLost, DatabaseUnreachable, JobNotFound
+from storage.jobs import get_job, sweep_invisible
+from worker.aside import DEATHS_SPARED, Aside
 from worker.bell import Bell
+from worker.blackbox import BlackBox, Death, deaths
 from worker.drain import Drain
 from worker.lease import Lease
 from worker.locks import import_lock
-from worker.logs import get_logger
+from worker.logs import BoundLogger, get_logger
 from worker.models import ModelRef
-from worker.presence import host_name, is_dead
+from worker.patience import Patience
+from worker.presence import host_name, is_dead, process_of
 from worker.residency import Residency
 from worker.settings import Settings
 
 _DEAD_ENQUEUE_S = 3600.0
-"""An enqueue that has added nothing for so long was killed; what it left is swept when a worker starts."""
+"""An enqueue that has added nothing for so long was killed; what it left is swept."""
+_SWEEP_S = 600.0
+_BACKOFFS = (1, 5, 30)
+"""Times ``Settings.backoff_s``: how long a model is left alone after the first, the second, and each further fault."""
 
 
 def serve(
@@ -29,8 +36,8 @@ def serve(
     device: str,
     residency: Residency,
     bell: Bell,
-    clock: Callable[[], float],
     preload: str | None = None,
+    is_alone: bool = False,
 ) -> None:
     """Register, drain until the bell says stop, and sign off; registers anew when taken for dead.
 
@@ -39,11 +46,12 @@ def serve(
 
     Raises:
         ModelNotFound, EngineError: ``preload`` cannot be loaded, or the device failed.
-        DatabaseUnreachable: nothing can be read or recorded.
+        DatabaseUnreachable: nothing can be read or recorded, for longer than patience lasts.
     """
+    patience = Patience(settings.patience_s, bell.pause, is_over=lambda: bell.is_stopping)
     while True:
         try:
-            _serve_once(database, settings, device, residency, bell, clock, preload)
+            _serve_once(database, settings, device, residency, bell, patience, preload, is_alone)
             return
         except ClaimLost as error:
             get_logger().warning("%s", error, extra={"action": "lost"})
@@ -55,33 +63,34 @@ def _serve_once(
     device: str,
     residency: Residency,
     bell: Bell,
-    clock: Callable[[], float],
+    patience: Patience,
     preload: str | None,
+    is_alone: bool,
 ) -> None:
-    worker_id = register_worker(
-        database,
-        hostname=host_name(),
-        pid=os.getpid(),
-        queue=settings.queue,
-        device=device,
-        now=clock(),
-        lease_s=settings.lease_s,
+    clock = patience(lambda: DatabaseClock(database))
+    worker_id = patience(
+        lambda: register_worker(
+            database,
+            hostname=host_name(),
+            pid=os.getpid(),
+            process=process_of(os.getpid()),
+            queue=settings.queue,
+            device=device,
+            now=clock(),
+            lease_s=settings.lease_s,
+        )
     )
-    lease = Lease(
-        database=database,
-        worker_id=worker_id,
-        lease_s=settings.lease_s,
-        clock=clock,
-        on_lost=bell.ring,
-    )
+    lease = Lease(database=database, worker_id=worker_id, lease_s=settings.lease_s, clock=clock, on_lost=bell.ring)
+    waits_s = [settings.backoff_s * times for times in _BACKOFFS]
+    aside = Aside(database, host_name(), waits_s=waits_s, clock=clock, patience=patience)
+    box = BlackBox(settings.home, settings.database_url, worker_id)
+    bell.on_kill = box.close  # an end that a person asked for is nobody's crash
+    keeper = _Housekeeper(database, settings, clock, aside, get_logger({"worker": worker_id}))
 
     def reap() -> None:
         # First our own lease: after a night of sleep it may be over, and we are not dead.
-        lease.beat()
-        if returned := expire(database, now=clock(), is_dead=_is_gone):
-            get_logger({"worker": worker_id}).info(
-                "took back %d rows of workers that are gone", returned, extra={"action": "expire"}
-            )
+        patience(lease.beat)
+        patience(keeper.look)
 
     drain = Drain(
         database=database,
@@ -90,12 +99,15 @@ def _serve_once(
         residency=residency,
         prepare=prepare_model,
         reap=reap,
-        describe=lambda model, state: lease.beat(model=model, state=state),
+        describe=lambda doing: patience(lambda: lease.beat(doing)),
         is_lost=lambda: lease.is_lost,
         bell=bell,
         clock=clock,
+        patience=patience,
+        aside=aside,
+        box=box,
+        is_alone=is_alone,
     )
-    sweep_invisible(database, now=clock(), older_than_s=_DEAD_ENQUEUE_S)
     lease.start()
     try:
         if preload is not None:
@@ -103,10 +115,60 @@ def _serve_once(
         drain.run()
     finally:
         lease.stop()
+        box.close()
         try:
             stop_worker(database, worker_id, now=clock())
         except DatabaseUnreachable as error:
             get_logger({"worker": worker_id}).warning("cannot sign off: %s", error, extra={"action": "stop"})
+
+
+class _Housekeeper:
+    """Looks after what others left: claims of the dead, the rows they died with, enqueues that were killed."""
+
+    def __init__(
+        self, database: Database, settings: Settings, clock: DatabaseClock, aside: Aside, log: BoundLogger
+    ) -> None:
+        self._database = database
+        self._settings = settings
+        self._clock = clock
+        self._aside = aside
+        self._log = log
+        self._sweep_at = 0.0
+
+    def look(self) -> None:
+        """Raises DatabaseUnreachable."""
+        now = self._clock()
+        if returned := expire(self._database, now=now, is_dead=_is_gone):
+            self._log.info("took back %d rows of workers that are gone", returned, extra={"action": "expire"})
+        for death in deaths(self._settings.home, self._settings.database_url):
+            self._learn(death)
+        if now >= self._sweep_at:
+            self._sweep_at = now + _SWEEP_S
+            sweep_invisible(self._database, now=now, older_than_s=_DEAD_ENQUEUE_S)
+
+    def _learn(self, death: Death) -> None:
+        if death.loading is not None and not death.running:  # else it died of a row that it looked into
+            self._aside.note(death.loading, "the worker died while it loaded the model")
+        if not death.running:
+            return
+        count_crash(self._database, death.worker_id, [(key.job_id, key.index, key.attempt) for key in death.running])
+        self._log.warning(
+            "worker %d died; rows that it had in hand, which will run apart from others: %d",
+            death.worker_id,
+            len(death.running),
+            extra={"action": "crash"},
+        )
+        for model in sorted(self._models({key.job_id for key in death.running})):
+            self._aside.note(model, "workers die while they compute with the model", spared=DEATHS_SPARED)
+
+    def _models(self, job_ids: set[int]) -> set[str]:
+        found = set()
+        for job_id in job_ids:
+            try:
+                found.add(get_job(self._database, job_id).model)
+            except JobNotFound:
+                continue
+        return found
 
 
 def prepare_model(ref: ModelRef, model_dir: Path) -> None:
@@ -127,4 +189,4 @@ def prepare_model(ref: ModelRef, model_dir: Path) -> None:
 
 
 def _is_gone(worker: Worker) -> bool:
-    return is_dead(worker.hostname, worker.pid, worker.started_at)
+    return is_dead(worker.hostname, worker.pid, worker.process)

@@ -14,7 +14,10 @@ __all__ = ["Settings", "SettingsError", "load_settings", "without_password"]
 TOML_NAME = "overnight.toml"
 DEFAULT_REDIS = "redis://127.0.0.1:6379/0"
 LOG_LEVELS = ("debug", "info", "warning", "error")
-KEYS = ("database", "redis", "models", "spill", "queue", "max_wait_s", "scan_s", "lease_s", "log_level")
+KEYS = (
+    *("database", "redis", "models", "spill", "queue"),
+    *("max_wait_s", "scan_s", "lease_s", "patience_s", "backoff_s", "log_level"),
+)
 """What flags, ``OVERNIGHT_<KEY>`` and ``overnight.toml`` may say; ``home`` besides, but not in the file."""
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+socket")
@@ -43,6 +46,10 @@ class Settings:
     """How often a worker looks for jobs by itself, in seconds, in case the doorbell was lost."""
     lease_s: float = 60.0
     """How long a worker that stopped beating keeps its claims, in seconds."""
+    patience_s: float = 4 * 3600.0
+    """How long a worker waits for a database that is locked, full or away, in seconds, before it ends."""
+    backoff_s: float = 60.0
+    """How long a machine leaves a model alone after a fault of its own, in seconds; then 5 and 30 times as long."""
     log_level: str = "info"
     """``debug`` adds tracebacks."""
 
@@ -130,6 +137,8 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_
         max_wait_s=given["max_wait_s"].seconds() if "max_wait_s" in given else default.max_wait_s,
         scan_s=given["scan_s"].seconds() if "scan_s" in given else default.scan_s,
         lease_s=given["lease_s"].seconds() if "lease_s" in given else default.lease_s,
+        patience_s=given["patience_s"].seconds() if "patience_s" in given else default.patience_s,
+        backoff_s=given["backoff_s"].seconds() if "backoff_s" in given else default.backoff_s,
         log_level=given["log_level"].log_level() if "log_level" in given else default.log_level,
     )
 

@@ -169,6 +169,11 @@ class KVStore:
             spilled = [segment for batch in batches for segment in batch.segments if self._is_spilled(segment)]
             self._stream.begin(self._visits(spilled))
 
+    def settle(self) -> None:
+        """After a pass: wait until everything that it added is where it is kept."""
+        if self._stream is not None:
+            self._stream.settle()
+
     def attend(self, layer: int, batch: MicroBatch, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Store a micro-batch's keys and values and attend, segment by segment: ``[T, N, H]``.
 

@@ -6,13 +6,14 @@ are brought, and what it added to those before is taken back: three lanes, and c
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.closing import run_all, settle
+from engine.closing import run_all
 from engine.devices.base import Device
 from engine.errors import EngineError
 from engine.kvcache.extents import DiskExtent, HostExtent
@@ -48,10 +49,6 @@ class _Slot:
     """The device's buffer holds what was brought; known once ``filled`` was waited for."""
     left: Event = _REACHED
     """Nobody needs the last visit's contents any more."""
-
-    def settle(self) -> None:
-        """Wait until nobody needs them."""
-        settle(self.left)
 
 
 class KVStream:
@@ -118,15 +115,24 @@ class KVStream:
         self._free.append(slot)
         self._run_ahead()
 
+    def settle(self) -> None:
+        """Wait for what is taken back; each buffer knows of the last of its own.
+
+        What fails is told to whoever needs it: the outputs of the pass are right without it.
+        """
+        for slot in self._slots:
+            with suppress(EngineError, CancelledError):
+                slot.left.wait()
+
     def close(self) -> None:
         """Stop the lanes, and free the ring when nothing is under way any more. What is not kept yet is lost."""
-        slots, self._slots = self._slots, []
-        blocks = [block for slot in slots for block in (slot.device, slot.host) if block is not None]
+        blocks = [block for slot in self._slots for block in (slot.device, slot.host) if block is not None]
         run_all(
             [
                 self._bringing.close,
                 self._writing.close,
-                *(slot.settle for slot in slots),
+                self.settle,
+                self._slots.clear,
                 *(block.release for block in blocks),
             ]
         )

@@ -5,7 +5,7 @@ sequences and two depths tell the four.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -42,6 +42,22 @@ class Overheads:
     of_segment: float
     """In each layer."""
 
+    @classmethod
+    def of(cls, pass_s: Mapping[tuple[int, int], float]) -> "Overheads":
+        """From seconds of passes through two depths with ``_FEW`` and ``_MANY`` sequences, by (layers, sequences).
+
+        Disturbed measurements may contradict each other: what is left of a difference is then nothing, not less.
+        """
+        shallow, deep = sorted({layers for layers, _ in pass_s})
+        layers, sequences = deep - shallow, _MANY - _FEW
+        few = (pass_s[deep, _FEW] - pass_s[shallow, _FEW]) / layers
+        many = (pass_s[deep, _MANY] - pass_s[shallow, _MANY]) / layers
+        segment = max(0.0, (many - few) / sequences)
+        layer = max(0.0, few - _FEW * segment)
+        ends = {number: pass_s[shallow, number] - shallow * (layer + number * segment) for number in (_FEW, _MANY)}
+        sequence = max(0.0, (ends[_MANY] - ends[_FEW]) / sequences)
+        return cls(max(0.0, ends[_FEW] - _FEW * sequence), sequence, layer, segment)
+
 
 def overheads(device: Device, dtype: str, folder: Path, effort: Effort) -> Overheads:
     """Of this engine on this machine; ``folder`` receives two models of a few kilobytes.
@@ -49,20 +65,12 @@ def overheads(device: Device, dtype: str, folder: Path, effort: Effort) -> Overh
     Raises:
         EngineError, OSError: the engine cannot be run, or nothing can be written.
     """
-    shallow, deep = effort.small_layers
     found: dict[tuple[int, int], float] = {}
     for depth in effort.small_layers:
         model_dir = _small_model(folder / f"small-{depth}", depth, dtype)
         for number in (_FEW, _MANY):
             found[depth, number] = _pass_seconds(device, model_dir, number, effort)
-    layers, sequences = deep - shallow, _MANY - _FEW
-    few = (found[deep, _FEW] - found[shallow, _FEW]) / layers
-    many = (found[deep, _MANY] - found[shallow, _MANY]) / layers
-    segment = max(0.0, (many - few) / sequences)
-    layer = max(0.0, few - _FEW * segment)
-    ends = {number: found[shallow, number] - shallow * (layer + number * segment) for number in (_FEW, _MANY)}
-    sequence = max(0.0, (ends[_MANY] - ends[_FEW]) / sequences)
-    return Overheads(max(0.0, ends[_FEW] - _FEW * sequence), sequence, layer, segment)
+    return Overheads.of(found)
 
 
 def _pass_seconds(device: Device, model_dir: Path, number: int, effort: Effort) -> float:

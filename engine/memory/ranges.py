@@ -6,11 +6,10 @@ from engine.errors import EngineError
 
 
 class FreeRanges:
-    """Hands out ``[offset, offset + size)`` ranges below ``limit``; ``end`` is the highest offset ever handed out."""
+    """Hands out ``[offset, offset + size)`` ranges below ``limit``."""
 
     def __init__(self, limit: int) -> None:
         self._ranges: list[tuple[int, int]] = [(0, limit)] if limit else []
-        self.end = 0
 
     def allocate(self, size: int) -> int | None:
         """The lowest offset where ``size`` fits, or ``None``."""
@@ -18,7 +17,6 @@ class FreeRanges:
             if free >= size:
                 rest = [(offset + size, free - size)] if free > size else []
                 self._ranges[index : index + 1] = rest
-                self.end = max(self.end, offset + size)
                 return offset
         return None
 

@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.units import KIB
+
 _UNLIMITED = 1 << 60
 _BFLOAT16_FROM = (8, 0)
 
@@ -46,7 +48,7 @@ def _meminfo_available() -> int:
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return int(line.split()[1]) * KIB
     # Not Linux: what is installed, since what is free is not told portably.
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
 

@@ -16,6 +16,7 @@ from engine.planner.hardware import LINKS
 from engine.planner.load import PassLoad, mean_request_load, residency_passes
 from engine.planner.plan import Plan, PlanOptions, Shares, TierName
 from engine.planner.problem import Problem
+from engine.units import GIB
 
 TIE = 0.01
 """Throughput that is not worth putting KV cache on disk for: of plans as good as each other, the plainer one."""
@@ -78,7 +79,7 @@ class Programme:
         # In this unit of time 1/T is near 1, so that the solver's tolerances mean something.
         unit = max(1e-9, sum(request_s[LaneName.DEVICE_COMPUTE]) / 3 * sample.tokens_per_pass / per_request.tokens)
         unit += max(max(layer_s[lane]) for lane in layer_s) * layers
-        gib = float(1 << 30)
+        gib = float(GIB)
         # Variables: layers by tier over T, requests per unit of time by tier of their cache, 1/T.
         rows: list[list[float]] = []
         limits: list[float] = []

@@ -116,7 +116,7 @@ def command(home: Path) -> Command:
     def invoke(
         *words: str, environ: Mapping[str, str] | None = None, **more: Any
     ) -> "subprocess.CompletedProcess[str]":
-        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120, **more}
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 240, **more}
         return subprocess.run(
             [sys.executable, "-P", "-m", "cli", *words],
             env={**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})},

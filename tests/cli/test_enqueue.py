@@ -49,8 +49,8 @@ def test_everything_asked_for_is_stored(with_redis: Path, run: Run, model: str) 
         "top_k": 3,
         "stop": ["\n", "END"],
         "ignore_eos": False,
-        "dataset": str(Path("d.jsonl").resolve()),
     }
+    assert job.origin == {"dataset": str(Path("d.jsonl").resolve()), "prompt": "{{ prompt }}", "choices": None}
     assert (job.seed, job.priority, job.queue, job.task, job.model) == (11, -2, "night", "generate", model)
 
 

@@ -101,5 +101,5 @@ def test_a_reader_that_leaves_early_is_no_error(with_redis: Path, run: Run, mode
     process.stdout.close()
     complaint = process.stderr.read()
     process.stderr.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=240) == 0
     assert complaint == b""

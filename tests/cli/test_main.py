@@ -179,7 +179,9 @@ def test_a_stdout_without_room_is_named(home: Path, command: Command) -> None:
 def test_a_closed_stdout_is_no_fault(home: Path) -> None:
     script = f"{shlex.quote(sys.executable)} -P -m cli models --json >&-"
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["sh", "-c", script], env=environ, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        ["sh", "-c", script], env=environ, stderr=subprocess.PIPE, text=True, check=False, timeout=240
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -195,7 +197,7 @@ def test_a_completion_script_is_accepted_by_its_shell(run: Run, shell: str) -> N
     assert done.exit_code == 0
     assert "_OVERNIGHT_COMPLETE" in done.stdout
     if program := shutil.which(shell):
-        assert subprocess.run([program, "-n"], input=done.stdout, text=True, timeout=30).returncode == 0
+        assert subprocess.run([program, "-n"], input=done.stdout, text=True, timeout=240).returncode == 0
 
 
 def test_commands_are_completed(home: Path, command: Command) -> None:

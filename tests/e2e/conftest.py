@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection
 
 from storage.claims import Worker, list_workers
 from storage.database import Database
 from storage.jobs import Job, NewJob, NewRequest, create_job, get_job
-from storage.results import stream_outputs
+from storage.results import OutputRow, stream_outputs
 from worker import children
 from worker.doorbell import ping
-from worker.errors import RedisUnreachable
+from worker.errors import RedisRefused, RedisUnreachable
 from worker.private_redis import find_redis_server
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 60.0
+PATIENCE_S = 240.0
+"""Of a busy machine: what has not come by then will not come. pytest ends a test after 300 s in any case."""
 
 
 def wait_until(what: str, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
@@ -32,6 +34,10 @@ def wait_until(what: str, condition: Callable[[], bool], timeout_s: float = PATI
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for: {what}"
         time.sleep(0.02)
+
+
+SLOW = ("--micro-batch", "1")
+"""With passes of one token each, of a quarter of a millisecond at the very least."""
 
 
 class WorkerProcess:
@@ -74,8 +80,8 @@ class Station:
         )
 
     def start_worker(self, *words: str | Path, ready: bool = True, **settings: object) -> WorkerProcess:
-        """`overnight worker` with small passes, so that a job can be caught in the middle."""
-        command = [sys.executable, "-m", "cli", "worker", "--device", "cpu", "--micro-batch", "8"]
+        """`overnight worker`; with passes of one token (``*SLOW``) a job can be caught in the middle."""
+        command = [sys.executable, "-m", "cli", "worker", "--device", "cpu", "--micro-batch", "64"]
         command += ["--micro-batches", "1", *map(str, words)]
         environ = self.environ | {f"OVERNIGHT_{name.upper()}": str(value) for name, value in settings.items()}
         known = {worker.id for worker in self.workers()}
@@ -108,24 +114,42 @@ class Station:
     def job(self, job_id: int) -> Job:
         return get_job(self.database, job_id)
 
-    def wait_done(self, job_id: int, timeout_s: float = PATIENCE_S) -> Job:
-        wait_until(f"job {job_id} to finish", lambda: self.job(job_id).is_finished, timeout_s)
+    def wait_done(self, job_id: int) -> Job:
+        wait_until(f"job {job_id} to finish", lambda: self.job(job_id).is_finished)
         return self.job(job_id)
 
-    def wait_half_done(self, job_id: int) -> None:
-        wait_until("the job to be in the middle", lambda: self.job(job_id).num_done > 0)
-        assert not self.job(job_id).is_finished, "it was too quick to be caught in the middle"
+    @contextlib.contextmanager
+    def caught_in_the_middle(self, job_id: int) -> Iterator[None]:
+        """While it lasts, some rows are done and some are claimed: nobody can write to the database meanwhile."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            with self.database.write() as connection:
+                states = self._request_states(connection, job_id)
+                if states.get("done") and states.get("claimed"):
+                    yield
+                    return
+            assert states.get("done") != sum(states.values()), "it was too quick to be caught in the middle"
+            assert time.monotonic() < deadline, f"waited {PATIENCE_S} s for the job to be in the middle"
+            time.sleep(0.02)
 
     def texts(self, job_id: int) -> list[tuple[int, Any]]:
         """(index, output) of every output row, duplicates included."""
         return [(row.index, row.output) for row in stream_outputs(self.database, job_id)]
 
+    def errors(self, job_id: int) -> list[OutputRow]:
+        """The rows that failed."""
+        return list(stream_outputs(self.database, job_id, errors_only=True))
+
     def request_states(self, job_id: int) -> dict[str, int]:
         with self.database.read() as connection:
-            rows = connection.exec_driver_sql(
-                f"SELECT state, count(*) FROM requests WHERE job_id = {job_id} GROUP BY state"
-            )
-            return {state: count for state, count in rows}  # noqa: C416 (rows are not tuples to a type checker)
+            return self._request_states(connection, job_id)
+
+    @staticmethod
+    def _request_states(connection: Connection, job_id: int) -> dict[str, int]:
+        rows = connection.exec_driver_sql(
+            f"SELECT state, count(*) FROM requests WHERE job_id = {job_id} GROUP BY state"
+        )
+        return {state: count for state, count in rows}  # noqa: C416 (rows are not tuples to a type checker)
 
     def close(self) -> None:
         for worker in self._workers:
@@ -146,13 +170,15 @@ def station(tmp_path: Path, redis_url: str) -> Iterator[Station]:
 class OwnRedis:
     """A Redis that can be killed and started again at the same place."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.socket = folder / "redis.sock"
+        self._options = options
         self.url = f"unix://{self.socket}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         command = [find_redis_server(), "--port", "0", "--unixsocket", self.socket, "--save", "", "--dir", "/tmp"]
+        command += self._options
         self._process = children.spawn(list(map(str, command)), stdout=subprocess.DEVNULL)
         wait_until("Redis to answer", self._answers)
 
@@ -165,6 +191,8 @@ class OwnRedis:
     def _answers(self) -> bool:
         try:
             ping(self.url)
+        except RedisRefused:
+            return True  # it wants a password
         except RedisUnreachable:
             return False
         return True

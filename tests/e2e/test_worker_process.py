@@ -3,16 +3,18 @@
 import contextlib
 import json
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 import redis
 
+from benchmarks.strangers import ATTACKS
 from storage.claims import list_workers
 from storage.jobs import list_jobs
 from storage.results import list_passes
-from tests.e2e.conftest import OwnRedis, Station, json_of, wait_until
-from worker.doorbell import ring
+from tests.e2e.conftest import PATIENCE_S, SLOW, OwnRedis, Station, json_of, wait_until
+from worker.doorbell import client_url, ring
 from worker.settings import load_settings
 
 NEVER = 3600
@@ -76,16 +78,18 @@ def test_lost_and_doubled_messages_change_nothing(station: Station, tiny_model: 
 def test_a_polite_stop_in_the_middle_gives_back_what_is_not_done(
     station: Station, tiny_model: Path, number: signal.Signals
 ) -> None:
-    job_id = station.enqueue(tiny_model, 400, max_new_tokens=60)
-    worker = station.start_worker()
-    station.wait_half_done(job_id)
+    num_rows = 20_000  # more than can be done in the time that a test may take
+    job_id = station.enqueue(tiny_model, num_rows, max_new_tokens=60)
+    worker = station.start_worker(*SLOW)
+    with station.caught_in_the_middle(job_id):
+        pass
 
     code = worker.signal(number)
 
     assert code == (0 if number == signal.SIGTERM else 130)
     assert "Traceback" not in worker.log
     num_done = station.job(job_id).num_done
-    assert station.request_states(job_id) == {"done": num_done, "pending": 400 - num_done}
+    assert station.request_states(job_id) == {"done": num_done, "pending": num_rows - num_done}
     assert list_workers(station.database) == []
 
 
@@ -94,15 +98,14 @@ def test_a_killed_workers_job_is_finished_with_one_output_a_row_equal_to_an_undi
 ) -> None:
     num_rows, new_tokens = 2000, 20
     job_id = station.enqueue(tiny_model, num_rows, max_new_tokens=new_tokens)
-    victim = station.start_worker(lease_s=3600)
-    station.wait_half_done(job_id)
-    victim.signal(signal.SIGKILL)
-    assert station.request_states(job_id).get("claimed", 0) > 0, "nothing was claimed: the kill came too late"
+    victim = station.start_worker(*SLOW, lease_s=3600)
+    with station.caught_in_the_middle(job_id):
+        victim.signal(signal.SIGKILL)
 
     successor = station.start_worker(scan_s=0.3, lease_s=3600)
-    job = station.wait_done(job_id, timeout_s=200)
+    job = station.wait_done(job_id)
     undisturbed = station.enqueue(tiny_model, num_rows, max_new_tokens=new_tokens)
-    station.wait_done(undisturbed, timeout_s=200)
+    station.wait_done(undisturbed)
 
     assert (job.state, job.num_done, job.num_failed) == ("done", num_rows, 0)
     assert [index for index, _ in station.texts(job_id)] == list(range(num_rows))
@@ -148,12 +151,63 @@ def test_a_worker_works_and_stops_while_redis_is_away(own_redis: OwnRedis, tiny_
         own_redis.start()
 
 
-def test_a_worker_without_redis_does_not_start(station: Station) -> None:
-    ran = station.cli("worker", "--redis", "unix:///nowhere/redis.sock")
+def test_a_worker_whose_redis_is_not_there_yet_works_by_its_scan(
+    own_redis: OwnRedis, tiny_model: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    own_redis.kill()
+    with contextlib.closing(Station(home, own_redis.url)) as station:
+        worker = station.start_worker(scan_s=0.3)
+        assert station.wait_done(station.enqueue(tiny_model, 3)).num_done == 3
+        own_redis.start()
+        assert worker.signal(signal.SIGTERM) == 0
+        assert "does not answer" in worker.log
+        assert "Traceback" not in worker.log
 
-    assert ran.returncode == 4
+
+@pytest.mark.parametrize("url", ["redis://[::1", "redis://h/0?nosuch=1", "http://127.0.0.1"])
+def test_a_worker_whose_redis_can_never_answer_does_not_start(station: Station, url: str) -> None:
+    ran = station.cli("worker", "--redis", url)
+
+    assert ran.returncode in (2, 4)
     assert len(ran.stderr.strip().splitlines()) == 1
-    assert "OVERNIGHT_REDIS" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_worker_with_a_wrong_password_does_not_start(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="overnight-test-") as folder:
+        server = OwnRedis(Path(folder), "--requirepass", "right")
+        server.start()
+        home = tmp_path / "home"
+        home.mkdir(mode=0o700)
+        with contextlib.closing(Station(home, server.url)) as station:
+            ran = station.cli("worker", "--redis", f"{server.url}?password=wrong")
+        server.kill()
+    assert ran.returncode == 4
+    assert "does not let us in" in ran.stderr
+    assert "wrong" not in ran.stderr.replace("WRONGPASS", "")
+
+
+def test_nothing_in_redis_ends_a_worker_or_makes_it_deaf(station: Station, tiny_model: Path, tmp_path: Path) -> None:
+    settings = load_settings({}, station.environ)
+    worker = station.start_worker(scan_s=NEVER)
+    with redis.Redis.from_url(client_url(settings.redis_url)) as client:
+        for attack in ATTACKS.values():
+            attack(client, settings)
+        # As one would find them after a night without a worker, too: behind each other, at a start.
+        late = station.start_worker(scan_s=NEVER)
+        dataset = write_dataset(tmp_path, 3)
+        words = ("enqueue", dataset, "--model", tiny_model, "--task", "generate", "--json")
+        for _ in range(2):
+            assert station.wait_done(json_of(station.cli(*words))["id"]).num_done == 3
+        wait_until("the last of it to be heard", lambda: client.llen("overnight:overnight.default") == 0)
+    for each in (worker, late):
+        assert each.process.poll() is None, each.log
+        assert each.signal(signal.SIGTERM) == 0
+        assert "Traceback" not in each.log
+        assert "os.system" not in each.log, "what strangers write is not logged"
+    assert "messages that are not for this worker" in worker.log
 
 
 def test_a_worker_with_an_unknown_model_does_not_start(station: Station) -> None:
@@ -172,7 +226,7 @@ def test_a_drain_that_dies_takes_the_process_with_it(station: Station) -> None:
     with path.open("r+b") as file:
         file.write(b"this is not a database any more" * 100)
 
-    assert worker.process.wait(30) == 4
+    assert worker.process.wait(PATIENCE_S) == 4
     assert "Traceback" not in worker.log
     assert str(path) in worker.log.strip().splitlines()[-1]
     path.unlink()

@@ -1,7 +1,6 @@
 """Segments side by side: fair shares, every item once, failures reach the caller."""
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -35,36 +34,51 @@ def test_every_item_is_done_once_on_one_core_each() -> None:
     assert torch.get_num_threads() == mine
 
 
-def test_a_failure_reaches_the_caller_after_all_have_ended() -> None:
+def test_anothers_failure_reaches_the_caller() -> None:
     workers = AttentionWorkers(2)
-    ended = threading.Event()
+    caller = threading.get_ident()
+    done: list[int] = []
 
     def work(item: int) -> None:
-        if item == 0:
-            raise ValueError("item 0")
-        ended.set()
+        if threading.get_ident() != caller:
+            raise ValueError("another's")
+        done.append(item)
 
-    with pytest.raises(ValueError, match="item 0"):
-        workers.each(work, [0, 1], [5, 1])
-    assert ended.is_set()
+    with pytest.raises(ValueError, match="another's"):
+        workers.each(work, [0, 1], [1, 1])
+    assert len(done) == 1
     workers.close()
 
 
 def test_the_callers_own_failure_waits_for_the_others() -> None:
     workers = AttentionWorkers(2)
-    caller, ended = threading.get_ident(), threading.Event()
+    failed, gate = threading.Event(), threading.Event()
+    found: list[object] = []
 
-    def work(item: int) -> None:
-        if threading.get_ident() == caller:
-            raise ValueError("the caller's")
-        time.sleep(0.2)
-        ended.set()
+    def call() -> None:
+        caller, mine = threading.get_ident(), torch.get_num_threads()
 
-    mine = torch.get_num_threads()
-    with pytest.raises(ValueError, match="the caller's"):
-        workers.each(work, [0, 1], [1, 1])
-    assert ended.is_set()
-    assert torch.get_num_threads() == mine
+        def work(item: int) -> None:
+            if threading.get_ident() == caller:
+                failed.set()
+                raise ValueError("the caller's")
+            gate.wait()
+            found.append("the other ended")
+
+        try:
+            workers.each(work, [0, 1], [1, 1])
+        except ValueError as error:
+            found.append(str(error))
+        found.append(torch.get_num_threads() == mine)
+
+    calling = threading.Thread(target=call)
+    calling.start()
+    failed.wait()
+    calling.join(timeout=0.2)  # whoever does not wait for the other has ended by then
+    assert calling.is_alive()
+    gate.set()
+    calling.join()
+    assert found == ["the other ended", "the caller's", True]
     workers.close()
 
 

@@ -4,15 +4,14 @@ import json
 from dataclasses import replace
 from math import inf
 from pathlib import Path
-from time import process_time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import EngineError, HardwareError, PlanDoesNotFit
 from engine.memory.lane import LaneName
-from engine.planner.cost import AS_ENGINE, OVERLAPPED, WAITING, Overlap, PassModel
+from engine.planner.cost import AS_ENGINE, OVERLAPPED, WAITING, Overlap, PassCost, PassModel
 from engine.planner.default import resolve_plan
 from engine.planner.flexgen import BlockCost, BlockPolicy, block_cost
 from engine.planner.hardware import LINKS, Hardware
@@ -116,12 +115,6 @@ def test_a_device_that_is_full_of_weights_is_not_taken_for_the_best() -> None:
     assert best.plan.num_layers_in(TierName.DEVICE) < 32
 
 
-def test_searching_for_opt_175b_takes_under_five_seconds() -> None:
-    started = process_time()
-    found("facebook/opt-175b")
-    assert process_time() - started < 5
-
-
 def test_every_figure_of_every_preset_has_a_source() -> None:
     assert preset_names() == ("a100-80g", "a10g", "h100-80g", "l4", "rtx3090", "rtx4090", "t4-gcp")
     for name in preset_names():
@@ -162,7 +155,7 @@ def test_profiles_survive_json(name: str, tmp_path: Path) -> None:
 )
 def test_a_damaged_profile_says_where(change: dict[str, object], said: str, tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
-    path.write_text(json.dumps(T4.to_json() | change))
+    path.write_text(json.dumps(profile_json(T4) | change))
     with pytest.raises(HardwareError, match=said):
         load_hardware(path)
 
@@ -270,10 +263,24 @@ def test_a_pass_is_at_least_as_long_as_each_lane(
         overlap=WAITING if overlap is WAITING else OVERLAPPED,
     ).cost(load)  # fmt: skip
     assert one.seconds >= max(one.lane_seconds.values()) * (1 - 1e-9)
-    assert one.lane_seconds[one.bound_by] == max(one.lane_seconds.values())
     assert one.exposed_s >= 0
     overlapped = PassModel(T4, SMALL.shape, SMALL.stored(), plan, host_attention=attends).cost(load)
     assert one.seconds >= overlapped.seconds * (1 - 1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(loads(), placements, placements)
+def test_a_pass_is_bound_by_the_lane_that_makes_it_shorter(load: PassLoad, weights: Shares, kv: Shares) -> None:
+    plan = small_plan(weights, kv)
+
+    def cost(hardware: Hardware) -> PassCost:
+        return PassModel(hardware, SMALL.shape, SMALL.stored(), plan, host_attention=False).cost(load)
+
+    before = cost(T4)
+    longest, second = sorted(before.lane_seconds.values(), reverse=True)[:2]
+    assume(second < 0.999 * longest)
+    shorter = {lane for lane in LINKS if cost(faster(T4, lane, 2)).seconds < before.seconds}
+    assert shorter == {before.bound_by} - {LaneName.DEVICE_COMPUTE}
 
 
 @settings(max_examples=100, deadline=None)
@@ -299,9 +306,8 @@ def test_more_bandwidth_never_makes_the_best_plan_slower(lane: LaneName, factor:
     assert after >= before * 0.98
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.integers(1, 16), st.integers(0, 32), st.integers(0, 64), st.integers(1, 2000), st.integers(1, 48))
-def test_a_found_plan_is_within_every_budget(device: int, host: int, disk: int, prompt: int, generated: int) -> None:
+def found_within(device: int, host: int, disk: int, prompt: int, generated: int) -> bool:
+    """Whether there is a plan; it is checked."""
     budgets = {TierName.DEVICE: device * GIB // 2, TierName.HOST: host * GIB // 4, TierName.DISK: disk * GIB // 4}
     workload = Workload.uniform(prompt, generated, 200)
     try:
@@ -310,11 +316,25 @@ def test_a_found_plan_is_within_every_budget(device: int, host: int, disk: int, 
             fixed=PlanOptions(micro_batch=512, micro_batches=4),
         )  # fmt: skip
     except PlanDoesNotFit:
-        return
+        return False
     for tier in TierName:
         assert 0 <= best.used[tier] <= budgets[tier]
         assert best.plan.kv_bytes[tier] <= best.used[tier]
     assert 0 < best.prediction.generated_per_s < inf
+    return True
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 16), st.integers(0, 32), st.integers(0, 64), st.integers(1, 2000), st.integers(1, 48))
+def test_a_found_plan_is_within_every_budget(device: int, host: int, disk: int, prompt: int, generated: int) -> None:
+    found_within(device, host, disk, prompt, generated)
+
+
+def test_with_room_there_is_a_plan_and_without_there_is_none() -> None:
+    """Or the test above would show nothing."""
+    assert found_within(device=16, host=32, disk=64, prompt=100, generated=20)
+    assert found_within(device=6, host=2, disk=64, prompt=1000, generated=40)
+    assert not found_within(device=1, host=0, disk=0, prompt=100, generated=20)
 
 
 def test_what_a_person_fixed_stays() -> None:

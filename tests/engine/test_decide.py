@@ -1,6 +1,5 @@
 """A plan for what comes: searched for where something must be streamed, told apart from rules, refused with advice."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from engine.devices.host import HostDevice
 from engine.engine import Engine
 from engine.errors import Interrupted, PlanDoesNotFit, Unmeasurable
 from engine.lengths import workload_of
-from engine.measure import QUICK, identity_of, measure
+from engine.measure import identity_of
 from engine.planner.decide import Decision, Outlook, Question, budgets_of_machine, decide_plan
 from engine.planner.default import kv_bytes_per_token, resolve_plan
 from engine.planner.hardware import Hardware
@@ -20,7 +19,7 @@ from engine.planner.least import has_room, least_plan
 from engine.planner.machine import MachineFacts
 from engine.planner.nearest import format_flag
 from engine.planner.plan import PlanOptions, Shares, TierName
-from engine.planner.profiles import hardware_from_json, profile_json
+from engine.planner.profiles import load_hardware
 from engine.planner.rates import Figure
 from engine.planner.shapes import known_model
 from engine.planner.workload import Workload
@@ -36,8 +35,11 @@ WORK = Workload.uniform(512, 32, 100)
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Hardware:
-    return measure(HostDevice(), tmp_path_factory.mktemp("spill"), effort=QUICK)
+def machine() -> Hardware:
+    """Figures of a known machine: what this one is like today decides nothing here."""
+    t4 = load_hardware("t4-gcp")
+    matmul = {"bfloat16": t4.matmul["float16"], "float32": t4.matmul["float32"]}
+    return replace(t4, device="cpu", shares_host_memory=True, host_attention=None, matmul=matmul)
 
 
 def never() -> Hardware:
@@ -89,8 +91,6 @@ def test_what_a_person_fixed_is_kept(machine: Hardware) -> None:
 def test_a_refusal_names_the_nearest_plan_that_fits_and_nothing_is_measured(searched: bool) -> None:
     with pytest.raises(PlanDoesNotFit, match=r"short.*the smallest that fits: --device-memory \S+ with") as refused:
         decide(PlanOptions(device_memory=100 * MIB), Outlook(WORK, never) if searched else None)
-    flag = str(refused.value).partition("--device-memory ")[2] if searched else str(refused.value)
-    assert flag
     text = str(refused.value).rpartition("--device-memory ")[2].split()[0]
     unit = {"MiB": MIB, "GiB": GIB}[text[-3:]]
     near = PlanOptions(
@@ -257,18 +257,3 @@ def test_a_damaged_profile_is_measured_anew(tmp_path: Path, machine: Hardware) -
     said: list[str] = []
     assert profile_for(tmp_path, {}, lambda: machine, said.append) is machine
     assert "measuring anew" in said[0]
-
-
-def figures(hardware: Hardware) -> Iterator[float]:
-    for figure in hardware.figures().values():
-        if isinstance(figure, Figure):
-            yield figure.value
-        else:
-            yield from (rate for _, rate in figure.points)
-
-
-def test_everything_is_measured(machine: Hardware) -> None:
-    assert all(value >= 0 for value in figures(machine))
-    assert sum(value == 0 for value in figures(machine)) <= 1  # what segments cost is in the rates of attention
-    assert machine.shares_host_memory
-    assert hardware_from_json(profile_json(machine)) == machine

@@ -86,7 +86,7 @@ def download(name: str, destination: Path, **environment: str) -> str:
     env = {"PATH": os.environ["PATH"], "HF_HOME": str(destination.parent / "hf"), "HF_HUB_DISABLE_XET": "1"}
     ran = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), name, str(destination)],
-        cwd=ROOT, env={**env, **environment}, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env={**env, **environment}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     return ran.stdout

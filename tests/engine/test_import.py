@@ -459,7 +459,7 @@ def start_import(source: Path, destination: Path, on_progress: str) -> subproces
 def test_a_killed_import_leaves_nothing_that_looks_complete(checkpoint: Path, tmp_path: Path) -> None:
     kill = "if done > total // 2: os.kill(os.getpid(), signal.SIGKILL)"
     with start_import(checkpoint, tmp_path / "model", kill) as process:
-        process.communicate(timeout=60)
+        process.communicate(timeout=240)
     assert process.returncode == -signal.SIGKILL
     (leftover,) = tmp_path.iterdir()
     assert leftover.name == f".model.partial-{process.pid}"
@@ -479,7 +479,7 @@ def test_an_import_under_way_is_not_swept(checkpoint: Path, tmp_path: Path) -> N
         process.stdout.readline()
         import_checkpoint(checkpoint, tmp_path / "quick")
         assert list(tmp_path.glob(".slow.partial-*"))
-        process.communicate("", timeout=60)  # the end of its input lets it go on
+        process.communicate("", timeout=240)  # the end of its input lets it go on
     assert process.returncode == 0
     assert read_manifest(tmp_path / "slow").units == read_manifest(tmp_path / "quick").units
 
@@ -508,7 +508,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path) -> None:
     script = 'mount -t tmpfs -o size=1m tmpfs "$1" 2>/dev/null || exit 77; exec "$2" -c "$3" "$1"'
     command = ["unshare", "-rm", "sh", "-c", script, "sh", str(tmp_path), sys.executable, textwrap.dedent(program)]
     try:
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     except FileNotFoundError:
         pytest.skip("unshare is not installed")
     if ran.returncode == 77 or "unshare" in ran.stderr:
@@ -559,7 +559,7 @@ def test_memory_stays_small_however_large_the_model(kind: str, wide: Path, tmp_p
     """
     make_checkpoint(tmp_path / "small")
     command = [sys.executable, "-c", textwrap.dedent(program), str(source), str(tmp_path / "small"), str(tmp_path)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     manifest: Manifest = read_manifest(tmp_path / "model")
     layer = 2 * manifest.unit("layer.0").num_bytes  # as float32, in the checkpoint
     assert manifest.num_bytes > 100 * MIB

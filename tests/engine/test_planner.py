@@ -245,7 +245,9 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, object], says:
 
 def test_this_machines_free_memory_is_plausible(tmp_path: Path) -> None:
     assert 16 * MIB < free_host_memory() < 1 << 50
-    assert free_disk_space(tmp_path) == pytest.approx(free_disk_space(tmp_path / "not" / "yet" / "there"), rel=0.1)
+    # Others write to the disk, too; one of these times nobody does in between.
+    while free_disk_space(tmp_path) != free_disk_space(tmp_path / "not" / "yet" / "there"):
+        pass
 
 
 def test_each_attention_thread_has_its_keys_in_the_workspace() -> None:

@@ -61,16 +61,6 @@ def test_all_released_is_one_range_again(order: list[int]) -> None:
     assert space.allocate(100) == 0
 
 
-def test_the_end_is_the_highest_offset_ever_handed_out() -> None:
-    space = FreeRanges(100)
-    space.allocate(30)
-    space.allocate(30)
-    space.release(30, 30)
-    assert space.end == 60
-    assert space.allocate(10) == 30
-    assert space.end == 60
-
-
 def test_no_space_at_all() -> None:
     space = FreeRanges(0)
     assert space.allocate(1) is None

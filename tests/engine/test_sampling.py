@@ -164,8 +164,15 @@ def test_the_ends_of_the_range_draw_what_can_be_drawn(number: float) -> None:
 
 def test_logits_that_are_no_numbers_do_not_stop_a_run() -> None:
     """Float16 overflows; the row is lost anyway, the others must not be."""
-    for logits in ([float("nan")] * 4, [1.0, float("inf"), 0.0, 2.0]):
-        assert 0 <= drawn(logits, SamplingParams(temperature=1.0, top_k=3, top_p=0.5), 0.5) < 4
+    sampling = SamplingParams(temperature=1.0, top_k=3, top_p=0.5)
+    others_RV = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    expected = next_tokens(others_RV, [sampling, SamplingParams()], [0.5, 0.5]).tolist()
+    for logits in ([float("nan")] * 4, [1.0, float("inf"), 0.0, 2.0], [1.0, float("nan"), 0.0, 2.0]):
+        logits_RV = torch.stack((others_RV[0], torch.tensor(logits), torch.tensor(logits), others_RV[1]))
+        params = [sampling, sampling, SamplingParams(), SamplingParams()]
+        first, drawn_lost, greedy_lost, last = next_tokens(logits_RV, params, [0.5] * 4).tolist()
+        assert [first, last] == expected
+        assert {drawn_lost, greedy_lost} <= set(range(4)), "an id that the tokenizer has"
 
 
 def test_scores_are_log_probabilities_and_know_greedy() -> None:

@@ -3,14 +3,17 @@
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Text, type_coerce, update
 
 from storage.claims import (
+    Doing,
     Worker,
     claim,
     expire,
     give_back,
     give_back_requests,
     heartbeat,
+    held_claims,
     list_workers,
     stop_worker,
 )
@@ -18,7 +21,7 @@ from storage.database import Database
 from storage.errors import ClaimLost
 from storage.jobs import JobState, get_job
 from storage.results import record, stream_outputs
-from storage.schema import workers
+from storage.schema import requests, workers
 from tests.storage.factories import make_job, make_worker, pass_totals, result_of
 
 
@@ -46,23 +49,49 @@ def test_given_back_requests_are_claimed_again_with_a_higher_attempt(db: Databas
 def test_only_what_the_worker_holds_is_given_back(db: Database) -> None:
     job_id, one, two = make_job(db, 4), make_worker(db), make_worker(db)
     mine, others = claim(db, one, job_id, 2, now=2.0), claim(db, two, job_id, 1, now=2.0)
-    keys = [(c.job_id, c.index) for c in (mine[1], others[0])] + [(job_id, 3), (99, 0)]
-    assert give_back_requests(db, one, keys) == 1
+    stale = (job_id, mine[0].index, mine[0].attempt - 1)
+    claims = [(c.job_id, c.index, c.attempt) for c in (mine[1], others[0])] + [stale, (job_id, 3, 1), (99, 0, 1)]
+    assert held_claims(db, one) == {(c.job_id, c.index, c.attempt) for c in mine}
+    assert give_back_requests(db, one, claims) == 1
+    assert held_claims(db, one) == {(mine[0].job_id, mine[0].index, mine[0].attempt)}
     assert [c.index for c in claim(db, one, job_id, 9, now=3.0)] == [1, 3]
 
 
 def test_a_heartbeat_keeps_the_lease(db: Database) -> None:
     job_id, worker = make_job(db), make_worker(db, now=0.0, lease_s=10.0)
     claim(db, worker, job_id, 3, now=1.0)
-    heartbeat(db, worker, now=9.0, lease_s=10.0, model="/models/opt", state="draining")
+    heartbeat(db, worker, now=9.0, lease_s=10.0, doing=Doing("draining", "/models/opt", "waits", 99.0))
     assert expire(db, now=15.0) == 0
     (row,) = list_workers(db)
     assert (row.heartbeat_at, row.lease_until, row.model, row.state) == (9.0, 19.0, "/models/opt", "draining")
+    assert (row.message, row.retry_at) == ("waits", 99.0)
     heartbeat(db, worker, now=16.0, lease_s=10.0)
     (row,) = list_workers(db)
-    assert (row.model, row.state) == ("/models/opt", "draining")
+    assert (row.model, row.state, row.message) == ("/models/opt", "draining", "waits")
     assert expire(db, now=26.0) == 0  # the lease holds up to and at its end
     assert expire(db, now=26.1) == 3
+
+
+def test_a_model_that_was_unloaded_is_not_shown(db: Database) -> None:
+    worker = make_worker(db)
+    heartbeat(db, worker, now=2.0, lease_s=10.0, doing=Doing("draining", "/models/opt"))
+    heartbeat(db, worker, now=3.0, lease_s=10.0, doing=Doing("idle"))
+    (row,) = list_workers(db)
+    assert (row.model, row.state, row.message, row.retry_at) == (None, "idle", None, None)
+
+
+def test_a_payload_that_cannot_be_read_costs_only_its_own_row(db: Database) -> None:
+    job_id, worker = make_job(db, 3), make_worker(db)
+    deep = "[" * 5000 + "]" * 5000
+    with db.write() as connection:
+        for index, text in ((0, deep), (1, "{")):
+            connection.execute(
+                update(requests)
+                .where(requests.c.job_id == job_id, requests.c.index == index)
+                .values(payload=type_coerce(text, Text), row_id=type_coerce(deep, Text))
+            )
+    claimed = claim(db, worker, job_id, 9, now=2.0)
+    assert [c.payload for c in claimed] == [None, None, {"prompt": "prompt 2"}]
 
 
 def test_a_lease_that_nobody_took_is_taken_up_again(db: Database) -> None:

@@ -5,6 +5,8 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -207,12 +209,11 @@ def unprivileged(path: Path) -> str:
 
 
 @pytest.fixture
-def open_tmp(tmp_path: Path) -> Path:
-    """A temporary directory that another user may enter."""
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.getuid() and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o055)
-    return tmp_path
+def open_tmp() -> Iterator[Path]:
+    """A temporary directory that another user may enter; not pytest's, which every new session closes to others."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 @pytest.mark.parametrize(("file_mode", "folder_mode"), [(0o444, 0o777), (0o666, 0o555)])
@@ -233,7 +234,7 @@ def test_a_directory_of_somebody_else(open_tmp: Path) -> None:
     (open_tmp / "theirs").chmod(0o555)
     for path in (open_tmp / "theirs" / "overnight.db", open_tmp / "theirs" / "new" / "overnight.db"):
         printed = unprivileged(path)
-        assert printed.startswith("DatabaseUnreachable Cannot")
+        assert printed.startswith("DatabaseMisnamed Cannot")
         assert "Permission denied" in printed
 
 

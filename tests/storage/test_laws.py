@@ -11,16 +11,18 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from storage.claims import (
     ClaimedRequest,
     claim,
+    claim_suspects,
     expire,
     give_back,
     give_back_requests,
     heartbeat,
     stop_worker,
 )
+from storage.crashes import count_crash, only_suspects
 from storage.database import Database
 from storage.errors import ClaimLost, InvalidTransition
 from storage.integrity import check_integrity
-from storage.jobs import cancel_job, fail_job, get_job, purge_job, retry_job, runnable_jobs
+from storage.jobs import cancel_job, fail_job, get_job, list_jobs, purge_job, retry_job, runnable_jobs
 from storage.results import RequestResult, record, stream_outputs
 from tests.storage.factories import make_job, make_worker, result_of
 
@@ -68,8 +70,9 @@ class Workplace(RuleBasedStateMachine):
                 claim(self.db, worker, job, limit, now=self.now)
             return worker, []
         runnable = {j.id for j in runnable_jobs(self.db, "default")}
+        apart = only_suspects(self.db, runnable)
         claimed = claim(self.db, worker, job, limit, now=self.now)
-        assert bool(claimed) == (job in runnable)
+        assert bool(claimed) == (job in runnable - apart)
         for one in claimed:
             key = (one.job_id, one.index)
             assert key not in self.holder
@@ -102,11 +105,33 @@ class Workplace(RuleBasedStateMachine):
 
     @rule(worker=workers, other=claims)
     def give_some_back(self, worker: int, other: tuple[int, list[ClaimedRequest]]) -> None:
-        keys = [(c.job_id, c.index) for c in other[1]]
-        held = [key for key in keys if self.holder.get(key, (0, 0))[0] == worker]
-        assert give_back_requests(self.db, worker, keys) == len(held)
+        held = [(c.job_id, c.index) for c in other[1] if self.holder.get((c.job_id, c.index)) == (worker, c.attempt)]
+        assert give_back_requests(self.db, worker, [(c.job_id, c.index, c.attempt) for c in other[1]]) == len(held)
         for key in held:
             del self.holder[key]
+
+    @rule(target=claims, worker=workers)
+    def claim_suspects_of_all_jobs(self, worker: int) -> tuple[int, list[ClaimedRequest]]:
+        known = [job.id for job in list_jobs(self.db)]
+        if worker not in self.lease:
+            with pytest.raises(ClaimLost):
+                claim_suspects(self.db, worker, known, now=self.now)
+            return worker, []
+        claimed = claim_suspects(self.db, worker, known, now=self.now)
+        assert len({one.crash_group for one in claimed}) <= 1, "one group at a time"
+        for one in claimed:
+            key = (one.job_id, one.index)
+            assert one.crash_group is not None
+            assert key not in self.holder
+            assert key not in self.accepted
+            self.holder[key] = (worker, one.attempt)
+        return worker, claimed
+
+    @rule(worker=workers, other=claims)
+    def die_in_a_pass(self, worker: int, other: tuple[int, list[ClaimedRequest]]) -> None:
+        running = [(c.job_id, c.index, c.attempt) for c in other[1]]
+        assert count_crash(self.db, worker, running) in (0, 1)
+        assert count_crash(self.db, worker, running) == 0, "a death counts once"
 
     @rule(seconds=st.floats(0.5, 12.0))
     def time_passes(self, seconds: float) -> None:

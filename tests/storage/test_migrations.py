@@ -1,5 +1,6 @@
 """The migrations and `create_all` make one and the same schema; an upgrade happens whole or not at all."""
 
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -14,14 +15,16 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 
 import storage
+from storage.claims import claim, expire, list_workers
 from storage.database import Database
 from storage.errors import SchemaTooNew
 from storage.integrity import check_integrity
-from storage.jobs import get_job, note_plan
+from storage.jobs import get_job
 from storage.migrations import config, upgrade
-from storage.schema import REVISIONS, metadata
+from storage.results import stream_outputs
+from storage.schema import HEAD, REVISIONS, metadata
 from storage.sqlite import install_events
-from tests.storage.factories import make_job
+from tests.storage.factories import make_job, make_worker
 
 
 def schema(path: Path) -> dict[str, list[str]]:
@@ -32,11 +35,11 @@ def schema(path: Path) -> dict[str, list[str]]:
     return {name: sorted(part.strip().rstrip(",").replace('"', "") for part in sql.splitlines()) for name, sql in rows}
 
 
-def migrated(path: Path) -> Path:
+def migrated(path: Path, to: str = "head") -> Path:
     engine = create_engine(f"sqlite:///{path}")
     install_events(engine, path, busy_timeout_s=1.0, foreign_keys=False)
     with engine.connect() as connection, connection.begin():
-        upgrade(connection)
+        upgrade(connection, to)
     engine.dispose()
     return path
 
@@ -52,16 +55,29 @@ def test_create_all_and_the_migrations_agree(tmp_path: Path) -> None:
 
 
 def test_a_database_of_the_first_version_keeps_its_jobs(tmp_path: Path) -> None:
-    path = tmp_path / "old.db"
-    with Database.open(str(path)) as db:
-        job_id = make_job(db)
+    path = migrated(tmp_path / "old.db", to="0001")
+    params = json.dumps({"max_new_tokens": 7, "dataset": "/data/reviews.jsonl"})
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("ALTER TABLE jobs DROP COLUMN plan")
-        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+        connection.execute(
+            "INSERT INTO jobs VALUES (7, 1.0, 2.0, NULL, 1.0, 'running', 1, 'opt', 'generate', ?, 3, 0, 'default', "
+            "2, 1, 0, 5, 6, NULL)",
+            (params,),
+        )
+        connection.execute("INSERT INTO workers VALUES (4, 'here', 1, 'default', 'cpu', NULL, 1, 1, 61, NULL, 'idle')")
+        connection.execute("INSERT INTO requests VALUES (7, 0, '\"a\"', '{\"prompt\":\"x\"}', 'done', NULL, 1)")
+        connection.execute("INSERT INTO requests VALUES (7, 1, NULL, '{\"prompt\":\"y\"}', 'claimed', 4, 2)")
+        connection.execute("INSERT INTO outputs VALUES (7, 0, 'ok', '{\"text\":\"z\"}', NULL, NULL, 5, 6, 3.0)")
     with Database.open(str(path)) as db:
-        assert get_job(db, job_id).plan is None
-        note_plan(db, job_id, {"dtype": "bfloat16"})
-        assert get_job(db, job_id).plan == {"dtype": "bfloat16"}
+        job = get_job(db, 7)
+        assert (job.params, job.origin) == ({"max_new_tokens": 7}, {"dataset": "/data/reviews.jsonl"})
+        assert (job.plan, job.name, job.num_done) == (None, None, 1)
+        assert [(row.row_id, row.output) for row in stream_outputs(db, 7)] == [("a", {"text": "z"})]
+        assert [(worker.id, worker.message, worker.retry_at) for worker in list_workers(db)] == [(4, None, None)]
+        check_integrity(db)
+        # The row that a worker of the old version was at is another's to finish.
+        assert expire(db, now=99.0) == 1
+        (claimed,) = claim(db, make_worker(db, now=99.0), 7, 5, now=99.0)
+        assert (claimed.index, claimed.payload, claimed.attempt) == (1, {"prompt": "y"}, 3)
 
 
 def test_autogenerate_finds_nothing(tmp_path: Path) -> None:
@@ -78,11 +94,12 @@ def test_a_migrated_database_opens_and_works(tmp_path: Path) -> None:
         check_integrity(db)
 
 
+LATER = f"{int(HEAD) + 1:04}"
 REVISION = '''
 """A revision of a later overnight."""
 import sqlalchemy as sa
 from alembic import op
-revision, down_revision, branch_labels, depends_on = "0003", "0002", None, None
+revision, down_revision, branch_labels, depends_on = "{later}", "{head}", None, None
 def upgrade():
     op.create_table("notes", sa.Column("id", sa.Integer, primary_key=True))
     with op.batch_alter_table("jobs") as batch:  # rebuilds a table that others refer to
@@ -105,10 +122,12 @@ def later_overnight(tmp_path: Path, last: str) -> Path:
     """A copy of the package, away from the checkout, with one revision more."""
     site = tmp_path / "site"
     shutil.copytree(Path(storage.__file__).parent, site / "storage", ignore=shutil.ignore_patterns("__pycache__"))
-    (site / "storage/migrations/versions/0003_later.py").write_text(REVISION.format(last=last))
+    revision = REVISION.format(later=LATER, head=HEAD, last=last)
+    (site / f"storage/migrations/versions/{LATER}_later.py").write_text(revision)
     text = (site / "storage/schema.py").read_text()
-    assert 'REVISIONS = ("0001", "0002")' in text
-    (site / "storage/schema.py").write_text(text.replace('("0001", "0002")', '("0001", "0002", "0003")'))
+    listed = "REVISIONS = " + json.dumps(REVISIONS).replace("[", "(").replace("]", ")")
+    assert listed in text
+    (site / "storage/schema.py").write_text(text.replace(listed, f'{listed[:-1]}, "{LATER}")'))
     return site
 
 
@@ -121,7 +140,7 @@ def test_a_later_overnight_upgrades_and_this_one_then_refuses(db: Database, path
     job_id = make_job(db)
     run = open_with(later_overnight(tmp_path, "pass"), path)
     assert (run.returncode, run.stdout) == (0, f"[({job_id}, 'none')]\n"), run.stderr
-    with pytest.raises(SchemaTooNew, match="has schema 0003"):
+    with pytest.raises(SchemaTooNew, match=f"has schema {LATER}"):
         Database.open(str(path))
 
 

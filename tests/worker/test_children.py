@@ -5,20 +5,21 @@ import sys
 from tests.worker.test_private_redis import until_gone
 from worker import children
 
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
-OWNER = """
-import sys, time
+WAITS = "import signal; signal.pause()"
+STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); {WAITS}"
+OWNER = f"""
+import signal, sys
 from worker import children
-child = children.spawn([sys.executable, "-c", "import time; time.sleep(60)"])
+child = children.spawn([sys.executable, "-c", "{WAITS}"])
 print(child.pid, flush=True)
-time.sleep(60)
+signal.pause()
 """
 
 
 def test_a_child_ends_when_asked() -> None:
-    child = children.spawn([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = children.spawn([sys.executable, "-c", WAITS])
 
-    assert children.stop(child, grace_s=30) == -signal.SIGTERM
+    assert children.stop(child, grace_s=240) == -signal.SIGTERM
 
 
 def test_a_child_that_does_not_listen_is_killed() -> None:

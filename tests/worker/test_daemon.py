@@ -14,24 +14,23 @@ from worker.settings import Settings
 
 
 def test_a_polite_stop_is_a_success_and_ctrl_c_says_so() -> None:
-    assert exit_code(None, 0, signal.SIGTERM) == 0
-    assert exit_code(None, None, None) == 0
-    assert exit_code(None, 0, signal.SIGINT) == 130
+    assert exit_code(None, signal.SIGTERM) == 0
+    assert exit_code(None, signal.SIGINT) == 130
 
 
-def test_celerys_own_failure_is_a_failure() -> None:
-    assert exit_code(None, 1, None) == 1
+def test_an_end_that_nobody_asked_for_is_a_failure() -> None:
+    assert exit_code(None, None) == 1
 
 
 @pytest.mark.parametrize("error", [DatabaseLocked("locked"), WorkerError("busy")])
 def test_an_error_that_a_person_can_mend_goes_to_the_command_line(error: Exception) -> None:
     with pytest.raises(type(error)):
-        exit_code(error, 1, None)
+        exit_code(error, None)
 
 
 def test_a_fault_of_ours_is_one_sentence(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR, logger="overnight"):
-        assert exit_code(RuntimeError("shapes differ"), 1, None) == 1
+        assert exit_code(RuntimeError("shapes differ"), None) == 1
 
     (record,) = caplog.records
     assert "RuntimeError: shapes differ" in record.getMessage()

@@ -1,7 +1,9 @@
 """The drain with the real engine on a tiny model, in one thread; only the clock is the test's."""
 
 import itertools
+import logging
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +13,19 @@ import pytest
 import torch
 
 from engine import DiskFull, Engine, LaneFailed, PassReport, PlanOptions, Request, Shares
-from storage.claims import expire, list_workers, register_worker, stop_worker
+from engine.errors import DeviceFailed
+from storage.claims import Doing, claim, expire, list_workers, register_worker, stop_worker
 from storage.database import Database
 from storage.errors import ClaimLost
 from storage.jobs import Job, NewJob, NewRequest, cancel_job, create_job, get_job, retry_job
 from storage.results import OutputRow, list_passes, stream_outputs
+from worker.aside import DEATHS_SPARED, Aside
 from worker.bell import Bell
+from worker.blackbox import BlackBox
 from worker.drain import Drain
 from worker.models import known_models
-from worker.residency import Residency, Sample
+from worker.patience import Patience
+from worker.residency import Residency, Sample, Tell
 from worker.session import prepare_model
 from worker.settings import Settings
 
@@ -61,9 +67,11 @@ class Bench:
         self.placement = placement
         self.residency = Residency(self.load, self.clock)
         self.worker_id = 0
+        self.is_alone = False
+        self.box: BlackBox | None = None
         self.drain = self.new_worker()
 
-    def load(self, model_dir: Path, sample: Sample) -> Engine:
+    def load(self, model_dir: Path, sample: Sample, tell: Tell) -> Engine:
         self.loaded.append(model_dir)
         return Engine.load(model_dir, replace(self.placement, disk_dir=self.settings.home))
 
@@ -71,6 +79,15 @@ class Bench:
         self.worker_id = register_worker(
             self.database, hostname="here", pid=1, queue="default", device="cpu", now=self.clock.now, lease_s=60
         )
+        return self.new_worker_of_the_same_number()
+
+    def new_worker_of_the_same_number(self) -> Drain:
+        patience = Patience(0)
+        if self.box is not None:
+            self.box.close()
+        self.box = BlackBox(self.settings.home, self.settings.database_url, self.worker_id)
+        self.aside = Aside(self.database, "here", waits_s=(60.0, 300.0), clock=self.clock, patience=patience)
+        self.told: list[Doing] = []
         self.drain = Drain(
             database=self.database,
             settings=self.settings,
@@ -78,10 +95,14 @@ class Bench:
             residency=self.residency,
             prepare=prepare_model,
             reap=lambda: None,
-            describe=lambda model, state: None,
+            describe=self.told.append,
             is_lost=lambda: False,
             bell=self.bell,
             clock=self.clock,
+            patience=patience,
+            aside=self.aside,
+            box=self.box,
+            is_alone=self.is_alone,
         )
         return self.drain
 
@@ -120,9 +141,27 @@ class Bench:
                 ).scalar_one()
             )
 
+    def crashes(self, job_id: int) -> set[int]:
+        """The rows that are blamed for something."""
+        with self.database.read() as connection:
+            blamed = 'SELECT "index" FROM requests WHERE job_id = ? AND crashes > 0'
+            return set(connection.exec_driver_sql(blamed, (job_id,)).scalars())
+
     def drain_all(self) -> None:
         while self.drain.step():
             pass
+
+
+class WrappedEngine:
+    """The real engine, whose passes a test may change."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.drop = engine.drop
+        self.close = engine.close
+        self.plan = engine.plan
+        self.is_planned = False
+        self.seconds_saved = engine.seconds_saved
 
 
 @pytest.fixture(autouse=True)
@@ -216,18 +255,13 @@ def test_rows_at_fault_become_error_rows_and_the_job_goes_on(bench: Bench, tiny_
     assert rows[2].error_code == "invalid_request"
 
 
-@pytest.mark.parametrize("fault", ["absent", "no manifest", "damaged"])
-def test_a_job_whose_model_cannot_be_loaded_fails_alone_and_can_be_retried(
-    bench: Bench, tiny_model: Path, tmp_path: Path, fault: str
+def test_a_job_whose_model_is_damaged_fails_alone_and_can_be_retried(
+    bench: Bench, tiny_model: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
-    if fault != "absent":
-        shutil.copytree(tiny_model, broken)
-        if fault == "no manifest":
-            (broken / "manifest.json").unlink()
-        else:
-            victim = max((path for path in broken.iterdir() if path.suffix != ".json"), key=lambda p: p.stat().st_size)
-            victim.write_bytes(b"\xff" * victim.stat().st_size)
+    shutil.copytree(tiny_model, broken)
+    victim = max((path for path in broken.iterdir() if path.suffix != ".json"), key=lambda p: p.stat().st_size)
+    victim.write_bytes(b"\xff" * victim.stat().st_size)
     bad = bench.enqueue(broken, prompts(3), priority=9)
     good = bench.enqueue(tiny_model, prompts(3))
 
@@ -236,22 +270,68 @@ def test_a_job_whose_model_cannot_be_loaded_fails_alone_and_can_be_retried(
     assert bench.job(bad).state == "failed"
     assert str(broken) in str(bench.job(bad).message)
     assert bench.job(good).state == "done"
-    shutil.rmtree(broken, ignore_errors=True)
+    shutil.rmtree(broken)
     shutil.copytree(tiny_model, broken)
     retry_job(bench.database, bad, now=bench.clock.now)
     bench.drain_all()
     assert (bench.job(bad).state, bench.job(bad).num_done) == ("done", 3)
 
 
-def test_a_plan_that_does_not_fit_fails_the_job_with_what_to_change(bench: Bench, tiny_model: Path) -> None:
+@pytest.mark.parametrize("fault", ["absent", "no manifest"])
+def test_a_model_that_is_not_here_is_left_to_others_and_tried_again_later(
+    bench: Bench, tiny_model: Path, tmp_path: Path, fault: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    if fault == "no manifest":
+        elsewhere.mkdir()
+    job_id = bench.enqueue(elsewhere, prompts(3), priority=9)
+    good = bench.enqueue(tiny_model, prompts(3))
+
+    bench.drain_all()
+
+    assert bench.job(job_id).state == "queued"
+    assert bench.job(good).state == "done"
+    bench.bell.ring()  # the wait is over at once
+    bench.drain._idle()
+    told = bench.told[-1]
+    assert (told.state, told.retry_at) == ("waiting", START + 60.0)
+    assert str(elsewhere) in str(told.message)
+
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    shutil.copytree(tiny_model, elsewhere)
+    bench.new_worker()
+    bench.drain_all()
+    assert bench.job(job_id).state == "queued", "also a new process knows that it is not time yet"
+    bench.clock.now += 61.0
+    bench.drain_all()
+    assert bench.job(job_id).state == "done"
+    assert not bench.aside.is_any
+
+
+def test_a_plan_that_does_not_fit_leaves_the_job_to_others(bench: Bench, tiny_model: Path) -> None:
     bench.placement = replace(bench.placement, device_memory=1000)
     job_id = bench.enqueue(tiny_model, prompts(2))
 
     bench.drain_all()
 
-    assert bench.job(job_id).state == "failed"
-    assert "device" in str(bench.job(job_id).message)
+    assert bench.job(job_id).state == "queued"
     assert bench.residency.model_dir is None
+    (fault,) = bench.aside.now()
+    assert "device" in fault.message
+
+
+def test_a_worker_that_is_alone_fails_the_job_with_what_to_change(bench: Bench, tiny_model: Path) -> None:
+    bench.placement = replace(bench.placement, device_memory=1000)
+    bench.is_alone = True
+    bench.new_worker()
+    job_id = bench.enqueue(tiny_model, prompts(2))
+    absent = bench.enqueue("no-such-model", prompts(2))
+
+    bench.drain_all()
+
+    assert bench.job(job_id).state == bench.job(absent).state == "failed"
+    assert "device" in str(bench.job(job_id).message)
+    assert "no-such-model" in str(bench.job(absent).message)
 
 
 def test_a_hugging_face_folder_is_imported_on_first_use_and_only_then(bench: Bench, tiny_checkpoint: Path) -> None:
@@ -351,7 +431,7 @@ def test_other_queues_are_left_alone(bench: Bench, tiny_model: Path) -> None:
     assert bench.job(elsewhere).state == "queued"
 
 
-def test_two_drains_share_a_job_and_each_row_is_done_once(bench: Bench, tiny_model: Path) -> None:
+def test_another_worker_goes_on_where_one_has_stopped(bench: Bench, tiny_model: Path) -> None:
     job_id = bench.enqueue(tiny_model, prompts(200))
     first = bench.drain
     bench.clock.after(25, bench.bell.stop)
@@ -365,6 +445,61 @@ def test_two_drains_share_a_job_and_each_row_is_done_once(bench: Bench, tiny_mod
     assert 0 < done_by_first < 200
     assert [row.index for row in bench.outputs(job_id)] == list(range(200))
     assert [worker.id for worker in list_workers(bench.database)] == [bench.worker_id]
+
+
+class MeetingEngine(WrappedEngine):
+    """The real engine, which after its first pass waits for those that are to be running at the same time."""
+
+    def __init__(self, engine: Engine, meeting: threading.Barrier) -> None:
+        super().__init__(engine)
+        self._meeting = meeting
+
+    def passes(self, requests: Iterator[Request | None]) -> Iterator[PassReport]:
+        for count, report in enumerate(self._engine.passes(requests)):
+            if count == 0:
+                self._meeting.wait()
+            yield report
+
+
+def test_two_live_drains_share_a_job_and_each_row_is_done_once(
+    bench: Bench, settings: Settings, tiny_model: Path
+) -> None:
+    undisturbed = bench.enqueue(tiny_model, prompts(200))
+    bench.drain_all()
+    job_id = bench.enqueue(tiny_model, prompts(200))
+    meeting = threading.Barrier(2)
+    errors: list[BaseException] = []
+
+    def drain(database: Database) -> None:
+        torch.set_num_threads(1)
+        mine = Bench(database, settings, bench.placement)
+        mine.residency = Residency(
+            lambda path, sample, tell: MeetingEngine(mine.load(path, sample, tell), meeting), mine.clock
+        )
+        mine.new_worker()
+        try:
+            mine.drain_all()
+        except BaseException as error:  # noqa: BLE001 (a thread's error is the test's)
+            errors.append(error)
+            meeting.abort()
+        finally:
+            mine.residency.unload()
+
+    with Database.open(settings.database_url) as one, Database.open(settings.database_url) as two:
+        threads = [threading.Thread(target=drain, args=(database,)) for database in (one, two)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert errors == []
+    assert bench.job(job_id).state == "done"
+    assert [row.index for row in bench.outputs(job_id)] == list(range(200))
+    assert bench.texts(job_id) == bench.texts(undisturbed)
+    assert len({row.worker_id for row in list_passes(bench.database, job_id=job_id)}) == 2
+    with bench.database.read() as connection:
+        attempts = connection.exec_driver_sql("SELECT DISTINCT attempt FROM requests WHERE job_id = ?", (job_id,))
+        assert [attempt for (attempt,) in attempts] == [1]
 
 
 def test_a_model_that_is_found_damaged_in_the_middle_fails_its_job_and_the_worker_lives_on(
@@ -391,18 +526,13 @@ def test_a_model_that_is_found_damaged_in_the_middle_fails_its_job_and_the_worke
     assert (bench.job(bad).state, bench.job(bad).num_done) == ("done", 40)
 
 
-class FaultyEngine:
+class FaultyEngine(WrappedEngine):
     """The real engine, until a fault is injected after some passes."""
 
     def __init__(self, engine: Engine, num_passes: int, fault: Exception) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._num_passes = num_passes
         self._fault = fault
-        self.drop = engine.drop
-        self.close = engine.close
-        self.plan = engine.plan
-        self.is_planned = False
-        self.seconds_saved = engine.seconds_saved
 
     def passes(self, requests: Iterator[Request | None]) -> Iterator[PassReport]:
         for count, report in enumerate(self._engine.passes(requests)):
@@ -412,7 +542,7 @@ class FaultyEngine:
 
 
 def with_fault(bench: Bench, fault: Exception) -> None:
-    def load(model_dir: Path, sample: Sample) -> FaultyEngine:
+    def load(model_dir: Path, sample: Sample, tell: Tell) -> FaultyEngine:
         return FaultyEngine(Engine.load(model_dir, replace(bench.placement, disk_dir=bench.settings.home)), 12, fault)
 
     bench.residency = Residency(load, bench.clock)
@@ -424,37 +554,167 @@ def mend(bench: Bench) -> None:
     bench.new_worker()
 
 
-@pytest.mark.parametrize("fault", [LaneFailed("reading the disk failed"), RuntimeError("a fault of ours")])
-def test_a_device_that_fails_ends_the_worker_and_loses_nothing(
-    bench: Bench, tiny_model: Path, fault: Exception
-) -> None:
+@pytest.mark.parametrize(
+    "fault", [LaneFailed("reading the disk failed"), DiskFull("no room left for the KV cache in /spill")]
+)
+def test_a_fault_of_the_machine_gives_the_rows_back_and_waits(bench: Bench, tiny_model: Path, fault: Exception) -> None:
     job_id = bench.enqueue(tiny_model, prompts(100))
     with_fault(bench, fault)
 
-    with pytest.raises(type(fault)):
-        bench.drain_all()
+    bench.drain_all()
 
     job = bench.job(job_id)
     assert job.state == "running"
     assert 0 < job.num_done < 100
     assert bench.count("claimed", job_id) == 0
-    bench.residency.unload()
+    assert [each.message for each in bench.aside.now()] == [str(fault)]
     mend(bench)
+    bench.clock.now += 61.0
     bench.drain_all()
     assert (bench.job(job_id).state, bench.job(job_id).num_done) == ("done", 100)
+    assert bench.crashes(job_id) == set()
 
 
-def test_a_full_disk_fails_the_jobs_in_flight_and_keeps_their_outputs(bench: Bench, tiny_model: Path) -> None:
+def test_a_device_that_is_lost_ends_the_worker_and_loses_nothing(bench: Bench, tiny_model: Path) -> None:
     job_id = bench.enqueue(tiny_model, prompts(100))
-    with_fault(bench, DiskFull("no room left for the KV cache in /spill; free some space"))
+    with_fault(bench, DeviceFailed("cuda:0 fell off the bus"))
 
-    bench.drain_all()
+    with pytest.raises(DeviceFailed):
+        bench.drain_all()
 
-    job = bench.job(job_id)
-    assert (job.state, job.message) == ("failed", "no room left for the KV cache in /spill; free some space")
-    assert 0 < job.num_done < 100
-    assert len(bench.outputs(job_id)) == job.num_done
+    assert bench.job(job_id).state == "running"
+    assert 0 < bench.job(job_id).num_done < 100
+    assert bench.count("claimed", job_id) == 0
     mend(bench)
-    retry_job(bench.database, job_id, now=bench.clock.now)
     bench.drain_all()
     assert (bench.job(job_id).state, bench.job(job_id).num_done) == ("done", 100)
+    assert bench.crashes(job_id) == set()
+
+
+class PoisonedEngine(FaultyEngine):
+    """The real engine, which breaks in any pass that has a certain row in it."""
+
+    def __init__(self, engine: Engine, poison: set[int]) -> None:
+        super().__init__(engine, -1, RuntimeError("a row that nobody foresaw"))
+        self._poison = poison
+
+    def passes(self, requests: Iterator[Request | None]) -> Iterator[PassReport]:
+        handed: list[int] = []
+
+        def watched() -> Iterator[Request | None]:
+            for request in requests:
+                if request is not None:
+                    handed.append(request.key.index)  # type: ignore[attr-defined]
+                yield request
+
+        for report in self._engine.passes(watched()):
+            if self._poison & set(handed):
+                raise self._fault
+            yield report
+
+
+def test_a_row_that_breaks_the_worker_is_found_and_the_rest_goes_on(bench: Bench, tiny_model: Path) -> None:
+    def load(model_dir: Path, sample: Sample, tell: Tell) -> FaultyEngine:
+        bench.loaded.append(model_dir)
+        return PoisonedEngine(Engine.load(model_dir, replace(bench.placement, disk_dir=bench.settings.home)), {17, 60})
+
+    undisturbed = bench.enqueue(tiny_model, prompts(80))
+    bench.drain_all()
+    bench.loaded.clear()
+    bench.residency.unload()
+    bench.residency = Residency(load, bench.clock)
+    bench.new_worker()
+    job_id = bench.enqueue(tiny_model, prompts(80))
+
+    bench.drain_all()
+
+    assert (bench.job(job_id).state, bench.job(job_id).num_failed) == ("done", 2)
+    errors = {row.index: row.error_code for row in bench.outputs(job_id) if row.status == "error"}
+    assert errors == {17: "crashed", 60: "crashed"}
+    wanted = {index: text for index, text in bench.texts(undisturbed).items() if index not in errors}
+    assert bench.texts(job_id) == wanted
+    assert len(bench.loaded) <= 20, "halves, not one row after another"
+
+
+def test_an_engine_that_breaks_whatever_it_runs_is_left_alone_after_some_tries(bench: Bench, tiny_model: Path) -> None:
+    def load(model_dir: Path, sample: Sample, tell: Tell) -> FaultyEngine:
+        bench.loaded.append(model_dir)
+        everything = set(range(1000))
+        return PoisonedEngine(
+            Engine.load(model_dir, replace(bench.placement, disk_dir=bench.settings.home)), everything
+        )
+
+    bench.residency = Residency(load, bench.clock)
+    bench.new_worker()
+    job_id = bench.enqueue(tiny_model, prompts(100))
+
+    bench.drain_all()
+
+    assert len(bench.loaded) == 1 + DEATHS_SPARED
+    assert bench.job(job_id).num_failed == 0
+    (fault,) = bench.aside.now()
+    assert "a row that nobody foresaw" in fault.message
+
+
+def test_cancel_and_retry_between_two_looks_hang_nothing(bench: Bench, tiny_model: Path) -> None:
+    """The engine then runs two attempts of the same rows, and both may end within one commit."""
+    undisturbed = bench.enqueue(tiny_model, prompts(100))
+    bench.drain_all()
+    job_id = bench.enqueue(tiny_model, prompts(100))
+
+    def storm() -> None:
+        for _ in range(3):
+            cancel_job(bench.database, job_id, now=bench.clock.now)
+            retry_job(bench.database, job_id, now=bench.clock.now)
+
+    for looks in (20, 25, 30):
+        bench.clock.after(looks, storm)
+
+    bench.drain_all()
+
+    assert bench.clock.actions == [], "the storm came too late"
+    assert bench.count("claimed", job_id) == 0
+    assert bench.job(job_id).state == "done"
+    assert bench.texts(job_id) == bench.texts(undisturbed)
+
+
+def test_claims_that_nobody_runs_are_given_back_by_an_idle_worker(bench: Bench, tiny_model: Path) -> None:
+    job_id = bench.enqueue(tiny_model, prompts(5))
+    assert len(claim(bench.database, bench.worker_id, job_id, 3, now=bench.clock.now)) == 3
+    bench.settings = replace(bench.settings, scan_s=0.01)
+    bench.new_worker_of_the_same_number()
+    bench.clock.after(200, bench.bell.stop)
+
+    bench.drain.run()
+
+    assert (bench.job(job_id).state, bench.job(job_id).num_done) == ("done", 5)
+
+
+def test_claims_that_nobody_runs_are_given_back_in_the_middle_of_a_run(bench: Bench, tiny_model: Path) -> None:
+    bench.clock.step_s = 1.5
+    bench.settings = replace(bench.settings, scan_s=3.0)
+    bench.new_worker()
+    job_id = bench.enqueue(tiny_model, prompts(300))
+    lost: list[int] = []
+
+    def lose_some() -> None:
+        lost.extend(row.index for row in claim(bench.database, bench.worker_id, job_id, 20, now=bench.clock.now))
+
+    bench.clock.after(10, lose_some)
+
+    assert bench.drain.step()
+
+    assert len(lost) == 20
+    assert (bench.job(job_id).state, bench.job(job_id).num_done) == ("done", 300)
+
+
+def test_the_log_says_that_jobs_start_and_how_they_end(
+    bench: Bench, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_id = bench.enqueue(tiny_model, [*prompts(4), {"other": "no prompt"}])
+    with caplog.at_level(logging.INFO, logger="overnight"):
+        bench.drain_all()
+    lines = [record.getMessage() for record in caplog.records if getattr(record, "job", None) == job_id]
+    assert lines[0] == "job starts: generate, 5 rows"
+    assert lines[-1].startswith("job done: 5 of 5 rows, 1 failed, in 0 s: ")
+    assert len(lines) == 2

@@ -3,7 +3,7 @@ from itertools import islice
 
 from engine.request import Request, Score
 from worker.feed import MAX_BLOCK, MIN_BLOCK, Feed
-from worker.rows import RowKey
+from worker.rows import JobKeys, RowKey
 
 
 class Clock:
@@ -65,6 +65,15 @@ def test_blocks_grow_while_they_are_used_up_quickly_and_shrink_when_they_last() 
     assert feed.block == MIN_BLOCK
 
 
+def test_each_request_is_told_of_just_before_it_is_handed_out() -> None:
+    told: list[object] = []
+    feed = Feed(Store(3), Clock(), begins=lambda request: told.append(request.key))
+    assert told == []
+    first = next(feed)
+    assert first is not None
+    assert told == [first.key]
+
+
 def test_the_end_is_the_end() -> None:
     store = Store(10)
     feed = Feed(store, Clock())
@@ -81,6 +90,7 @@ def test_a_cancelled_jobs_rows_are_forgotten() -> None:
     feed = Feed(store, Clock())
     next(feed)
 
-    assert feed.forget({2}) == 0
-    assert feed.forget({1}) == 9
+    assert feed.forget(JobKeys([2])) == 0
+    assert feed.forget({RowKey(1, 3, 1), RowKey(1, 4, 2)}) == 1
+    assert feed.forget(JobKeys([1])) == 8
     assert next(feed) is None

@@ -1,9 +1,13 @@
+import contextlib
+import logging
+import sqlite3
 import threading
-from pathlib import Path
+import time
+from collections.abc import Callable
 
 import pytest
 
-from storage.claims import expire, list_workers, register_worker
+from storage.claims import Doing, expire, list_workers, register_worker
 from storage.database import Database
 from storage.errors import ClaimLost
 from worker.lease import Lease
@@ -18,6 +22,9 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
+    def sync(self) -> None:
+        """It is the database's already."""
+
 
 @pytest.fixture
 def clock() -> Clock:
@@ -29,6 +36,17 @@ def worker_id(database: Database, clock: Clock) -> int:
     return register_worker(
         database, hostname="here", pid=1, queue="default", device="cpu", now=clock.now, lease_s=LEASE_S
     )
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.005)
+
+
+def wait_for_log(caplog: pytest.LogCaptureFixture, words: str, start: Callable[[], None]) -> None:
+    with caplog.at_level(logging.WARNING, logger="overnight"):
+        start()
+        wait_until(lambda: any(words in record.getMessage() for record in list(caplog.records)))
 
 
 def make_lease(
@@ -43,7 +61,7 @@ def test_a_beat_prolongs_the_lease_and_says_what_the_worker_does(
     lease = make_lease(database, worker_id, clock, threading.Event())
     clock.now += 30
 
-    lease.beat(model="opt", state="draining")
+    lease.beat(Doing("draining", "opt"))
 
     (worker,) = list_workers(database, clock.now)
     assert (worker.heartbeat_at, worker.lease_until) == (1030.0, 1090.0)
@@ -78,25 +96,41 @@ def test_the_thread_beats_by_itself_and_says_once_when_the_lease_is_lost(
     clock.now += 2 * LEASE_S
     expire(database, now=clock.now, is_dead=lambda worker: True)
 
-    assert lost.wait(10)
+    lost.wait()
     assert lease.is_lost
     lease.stop()
 
 
-def test_a_database_that_is_gone_costs_the_lease_only_when_it_is_over(
-    tmp_path: Path, worker_id: int, database: Database, clock: Clock
+def test_a_database_that_is_locked_costs_no_lease_and_is_asked_again(
+    worker_id: int, database: Database, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # A directory in the file's place: SQLite can neither read nor write it.
     lost = threading.Event()
-    lease = make_lease(database, worker_id, clock, lost, lease_s=0.1)
     assert database.path is not None
-    database.close()
-    database.path.rename(tmp_path / "away.db")
-    database.path.mkdir()
-    lease.start()
-    clock.now += 1.0
+    with Database.open(str(database.path), busy_timeout_s=0.01) as impatient:
+        lease = make_lease(impatient, worker_id, clock, lost, lease_s=0.01)
+        clock.now += 10 * LEASE_S
+        with contextlib.closing(sqlite3.connect(database.path)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            wait_for_log(caplog, "heartbeat failed", lease.start)
+        wait_until(lambda: list_workers(database)[0].heartbeat_at == clock.now)
+        lease.stop()
+    assert not lease.is_lost
+    assert not lost.is_set()
 
-    assert lost.wait(10)
-    assert lease.is_lost
+
+def test_no_failure_ends_the_thread_unseen(
+    worker_id: int, database: Database, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = threading.Event()
+    lease = make_lease(database, worker_id, clock, lost, lease_s=0.01)
+
+    def broken() -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(clock, "sync", broken)
+    wait_for_log(caplog, "a fault of ours", lease.start)
+    monkeypatch.undo()
+    clock.now += 5.0
+    wait_until(lambda: list_workers(database)[0].heartbeat_at == clock.now)
     lease.stop()
-    database.path.rmdir()
+    assert not lease.is_lost

@@ -4,7 +4,7 @@ import pytest
 
 from engine import Engine, PlanOptions
 from engine.errors import CheckpointError
-from worker.residency import Residency, Sample
+from worker.residency import Residency, Sample, Tell
 
 
 class Loader:
@@ -13,7 +13,7 @@ class Loader:
     def __init__(self) -> None:
         self.loaded: list[Engine] = []
 
-    def __call__(self, model_dir: Path, sample: Sample) -> Engine:
+    def __call__(self, model_dir: Path, sample: Sample, tell: Tell) -> Engine:
         self.loaded.append(Engine.load(model_dir, PlanOptions(device="cpu")))
         return self.loaded[-1]
 
@@ -33,9 +33,9 @@ def test_the_old_model_has_left_before_the_new_one_is_loaded(tiny_model: Path, t
     seen: list[Path | None] = []
     load = Loader()
 
-    def watching(model_dir: Path, sample: Sample) -> Engine:
+    def watching(model_dir: Path, sample: Sample, tell: Tell) -> Engine:
         seen.append(residency.model_dir)
-        return load(model_dir, sample)
+        return load(model_dir, sample, tell)
 
     residency = Residency(watching, lambda: 12.0)
     residency.ensure(tiny_model)

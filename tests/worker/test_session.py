@@ -16,15 +16,14 @@ from storage.jobs import NewJob, NewRequest, create_job, get_job
 from worker.bell import Bell
 from worker.models import known_models, model_dir_for, resolve_model
 from worker.presence import host_name
-from worker.residency import Residency, Sample
+from worker.residency import Residency, Sample, Tell
 from worker.session import prepare_model, serve
 from worker.settings import Settings
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    """What another thread writes can only be looked for; what never comes is ended by the test's own time limit."""
     while not condition():
-        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -47,11 +46,10 @@ class Running:
             device="cpu",
             residency=residency,
             bell=self.bell,
-            clock=time.time,
         )
         residency.unload()
 
-    def _load(self, model_dir: Path, sample: Sample) -> Engine:
+    def _load(self, model_dir: Path, sample: Sample, tell: Tell) -> Engine:
         self.loaded.append(model_dir)
         return Engine.load(model_dir, PlanOptions(device="cpu", disk_dir=self.settings.home))
 
@@ -107,7 +105,7 @@ def test_a_neighbour_that_was_killed_is_signed_off_at_the_next_look(running: Run
     gone = register_worker(
         running.database,
         hostname=host_name(),
-        pid=2**22 - 1,
+        pid=2**22,  # Linux gives out none so high
         queue="default",
         device="cpu",
         now=time.time(),
