@@ -63,7 +63,7 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
         FileAbsent, DatasetFault, TemplateFault, ModelNotFound: what is wrong, and where.
         CheckpointError: the model directory is half-written, or its files have other sizes than it says.
     """
-    from engine.weights.manifest import read_manifest
+    from engine.weights.checks import check_model
     from worker.models import resolve_model
 
     limits = settings.limits
@@ -73,7 +73,7 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
     spec = TaskSpec(options.task, PromptTemplate(prompt, limits), options.choices or (), limits)
     model = resolve_model(options.model, settings)
     if model.is_imported:
-        read_manifest(model.path)
+        check_model(model.path)
     rows = requests(dataset.rows(), spec, label=dataset.label, keep_going=options.keep_going)
     first = next(rows)
     return Submission(options, model.reference, dataset, prompt, itertools.chain([first], rows))

@@ -21,8 +21,7 @@ def workload_of(model_dir: Path, requests: Iterable[Request]) -> Workload | None
         CheckpointError: the model directory is absent or damaged.
     """
     shape = shape_of(read_manifest(model_dir).config)
-    eos = shape.eos_token_ids
-    tokenizer = Tokenizer.load(model_dir, shape.bos_token_id, eos[0] if eos else None)
+    tokenizer = Tokenizer.of_model(model_dir, shape)
     pairs: list[tuple[int, int]] = []
     for request in requests:
         started = begin(request, tokenizer, shape)

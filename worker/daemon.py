@@ -118,7 +118,7 @@ def _work(
     database: Database, settings: Settings, options: WorkerOptions, device: str, recorder: TraceFile | None
 ) -> int:
     bell = Bell()
-    residency = Residency(_loader(settings, options.placement, device, recorder), time.time)
+    residency = Residency(_loader(settings, options.placement, device, recorder, bell), time.time)
 
     def drain() -> None:
         importlib.import_module("engine.engine")  # torch takes seconds: now, not when the first job waits for it
@@ -177,7 +177,7 @@ def exit_code(error: BaseException | None, stopped_by: int | None) -> int:
 
 
 def _loader(
-    settings: Settings, placement: PlanOptions, device: str, recorder: TraceFile | None
+    settings: Settings, placement: PlanOptions, device: str, recorder: TraceFile | None, bell: Bell
 ) -> Callable[[Path, Sample, Tell], Engine]:
     def load(model_dir: Path, sample: Sample, tell: Tell) -> Engine:
         from engine.engine import Engine as RealEngine
@@ -185,27 +185,41 @@ def _loader(
         disk_dir = _disk_dir(settings, placement)
         _make_spill_dir(disk_dir)
         workload = sample()
-        outlook = None if workload is None else Outlook(workload, lambda: _profile(settings, device, disk_dir, tell))
         options = replace(placement, device=device, disk_dir=disk_dir)
+        outlook = (
+            None if workload is None else Outlook(workload, lambda: _profile(settings, device, options, bell, tell))
+        )
         return RealEngine.load(model_dir, options, recorder=recorder, outlook=outlook)
 
     return load
 
 
-def _profile(settings: Settings, device_name: str, disk_dir: Path, tell: Tell) -> Hardware:
-    """What this machine can do; measured where nobody has done so yet."""
+def _profile(settings: Settings, device_name: str, options: PlanOptions, bell: Bell, tell: Tell) -> Hardware:
+    """What this machine can do; measured where nobody has done so yet, within the budgets of ``options``.
+
+    Raises:
+        Interrupted: the worker was told to stop while it measured.
+        Unmeasurable: the budgets are too small to measure with.
+    """
     from engine.devices.open import open_device
     from engine.measure import identity_of, measure
     from engine.profile import profile_for
 
     log = get_logger()
+    disk_dir = _disk_dir(settings, options)
     device = open_device(device_name)
     try:
 
         def measured() -> Hardware:
             tell("measuring")
             log.info("measuring this machine, once: it takes up to a minute", extra={"action": "measure"})
-            return measure(device, disk_dir, say=lambda what: log.debug("measuring %s", what))
+            return measure(
+                device,
+                disk_dir,
+                options=options,
+                stop=lambda: bell.is_stopping,
+                say=lambda what: log.debug("measuring %s", what),
+            )
 
         return profile_for(settings.home, identity_of(device, disk_dir), measured, lambda text: log.warning("%s", text))
     finally:

@@ -15,25 +15,42 @@ from engine.measure.disk import copies, disk_writes, scratch_folder, small_reads
 from engine.measure.effort import FULL, QUICK, SOURCE, Effort, Points
 from engine.measure.identity import identity_of
 from engine.measure.overheads import overheads
+from engine.measure.room import measuring_budgets, within
 from engine.measure.widths import least_segment_s, width_of
 from engine.memory.lane import LaneName
 from engine.planner.hardware import Hardware
-from engine.planner.machine import free_disk_space
-from engine.planner.plan import TierName
+from engine.planner.machine import MachineFacts, free_disk_space
+from engine.planner.plan import PlanOptions, TierName
 from engine.planner.rates import Figure, Rate
 
 Say = Callable[[str], None]
 
 
-def measure(device: Device, folder: Path, *, effort: Effort = FULL, say: Say = lambda _: None) -> Hardware:
+def measure(
+    device: Device,
+    folder: Path,
+    *,
+    options: PlanOptions | None = None,
+    effort: Effort = FULL,
+    stop: Callable[[], bool] = lambda: False,
+    say: Say = lambda _: None,
+) -> Hardware:
     """What this machine can do with ``device``; ``folder`` is where spill files and models lie.
 
+    Never more of a tier is held than the budgets of ``options`` allow, where those are given. ``stop`` is asked between
+    small steps whether it shall end.
+
     Raises:
+        Unmeasurable: the budgets are too small to measure anything of use; nothing was done.
+        Interrupted: ``stop`` said so; nothing is left behind.
         EngineError: the disk or the device failed, or the disk has no room for the scratch files.
         OSError: nothing can be written to ``folder``.
     """
     facts = facts_of(device)
-    dtypes = _dtypes(device)
+    dtypes = _dtypes(device, facts)
+    if options is not None:
+        effort = within(effort, measuring_budgets(options, facts, folder), dtypes, facts, device.name)
+    effort = replace(effort, stopped=stop)
     with scratch_folder(folder) as scratch:
         say("overheads")
         found = overheads(device, dtypes[0], scratch, effort)
@@ -94,11 +111,10 @@ def _merged(curves: Iterable[Points]) -> Rate:
     return Rate(tuple(sorted({size: rate for points in curves for size, rate in points}.items())), SOURCE)
 
 
-def _dtypes(device: Device) -> tuple[str, ...]:
-    """The best first."""
-    if device.torch_device.type == "cuda":
-        return ("float16", "bfloat16", "float32")
-    return ("bfloat16", "float32")
+def _dtypes(device: Device, facts: MachineFacts) -> tuple[str, ...]:
+    """Those that the device computes in, the best first."""
+    dtypes = ("float16", "bfloat16", "float32") if device.torch_device.type == "cuda" else ("bfloat16", "float32")
+    return tuple(dtype for dtype in dtypes if facts.computes(dtype))
 
 
 __all__ = ["FULL", "QUICK", "Effort", "identity_of", "measure"]

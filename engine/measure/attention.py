@@ -25,14 +25,15 @@ from engine.memory.traffic import Moved, Traffic
 from engine.model.family import EMBED, HEAD, Attend, ModelShape, layer_name
 from engine.passes import MicroBatch, Segment
 from engine.planner.default import StoredWeights, kv_bytes_per_token, resolve_plan
-from engine.planner.plan import PlanOptions, Shares, TierName
+from engine.planner.machine import MachineFacts
+from engine.planner.plan import Plan, PlanOptions, Shares, TierName
 from engine.request import SamplingParams
 from engine.sequence import Sequence as TokenSequence
-from engine.units import GIB
 from engine.weights.manifest import PAGE_BYTES
 
 _SPILLED = 4
 """Sequences in a spill file."""
+_ENDLESS = 1 << 50
 
 
 def prompt_points(cache: "Cache", overheads: Overheads) -> Points:
@@ -64,6 +65,7 @@ def _decode_s(cache: "Cache", length: int) -> float:
     number = max(2, min(cache.effort.sequences, cache.effort.cached_tokens // length))
     with cache.prompts(number, length) as prompts:
         for prompt in prompts:  # untouched memory would be read faster than any
+            cache.effort.pause()
             cache.fill([prompt])
         steps = [Segment(prompt.sequence, length - 1, 1, keeps_kv=True) for prompt in prompts]
         return cache.seconds(steps) / number
@@ -104,6 +106,11 @@ def _rate(moved: Moved, lane: LaneName) -> float:
     return moved.num_bytes[lane] / max(moved.seconds[lane], 1e-9)
 
 
+def qkv_tokens(effort: Effort) -> int:
+    """Tokens that a cache is given at once, at most."""
+    return max(2 * max(effort.lengths), effort.sequences, _SPILLED * max(effort.spilled))
+
+
 class Cache:
     """A KV cache of a few layers, and random queries, keys and values to bring to it."""
 
@@ -114,9 +121,9 @@ class Cache:
         self._device = device
         self.effort = effort
         self._traffic = traffic
-        tokens = max(2 * max(effort.lengths), effort.sequences, _SPILLED * max(effort.spilled))
-        self._qkv_T3NH = torch.randn(tokens, 3, shape.num_heads, shape.head_size).to(
-            dtype=getattr(torch, dtype), device=device.torch_device
+        tokens = qkv_tokens(effort)
+        self._qkv_T3NH = torch.randn(
+            tokens, 3, shape.num_heads, shape.head_size, dtype=getattr(torch, dtype), device=device.torch_device
         )
         self._layers = cycle(range(shape.num_layers))
 
@@ -152,7 +159,7 @@ class Cache:
 
     def seconds(self, batch: Sequence[Segment]) -> float:
         """Of one layer; the next time it is the next one's turn, so that caches cannot help more than in a model."""
-        return timed(self._device, lambda: self._attend(next(self._layers), batch), self.effort.figure_s)
+        return timed(self._device, lambda: self._attend(next(self._layers), batch), self.effort)
 
     def moved(self, batch: Sequence[Segment]) -> tuple[float, Moved]:
         """Seconds of attending in all layers, and what the lanes did."""
@@ -173,31 +180,47 @@ class Cache:
         self.store.attend(layer, micro_batch, q, k, v)
 
 
+def cached_shape(hidden_size: int, effort: Effort) -> ModelShape:
+    """The layers whose keys and values are kept."""
+    return replace(family_of(hidden_size, effort).shape, num_layers=effort.cached_layers)
+
+
+def cache_plan(tier: TierName, device: str, dtype: str, shape: ModelShape, facts: MachineFacts, effort: Effort) -> Plan:
+    """A cache in one tier for as many tokens as are ever in it."""
+    tokens = max(effort.cached_tokens, 2 * max(effort.lengths), _SPILLED * (max(effort.spilled) + 1), *effort.tokens)
+    if tier is TierName.DISK:
+        tokens = _SPILLED * (max(effort.spilled) + 1)
+    units = dict.fromkeys((EMBED, HEAD, *(layer_name(index) for index in range(shape.num_layers))), PAGE_BYTES)
+    shares = Shares(*(100 if each is tier else 0 for each in TierName))
+    options = PlanOptions(
+        device=device, dtype=dtype, kv=shares, device_memory=_ENDLESS, host_memory=_ENDLESS, disk_space=_ENDLESS,
+        weights=Shares(100, 0, 0), micro_batch=max(effort.lengths),
+    )  # fmt: skip
+    plan = resolve_plan(
+        options, shape=shape, stored=StoredWeights(dtype, units), device=device, facts=facts, disk_dir=Path()
+    )
+    # Extents of a spill file are whole pages.
+    pages = _SPILLED * PAGE_BYTES if tier is TierName.DISK else 0
+    pools = dict.fromkeys(TierName, 0) | {tier: kv_bytes_per_token(shape, dtype) * (tokens + 1) + pages}
+    return replace(plan, kv_bytes=pools)
+
+
 @contextmanager
 def cache_in(
     tier: TierName, device: Device, dtype: str, hidden_size: int, folder: Path, effort: Effort
 ) -> Iterator[Cache]:
-    """With room for what is measured, in one tier."""
-    shape = replace(family_of(hidden_size, effort).shape, num_layers=effort.cached_layers)
-    tokens = max(effort.cached_tokens, 2 * max(effort.lengths), _SPILLED * (max(effort.spilled) + 1), *effort.tokens)
-    room = kv_bytes_per_token(shape, dtype) * (tokens + 1) + GIB
-    units = dict.fromkeys((EMBED, HEAD, *(layer_name(index) for index in range(shape.num_layers))), PAGE_BYTES)
-    shares = Shares(*(100 if each is tier else 0 for each in TierName))
-    plan = resolve_plan(
-        PlanOptions(
-            device=device.name, dtype=dtype, kv=shares, device_memory=room, host_memory=room, disk_space=room,
-            weights=Shares(100, 0, 0), micro_batch=max(effort.lengths),
-        ),
-        shape=shape, stored=StoredWeights(dtype, units), device=device.name, facts=facts_of(device), disk_dir=folder,
-    )  # fmt: skip
+    """With room for what is measured and no more, in one tier."""
+    shape = cached_shape(hidden_size, effort)
+    plan = cache_plan(tier, device.name, dtype, shape, facts_of(device), effort)
+    used = plan.used_bytes
     tiers = {
-        TierName.DEVICE: MemoryTier(TierName.DEVICE, room, device.allocate),
-        TierName.HOST: MemoryTier(TierName.HOST, room, device.allocate_host),
+        TierName.DEVICE: MemoryTier(TierName.DEVICE, used[TierName.DEVICE], device.allocate),
+        TierName.HOST: MemoryTier(TierName.HOST, used[TierName.HOST], device.allocate_host),
     }
     traffic = Traffic(device.compute_mark)
     cache = Cache(device, dtype, shape, effort, traffic)
     with (
-        closing(DiskTier(room, folder)) as disk,
+        closing(DiskTier(used[TierName.DISK], folder)) as disk,
         closing(KVStore(plan, shape, device, tiers, disk, traffic)) as cache.store,
     ):
         yield cache

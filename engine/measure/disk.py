@@ -42,15 +42,16 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def unit_files(path: Path, units: Mapping[str, UnitLayout], dtype: str) -> Iterator[WeightFiles]:
+def unit_files(path: Path, units: Mapping[str, UnitLayout], dtype: str, effort: Effort) -> Iterator[WeightFiles]:
     """A model directory of nothing but units, gone afterwards.
 
     Raises:
         OSError: it cannot be written.
+        Interrupted: somebody wants an end of it.
     """
     path.mkdir()
     try:
-        entries = [_write_unit(path, name, layout, dtype) for name, layout in units.items()]
+        entries = [_write_unit(path, name, layout, dtype, effort) for name, layout in units.items()]
         manifest = Manifest(
             model_type="none", config={}, dtype=dtype, units=tuple(entries),
             num_bytes=sum(unit.num_bytes for unit in entries), source="", created_by="",
@@ -61,12 +62,13 @@ def unit_files(path: Path, units: Mapping[str, UnitLayout], dtype: str) -> Itera
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_unit(path: Path, name: str, layout: UnitLayout, dtype: str) -> UnitEntry:
+def _write_unit(path: Path, name: str, layout: UnitLayout, dtype: str, effort: Effort) -> UnitEntry:
     digest = hashlib.sha256()
     values = torch.randn(MIB // 4).mul_(0.02).to(getattr(torch, dtype))
     piece = values.view(torch.uint8).numpy().tobytes()
     with (path / name).open("wb") as file:
         for first in range(0, layout.num_bytes, len(piece)):
+            effort.pause()
             part = piece[: layout.num_bytes - first]
             file.write(part)
             digest.update(part)
@@ -85,13 +87,18 @@ def read_rate(files: WeightFiles, names: Sequence[str], device: Device, effort: 
     """
     size = max(files.num_bytes(name) for name in names)
     buffers = cycle([device.allocate_host(size) for _ in range(2)])
+
+    def read(name: str) -> int:
+        effort.pause()
+        return files.read_unit(name, next(buffers))
+
     for name in names:
-        files.read_unit(name, next(buffers))
+        read(name)
     found: list[float] = []
     until = time.perf_counter() + effort.busy_s
     while len(found) < 2 or time.perf_counter() < until:
         start = time.perf_counter()
-        done = sum(files.read_unit(name, next(buffers)) for name in names)
+        done = sum(map(read, names))
         found.append(done / (time.perf_counter() - start))
     return median(found[len(found) // 2 :])
 
@@ -100,7 +107,7 @@ def small_reads(folder: Path, dtype: str, device: Device, effort: Effort) -> tup
     """``(bytes, bytes/s)`` of units that are smaller than any layer."""
     number = max(2, effort.streamed_bytes // 4 // effort.small_transfer)
     units = {f"unit.{index}": UnitLayout({}, effort.small_transfer) for index in range(number)}
-    with unit_files(folder / "small-units", units, dtype) as files:
+    with unit_files(folder / "small-units", units, dtype, effort) as files:
         return float(effort.small_transfer), read_rate(files, list(units), device, effort)
 
 
@@ -113,6 +120,7 @@ def disk_writes(folder: Path, effort: Effort) -> Points:
         extent.write(0, data)
         start = time.perf_counter()
         for _ in range(_REPEATS):
+            effort.pause()
             extent.write(0, data)
         return ((float(MIB), size * _REPEATS / (time.perf_counter() - start)),)
 
@@ -124,7 +132,7 @@ def copies(device: Device, lane: LaneName, effort: Effort) -> Points:
         host, on_device = device.allocate_host(size), device.allocate(size)
         into, source = (on_device, host) if lane is LaneName.HOST_TO_DEVICE else (host, on_device)
         source.zero_()
-        points.append((float(size), size / timed(device, _copy(device, lane, into, source), effort.figure_s)))
+        points.append((float(size), size / timed(device, _copy(device, lane, into, source), effort)))
     return tuple(points)
 
 

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from engine.devices.base import Device
+from engine.errors import Interrupted
 from engine.units import MIB
 
 SOURCE = "measured on this machine"
@@ -48,6 +49,32 @@ class Effort:
     figure_s: float = 0.3
     """Seconds one figure may take, more or less."""
     busy_s: float = 2.0
+    stopped: Callable[[], bool] = lambda: False
+    """Whether somebody wants an end of it."""
+
+    def pause(self) -> None:
+        """Called between small steps.
+
+        Raises:
+            Interrupted: somebody wants an end of it.
+        """
+        if self.stopped():
+            raise Interrupted("measuring this machine was interrupted; it begins anew when a plan next needs it")
+
+    def smaller(self) -> "Effort":
+        """About half the memory, down to what still tells something: the same figures, of less data."""
+        return replace(
+            self,
+            widths=tuple((width, max(min(number, 2), number // 2)) for width, number in self.widths),
+            vocabulary=_halved(self.vocabulary, 8192),
+            cached_tokens=_halved(self.cached_tokens, 2 * max(self.lengths)),
+            streamed_bytes=_halved(self.streamed_bytes, 64 * MIB),
+            copies=tuple(sorted({_halved(size, 4 * MIB) for size in self.copies})),
+        )
+
+
+def _halved(value: int, least: int) -> int:
+    return max(min(value, least), value // 2)
 
 
 FULL = Effort()
@@ -64,16 +91,22 @@ _SHORTEST_S = 0.002
 """A sample takes at least so long: in less, waiting for the device to be done would be most of it."""
 
 
-def timed(device: Device, work: Callable[[], object], budget_s: float) -> float:
-    """Seconds of one call, the median over as many as ``budget_s`` allows and three at least.
+def timed(device: Device, work: Callable[[], object], effort: Effort) -> float:
+    """Seconds of one call, the median over as many as ``effort.figure_s`` allows and three at least.
 
     The first calls are thrown away: they allocate and compile.
+
+    Raises:
+        Interrupted: somebody wants an end of it.
     """
+    budget_s = effort.figure_s
+    effort.pause()
     if _sample(device, work, 1) > 4 * budget_s:
         return _sample(device, work, 1)
     repeats = max(1, round(_SHORTEST_S / max(_sample(device, work, 1), 1e-7)))
     found: list[float] = []
     while len(found) < _LEAST or (sum(found) < budget_s and len(found) < _MOST):
+        effort.pause()
         found.append(_sample(device, work, repeats))
     return median(found) / repeats
 

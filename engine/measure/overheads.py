@@ -24,6 +24,8 @@ from engine.weights.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, Uni
 from engine.weights.writer import UnitLayout
 
 _HIDDEN, _VOCABULARY, _PROMPT = 64, 64, 8
+MEMORY = 32 * MIB
+"""Bytes of device and host that these engines may take."""
 _RUNS = 4
 _FEW, _MANY = 1, 32
 """Sequences that decode side by side."""
@@ -77,7 +79,7 @@ def _pass_seconds(device: Device, model_dir: Path, number: int, effort: Effort) 
     The median would do for itself, but small differences of these are wanted, and what disturbs only makes longer.
     """
     options = PlanOptions(
-        device=device.name, device_memory=256 * MIB, host_memory=64 * MIB, disk_space=0, weights=Shares(100, 0, 0),
+        device=device.name, device_memory=MEMORY, host_memory=MEMORY, disk_space=0, weights=Shares(100, 0, 0),
         kv=Shares(100, 0, 0), micro_batch=_MANY * _PROMPT,
     )  # fmt: skip
     found: list[float] = []
@@ -85,6 +87,7 @@ def _pass_seconds(device: Device, model_dir: Path, number: int, effort: Effort) 
         for again in range(_RUNS):
             before = perf_counter()
             for report in engine.passes(_requests(number, effort.small_steps)):
+                effort.pause()
                 now = perf_counter()
                 if again and report.stats.decode_tokens == number and not report.stats.prefill_tokens:
                     found.append(now - before)  # the first time compiles

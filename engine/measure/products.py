@@ -41,7 +41,7 @@ def unit_weights(family: OPT, unit_name: str, device: Device, dtype: str) -> Nam
     unit = next(unit for unit in family.units() if unit.name == unit_name)
     kind: torch.dtype = getattr(torch, dtype)
     return {
-        tensor.name: (torch.randn(tensor.shape) * 0.02).to(dtype=kind, device=device.torch_device)
+        tensor.name: torch.empty(tensor.shape, dtype=kind, device=device.torch_device).normal_(std=0.02)
         for tensor in unit.tensors
     }
 
@@ -70,13 +70,13 @@ class Layers:
         """One layer for so many tokens, with attention if there is any."""
         kind: torch.dtype = getattr(torch, self.dtype)
         rows = padded_rows(tokens, kind, self.device.torch_device)
-        hidden_TD = torch.randn(rows, self.family.shape.hidden_size).to(dtype=kind, device=self.device.torch_device)
+        hidden_TD = torch.randn(rows, self.family.shape.hidden_size, dtype=kind, device=self.device.torch_device)
         return lambda weights: self.family.layer(weights, hidden_TD, attend or _first)
 
-    def seconds(self, tokens: int, attend: Attend | None = None, budget_s: float | None = None) -> float:
+    def seconds(self, tokens: int, attend: Attend | None = None) -> float:
         """Of that, each layer in turn."""
         work = self.work(tokens, attend)
-        return timed(self.device, lambda: work(next(self._weights)), budget_s or self._effort.figure_s)
+        return timed(self.device, lambda: work(next(self._weights)), self._effort)
 
 
 def curve(measured: Sequence[tuple[float, float, float]]) -> Points:
@@ -98,14 +98,14 @@ def head_points(device: Device, hidden_size: int, dtype: str, rows: Sequence[int
 
     def seconds(count: int) -> float:
         padded = padded_rows(count, kind, device.torch_device)
-        hidden_RD = torch.randn(padded, hidden_size).to(dtype=kind, device=device.torch_device)
+        hidden_RD = torch.randn(padded, hidden_size, dtype=kind, device=device.torch_device)
         params, numbers = [SamplingParams()] * count, [0.0] * count
 
         def choose() -> None:
             logits_RV = family.head(head, embedding, hidden_RD)[:count]
             device.download(next_tokens(logits_RV, params, numbers, device.upload))
 
-        return timed(device, choose, effort.figure_s)
+        return timed(device, choose, effort)
 
     return curve([(count, row_flops * count, seconds(count)) for count in rows])
 

@@ -18,10 +18,13 @@ from engine.memory.traffic import Traffic
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
 from engine.planner.default import StoredWeights, resolve_plan
 from engine.planner.plan import PlanOptions, Shares, TierName
-from engine.units import GIB
 from engine.weights.files import WeightFiles
 from engine.weights.stream import WeightStream
 from engine.weights.writer import UnitLayout
+
+MIN_STREAMED = 4
+"""Layers: more than the ring has room for."""
+_ENDLESS = 1 << 50
 
 Compute = Callable[[NamedWeights], object]
 """One layer with these weights."""
@@ -49,11 +52,11 @@ def streamed(device: Device, dtype: str, hidden_size: int, compute: Compute, fol
     family = family_of(hidden_size, effort)
     spec = next(unit for unit in family.units() if unit.name == layer_name(0))
     layout = UnitLayout.of(spec, dtype)
-    number = max(4, effort.streamed_bytes // layout.num_bytes)  # more than the ring has room for
+    number = max(MIN_STREAMED, effort.streamed_bytes // layout.num_bytes)
     layers = [layer_name(index) for index in range(number)]
     nothing = UnitLayout({}, UnitLayout.of(replace(spec, tensors=()), dtype).num_bytes)
     units = {EMBED: nothing, **dict.fromkeys(layers, layout), HEAD: nothing}
-    with unit_files(folder / f"width-{hidden_size}", units, dtype) as files:
+    with unit_files(folder / f"width-{hidden_size}", units, dtype, effort) as files:
         alone = read_rate(files, layers, device, effort)
         sizes = {name: unit.num_bytes for name, unit in units.items()}
         rate, layer_s = _together(device, dtype, family.shape.hidden_size, sizes, files, compute, effort)
@@ -72,16 +75,16 @@ def _together(
     """Bytes/s of reading and seconds of a layer, side by side."""
     shape = replace(family_of(hidden_size, effort).shape, num_layers=len(sizes) - 2)
     options = PlanOptions(
-        device=device.name, dtype=dtype, weights=Shares(0, 0, 100), device_memory=2 * GIB, host_memory=2 * GIB,
-        disk_space=0, micro_batch=max(effort.tokens),
+        device=device.name, dtype=dtype, weights=Shares(0, 0, 100), kv=Shares(100, 0, 0), device_memory=_ENDLESS,
+        host_memory=_ENDLESS, disk_space=0, micro_batch=max(effort.tokens),
     )  # fmt: skip
     plan = resolve_plan(
         options, shape=shape, stored=StoredWeights(dtype, sizes), device=device.name, facts=facts_of(device),
         disk_dir=Path(),
     )  # fmt: skip
     tiers = {
-        TierName.DEVICE: MemoryTier(TierName.DEVICE, 2 * GIB, device.allocate),
-        TierName.HOST: MemoryTier(TierName.HOST, 2 * GIB, device.allocate_host),
+        TierName.DEVICE: MemoryTier(TierName.DEVICE, plan.other_bytes[TierName.DEVICE], device.allocate),
+        TierName.HOST: MemoryTier(TierName.HOST, plan.other_bytes[TierName.HOST], device.allocate_host),
     }
     traffic = Traffic(device.compute_mark)
     found: list[float] = []
@@ -93,6 +96,7 @@ def _together(
                 traffic.take()
             for index in range(shape.num_layers):
                 with stream.layer(index) as weights:
+                    effort.pause()
                     start = time.perf_counter()
                     compute(weights)
                     device.compute_mark().wait()

@@ -12,6 +12,8 @@ from engine.planner.hardware import Width
 from engine.planner.plan import TierName
 from engine.planner.rates import Rate
 
+FEW_LAYERS = 2
+"""With weights of their own, for dtypes other than the machine's best."""
 _LEAST_SHARE = 0.9
 _LONGEST_PROMPT = 256
 """Tokens of the prompts in a pass whose layers are measured."""
@@ -32,14 +34,15 @@ def width_of(
         prompt = Rate(prompt_points(cache, overheads), SOURCE)
         decode = Rate(decode_points(cache, overheads), SOURCE)
         layers = Layers(device, hidden_size, number, best, effort)
-        points = _layer_points(layers, cache, prompt, overheads, effort)
+        points = _layer_points(layers, cache, prompt, overheads)
         share, from_disk = _beside_reads(layers, cache, folder, effort)
         matmul = {best: Rate(points, SOURCE, busy_share=share)}
     del layers
     head = {best: Rate(head_points(device, hidden_size, best, effort.rows, effort), SOURCE)}
     for dtype in dtypes[1:]:
-        layers = Layers(device, hidden_size, 2, dtype, effort)
+        layers = Layers(device, hidden_size, FEW_LAYERS, dtype, effort)
         measured = [(count, layers.token_flops * count, layers.seconds(count)) for count in effort.few_tokens]
+        del layers
         matmul[dtype] = Rate(curve(measured), SOURCE, busy_share=share)
         head[dtype] = Rate(head_points(device, hidden_size, dtype, effort.few_rows, effort), SOURCE)
     with cache_in(TierName.DISK, device, best, hidden_size, folder, effort) as cache:
@@ -57,31 +60,31 @@ def least_segment_s(device: Device, dtype: str, overheads: Overheads, folder: Pa
         return min(overheads.of_segment, _LEAST_SHARE * least_decode_s(cache))
 
 
-def _layer_points(layers: Layers, cache: Cache, prompt: Rate, overheads: Overheads, effort: Effort) -> Points:
+def _layer_points(layers: Layers, cache: Cache, prompt: Rate, overheads: Overheads) -> Points:
     """``(tokens, FLOP/s)`` of whole layers with their attention, which is then taken off: products between which other
     things are done are slower than one product after the other."""
     measured = []
-    for tokens in effort.tokens:
-        seconds, number, length = _seconds(layers, cache, tokens, effort.figure_s)
+    for tokens in cache.effort.tokens:
+        seconds, number, length = _seconds(layers, cache, tokens)
         attention_s = number * (prompt.seconds(cache.pair_flops * length**2, length) + overheads.of_segment)
         seconds = without(seconds, attention_s + overheads.of_layer)
         measured.append((tokens, layers.token_flops * tokens, seconds))
     return curve(measured)
 
 
-def _seconds(layers: Layers, cache: Cache, tokens: int, budget_s: float) -> tuple[float, int, int]:
+def _seconds(layers: Layers, cache: Cache, tokens: int) -> tuple[float, int, int]:
     """Of a layer for so many tokens; how many prompts they were, and of how many tokens each."""
     most = min(tokens, _LONGEST_PROMPT)
     length = max((each for each in cache.effort.lengths if each <= most), default=tokens)
     number = max(1, tokens // length)
     with cache.prompts(number, length) as prompts:
-        return layers.seconds(tokens, cache.attend(prompts), budget_s), number, length
+        return layers.seconds(tokens, cache.attend(prompts)), number, length
 
 
 def _beside_reads(layers: Layers, cache: Cache, folder: Path, effort: Effort) -> tuple[float, Streamed]:
     """What is left of a layer's speed while others are read from the disk."""
     tokens = min(_LONGEST_PROMPT, max(effort.tokens))
-    alone_s, number, length = _seconds(layers, cache, tokens, effort.figure_s)
+    alone_s, number, length = _seconds(layers, cache, tokens)
     with cache.prompts(number, length) as prompts:
         compute = layers.work(tokens, cache.attend(prompts))
         hidden_size = layers.family.shape.hidden_size

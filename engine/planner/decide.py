@@ -7,8 +7,9 @@ from pathlib import Path
 from engine.errors import HardwareError, PlanDoesNotFit
 from engine.model.family import ModelShape, layer_name
 from engine.planner.cost import AS_ENGINE
-from engine.planner.default import StoredWeights, budgets_of, resolve_plan
+from engine.planner.default import StoredWeights, budgets_of, compute_dtype, resolve_plan
 from engine.planner.hardware import Hardware
+from engine.planner.least import has_room, least_plan
 from engine.planner.machine import MachineFacts
 from engine.planner.nearest import nearest_fit
 from engine.planner.plan import Plan, PlanOptions, TierName
@@ -68,14 +69,14 @@ class Question:
             generated = min(longest.generated, positions - 1)
             return f"the nearest that fits: --prompt-len {positions - generated} --gen-len {generated}"
         asked = self.options
+        facts = self.facts or MachineFacts(0, 0, shares_host_memory=self.hardware.shares_host_memory)
         options = replace(
             asked,
-            dtype=asked.dtype or self.stored.dtype,
+            dtype=compute_dtype(asked, self.stored, facts),
             device_memory=budgets[TierName.DEVICE] if asked.device_memory is None else asked.device_memory,
             host_memory=budgets[TierName.HOST] if asked.host_memory is None else asked.host_memory,
             disk_space=budgets[TierName.DISK] if asked.disk_space is None else asked.disk_space,
         )
-        facts = self.facts or MachineFacts(0, 0, shares_host_memory=self.hardware.shares_host_memory)
         return nearest_fit(
             options,
             shape=self.shape,
@@ -117,40 +118,54 @@ def decide_plan(
 ) -> Decision:
     """The plan to load a model with: searched for if weights must be streamed and ``outlook`` says what comes.
 
+    The machine is measured only if some plan fits. Where the budgets leave too little to measure it with, or its
+    profile lacks a figure, the rules decide.
+
     Raises:
         PlanDoesNotFit: nothing fits; the sentence says what is short, and the nearest plan that would fit.
+        Interrupted: the machine was being measured, and that was to end.
         EngineError, OSError: the machine had to be measured, and that failed.
     """
+    here = options.disk_dir or disk_dir
     ruled: Plan | None = None
     refusal: PlanDoesNotFit | None = None
     try:
-        ruled = resolve_plan(options, shape=shape, stored=stored, device=device, facts=facts, disk_dir=disk_dir)
+        ruled = resolve_plan(options, shape=shape, stored=stored, device=device, facts=facts, disk_dir=here)
     except PlanDoesNotFit as error:
         refusal = error
-    if refusal is not None and outlook is None:
-        # Nobody knows what comes, so there shall be room for the longest that may.
-        asked = replace(options, disk_dir=options.disk_dir or disk_dir)
-        near = nearest_fit(asked, shape=shape, stored=stored, facts=facts, tokens=shape.max_positions, device=device)
+    if outlook is not None:
+        # A search goes by the mean request.
+        tokens = outlook.workload.mean(lambda each: each.reserved)
+        if ruled is None or not has_room(ruled, shape, tokens):
+            least = least_plan(
+                options, shape=shape, stored=stored, facts=facts, tokens=tokens, device=device, disk_dir=here
+            )
+            if least is None and ruled is not None:
+                return Decision(ruled, None)  # each request is told by itself that there is no room for it
+            ruled = least
+    if ruled is None:
+        # Where nobody knows what comes, there shall be room for the longest that may.
+        lengths = outlook.workload.lengths if outlook is not None else ()
+        longest = max((each.reserved for each in lengths), default=shape.max_positions)
+        asked = replace(options, disk_dir=here)
+        near = nearest_fit(asked, shape=shape, stored=stored, facts=facts, tokens=longest, device=device)
         raise PlanDoesNotFit(f"{refusal}; {near}" if near else str(refusal)) from refusal
-    if outlook is None or (ruled is not None and _streamed_bytes(ruled, stored) < max(1, outlook.worth_bytes)):
-        assert ruled is not None
+    if outlook is None or _streamed_bytes(ruled, stored) < max(1, outlook.worth_bytes):
         return Decision(ruled, None)
-    hardware = outlook.hardware()
-    options = replace(options, disk_dir=options.disk_dir or disk_dir, device=device)
-    question = Question(
-        hardware=hardware,
-        shape=shape,
-        stored=stored,
-        workload=outlook.workload,
-        options=options,
-        budgets=budgets_of(options, facts, options.disk_dir or disk_dir),
-        facts=facts,
-    )
+    options = replace(options, disk_dir=here, device=device)
     try:
+        hardware = outlook.hardware()
+        question = Question(
+            hardware=hardware,
+            shape=shape,
+            stored=stored,
+            workload=outlook.workload,
+            options=options,
+            budgets=budgets_of(options, facts, here),
+            facts=facts,
+        )
         return Decision(question.decide().plan, hardware)
     except (PlanDoesNotFit, HardwareError):
-        if ruled is None:
-            raise
         return Decision(ruled, None)
 
 

@@ -185,12 +185,6 @@ def test_a_closed_stdout_is_no_fault(home: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_worker_without_redis_is_unreachable(home: Path, command: Command) -> None:
-    done = command("worker")
-    assert done.returncode == 4
-    assert done.stderr.startswith("error: ")
-
-
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_completion_script_is_accepted_by_its_shell(run: Run, shell: str) -> None:
     done = run("completion", shell)

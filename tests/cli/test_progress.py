@@ -10,7 +10,7 @@ def make_job(**changes: object) -> Job:
         "id": 7, "created_at": 90.0, "started_at": 100.0, "finished_at": None, "state": JobState.RUNNING, "model": "m",
         "task": "generate", "params": {}, "seed": 0, "priority": 0, "queue": "default", "num_requests": 100,
         "num_done": 30, "num_failed": 10, "prompt_tokens": 400, "generated_tokens": 100, "message": None,
-        "plan": None,
+        "plan": None, "name": None, "origin": None,
     }  # fmt: skip
     return Job(**{**values, **changes})  # type: ignore[arg-type]
 

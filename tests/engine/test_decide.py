@@ -4,14 +4,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from engine.devices.host import HostDevice
 from engine.engine import Engine
-from engine.errors import PlanDoesNotFit
+from engine.errors import Interrupted, PlanDoesNotFit, Unmeasurable
 from engine.lengths import workload_of
 from engine.measure import identity_of
-from engine.planner.decide import Outlook, Question, budgets_of_machine, decide_plan
+from engine.planner.decide import Decision, Outlook, Question, budgets_of_machine, decide_plan
+from engine.planner.default import kv_bytes_per_token, resolve_plan
 from engine.planner.hardware import Hardware
+from engine.planner.least import has_room, least_plan
 from engine.planner.machine import MachineFacts
 from engine.planner.nearest import format_flag
 from engine.planner.plan import PlanOptions, Shares, TierName
@@ -42,7 +46,7 @@ def never() -> Hardware:
     raise AssertionError("nothing was to be decided")
 
 
-def decide(options: PlanOptions, outlook: Outlook | None, facts: MachineFacts = FACTS) -> object:
+def decide(options: PlanOptions, outlook: Outlook | None, facts: MachineFacts = FACTS) -> Decision:
     return decide_plan(
         options, outlook, shape=SHAPE, stored=STORED, device="cpu", facts=facts, disk_dir=Path("spill")
     )  # fmt: skip
@@ -84,9 +88,9 @@ def test_what_a_person_fixed_is_kept(machine: Hardware) -> None:
 
 
 @pytest.mark.parametrize("searched", [False, True])
-def test_a_refusal_names_the_nearest_plan_that_fits(searched: bool, machine: Hardware) -> None:
+def test_a_refusal_names_the_nearest_plan_that_fits_and_nothing_is_measured(searched: bool) -> None:
     with pytest.raises(PlanDoesNotFit, match=r"short.*the smallest that fits: --device-memory \S+ with") as refused:
-        decide(PlanOptions(device_memory=100 * MIB), Outlook(WORK, lambda: machine) if searched else None)
+        decide(PlanOptions(device_memory=100 * MIB), Outlook(WORK, never) if searched else None)
     text = str(refused.value).rpartition("--device-memory ")[2].split()[0]
     unit = {"MiB": MIB, "GiB": GIB}[text[-3:]]
     near = PlanOptions(
@@ -105,6 +109,80 @@ def test_a_refusal_names_the_nearest_plan_that_fits(searched: bool, machine: Har
 def test_a_refusal_of_flags_says_where_the_weights_should_go(facts: MachineFacts, weights: str) -> None:
     with pytest.raises(PlanDoesNotFit, match=f"the nearest that fits: --weights {weights}$"):
         decide(PlanOptions(device_memory=2 * GIB, weights=Shares(100, 0, 0)), None, facts)
+
+
+@pytest.mark.parametrize(("budget", "micro_batch"), [(GIB, 2048), (660 * MIB, 256)])
+def test_where_measuring_has_too_little_room_the_rules_decide(budget: int, micro_batch: int) -> None:
+    """Where the cache of the rules' plan has no room for a request, with small batches."""
+
+    def measured() -> Hardware:
+        raise Unmeasurable("too little room")
+
+    decision = decide(PlanOptions(device_memory=budget), Outlook(WORK, measured))
+    assert decision.hardware is None
+    assert decision.plan.micro_batch == micro_batch
+    assert has_room(decision.plan, SHAPE, 543)
+    assert decision.plan.used_bytes[TierName.DEVICE] <= budget
+
+
+def test_where_no_plan_has_room_for_a_request_nothing_is_measured() -> None:
+    assert not has_room(
+        decide(PlanOptions(device_memory=610 * MIB, micro_batch=2048), Outlook(WORK, never)).plan, SHAPE, 543
+    )
+
+
+def test_an_end_of_measuring_is_an_end_of_planning() -> None:
+    def stopped() -> Hardware:
+        raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        decide(PlanOptions(device_memory=GIB), Outlook(WORK, stopped))
+
+
+shares = st.tuples(st.integers(0, 100), st.integers(0, 100)).map(
+    lambda cut: Shares(min(cut), max(cut) - min(cut), 100 - max(cut))
+)
+
+
+@given(
+    device=st.integers(GIB // 4, 4 * GIB),
+    host=st.just(0) | st.integers(0, 3 * GIB),
+    disk=st.just(0) | st.integers(0, GIB),
+    weights=st.none() | shares,
+    kv=st.none() | shares,
+    batch=st.sampled_from([None, 256, 1024]),
+    shares_memory=st.booleans(),
+    dtype=st.sampled_from(["bfloat16", "float32"]),
+)
+@settings(max_examples=400)
+def test_what_fits_in_any_way_has_a_least_plan(
+    device: int,
+    host: int,
+    disk: int,
+    weights: Shares | None,
+    kv: Shares | None,
+    batch: int | None,
+    shares_memory: bool,
+    dtype: str,
+) -> None:
+    """Or planning would refuse what a search finds."""
+    facts = MachineFacts(8 * GIB, 8 * GIB, shares_host_memory=shares_memory)
+    free = PlanOptions(device_memory=device, host_memory=host, disk_space=disk, dtype=dtype)
+    found = replace(free, weights=weights, kv=kv, micro_batch=batch)
+    try:
+        plan = resolve_plan(found, shape=SHAPE, stored=STORED, device="x", facts=facts, disk_dir=Path())
+    except PlanDoesNotFit:
+        return
+    tokens = max(plan.kv_bytes.values()) // kv_bytes_per_token(SHAPE, dtype)
+    assume(tokens)
+    least = least_plan(
+        free, shape=SHAPE, stored=STORED, facts=facts, tokens=1, device="x", disk_dir=Path()
+    )  # fmt: skip
+    assert least is not None
+    least = least_plan(
+        found, shape=SHAPE, stored=STORED, facts=facts, tokens=tokens, device="x", disk_dir=Path()
+    )  # fmt: skip
+    assert least is not None
 
 
 def test_a_model_that_no_disk_holds_is_refused(machine: Hardware) -> None:
