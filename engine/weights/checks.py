@@ -5,14 +5,17 @@ undamaged, their checksums show when they are read.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.errors import CheckpointError
 from engine.model.family import ModelShape, UnitSpec
 from engine.model.opt_shape import OPTSizes
 from engine.model.sizes import sizes_for
-from engine.tokenizer import Tokenizer
 from engine.weights.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, UnitEntry, read_manifest
 from engine.weights.writer import UnitLayout
+
+if TYPE_CHECKING:
+    from engine.tokenizer import Tokenizer
 
 
 def check_model(model_dir: Path) -> Manifest:
@@ -21,6 +24,8 @@ def check_model(model_dir: Path) -> Manifest:
     Raises:
         CheckpointError: it is absent, half-written or damaged, or its parts are not of one model.
     """
+    from engine.tokenizer import Tokenizer  # slow to import, and not needed to look at the units
+
     manifest = read_manifest(model_dir)
     shape = check_units(manifest, model_dir).shape
     check_tokens(Tokenizer.of_model(model_dir, shape), shape, model_dir)
@@ -73,7 +78,7 @@ def _check_unit(found: UnitEntry, wanted: UnitSpec, dtype: str, path: Path) -> N
         )
 
 
-def check_tokens(tokenizer: Tokenizer, shape: ModelShape, model_dir: Path) -> None:
+def check_tokens(tokenizer: "Tokenizer", shape: ModelShape, model_dir: Path) -> None:
     """Every token that the tokenizer or the configuration may ask for has a row in the embedding.
 
     Raises:
