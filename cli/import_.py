@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from cli.context import App
-from cli.display import colour_wanted, emit, printable, say
+from cli.display import colour_wanted, emit, printable, say, warn
 from cli.options import DTYPES, Text, settings_options
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -80,7 +80,7 @@ def make_model(app: App, folder: Path, target: Path, dtype: str | None) -> None:
     app.make_home()
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _bytes_progress(f"importing {folder.name}") as report:
-        manifest = import_checkpoint(folder, target, dtype, report)
+        manifest = import_checkpoint(folder, target, dtype, report, warn)
     say(f"{folder.name}: {format_bytes(manifest.num_bytes)} of {manifest.dtype} weights in {target}")
 
 

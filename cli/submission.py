@@ -113,6 +113,7 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
         FileAbsent, DatasetFault, TemplateFault, ModelNotFound: what is wrong, and where.
         CheckpointError: the model directory is half-written, or its files have other sizes than it says.
     """
+    from engine.weights.checks import check_units
     from engine.weights.importers.tokenizer_present import check_tokenizer
     from engine.weights.manifest import read_manifest
     from worker.models import resolve_model
@@ -124,7 +125,7 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
     spec = TaskSpec(options.task, PromptTemplate(prompt, limits), options.choices or (), limits)
     model = resolve_model(options.model, settings)
     if model.is_imported:
-        read_manifest(model.path)
+        check_units(read_manifest(model.path), model.path)  # the tokenizer takes longer: the worker looks at it
     else:
         check_tokenizer(model.path)
     rows = requests(dataset.rows(), spec, label=dataset.label, keep_going=options.keep_going)

@@ -1,6 +1,7 @@
 """The engine's public face: load a model once, run requests through it, close it."""
 
 from collections.abc import Callable, Container, Generator, Hashable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -8,6 +9,7 @@ from typing import Self
 
 from engine.activations import Activations
 from engine.balance import Balance
+from engine.closing import run_all
 from engine.devices.base import Device
 from engine.devices.open import facts_of, open_device
 from engine.errors import EngineError
@@ -34,6 +36,7 @@ from engine.tasks import InProgress, begin, rejected
 from engine.tokenizer import Tokenizer
 from engine.trace import Recorder
 from engine.units import format_bytes
+from engine.weights.checks import check_tokens, check_units
 from engine.weights.files import WeightFiles
 from engine.weights.manifest import read_manifest
 from engine.weights.stream import WeightStream
@@ -62,7 +65,8 @@ class Engine:
         try:
             self._open(model_dir, options, outlook)
         except BaseException:
-            self.close()
+            with suppress(Exception):  # what went wrong first is what matters
+                self.close()
             raise
 
     @classmethod
@@ -95,11 +99,12 @@ class Engine:
     def _open(self, model_dir: Path, options: PlanOptions, outlook: Outlook | None) -> None:
         start = perf_counter()
         manifest = read_manifest(model_dir)
+        check_units(manifest, model_dir)
         family = family_for(manifest.config)
         self._shape = family.shape
         stored = StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units})
-        eos = self._shape.eos_token_ids
-        self._tokenizer = Tokenizer.load(model_dir, self._shape.bos_token_id, eos[0] if eos else None)
+        self._tokenizer = Tokenizer.of_model(model_dir, self._shape)
+        check_tokens(self._tokenizer, self._shape, model_dir)
         self._stored, self._options, self._model_dir = stored, options, model_dir
         decision = self._decide(outlook)
         self.plan: Plan = decision.plan
@@ -245,10 +250,16 @@ class Engine:
         return len(dropped)
 
     def close(self) -> None:
-        """Free every byte and end the lanes. A second call does nothing."""
+        """Free every byte and end the lanes. A second call does nothing.
+
+        Raises:
+            EngineError: the device or a lane failed meanwhile; everything was closed all the same.
+        """
         self._broken = True
-        while self._closers:
-            self._closers.pop()()
+        closers, self._closers = self._closers, []
+        if closers:
+            # No memory is freed while a copy under way may still use it.
+            run_all([self._device.synchronize, *reversed(closers)])
 
     def check_integrity(self) -> None:
         """Raise ``EngineError`` if a tier's books do not add up."""

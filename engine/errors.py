@@ -6,8 +6,8 @@ EngineError
 ├── DiskFull            the file system of a tier or model directory has no room left
 ├── CheckpointError     a model directory or checkpoint that is absent, half-written, damaged or unknown
 ├── DeviceUnavailable   the asked-for device is not there
+├── DeviceFailed        the device is lost or in an unknown state: the process must end
 ├── Interrupted         what was under way was told to stop; nothing is wrong
-├── DeviceFailed        the device is lost, or in a state that nobody knows: the process must end
 ├── HardwareError       a hardware profile that is damaged, of another version, or lacks a figure
 │   ├── HardwareAbsent  no profile and no preset of that name
 │   └── Unmeasurable    the budgets leave too little to measure the machine with
@@ -41,10 +41,6 @@ class DeviceUnavailable(EngineError):
     """The device asked for does not exist on this machine."""
 
 
-class DeviceFailed(EngineError):
-    """The device is lost or in an unknown state; nothing more can be computed by this process."""
-
-
 class HardwareError(EngineError):
     """A hardware profile that is damaged, of another version, or that lacks a figure; says which."""
 
@@ -55,6 +51,11 @@ class HardwareAbsent(HardwareError):
 
 class Unmeasurable(HardwareError):
     """The budgets leave too little to measure the machine with."""
+
+
+class DeviceFailed(EngineError):
+    """The device is lost, or in a state that nobody knows. Whatever else this process asks of it will fail, too: it
+    must end, and what it was at is for another one."""
 
 
 class Interrupted(EngineError):

@@ -30,8 +30,7 @@ def workload_for(shape: ModelShape, folder: Path, requests: Iterable[Request]) -
     Raises:
         CheckpointError: the tokenizer is absent or damaged.
     """
-    eos = shape.eos_token_ids
-    tokenizer = Tokenizer.load(folder, shape.bos_token_id, eos[0] if eos else None)
+    tokenizer = Tokenizer.of_model(folder, shape)
     pairs: list[tuple[int, int]] = []
     for request in requests:
         started = begin(request, tokenizer, shape)

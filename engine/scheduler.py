@@ -1,7 +1,7 @@
 """Decides the next pass from counts alone: decode tokens of running sequences first, then prefill chunks of new ones.
 
 A sequence is admitted only when its KV cache is certain to fit until its end, so nothing is ever preempted. Scored
-sequences that fit into one micro-batch need no KV cache at all.
+sequences that fit into one micro-batch need no KV cache at all, and pass by those that wait for it.
 
 The other schedule, by block, is FlexGen's two phases, there to compare with: admit a block, compute all of its prompts,
 then decode it until its last sequence has ended, and only then admit the next.
@@ -14,6 +14,10 @@ from typing import Protocol
 
 from engine.passes import MicroBatch, Pass, Segment
 from engine.sequence import Sequence
+
+LOOK_AHEAD = 64
+"""Sequences that may wait for room while others, which need none, are looked for behind them: they are in memory, and
+no other worker can take them."""
 
 
 class KVReservations(Protocol):
@@ -161,11 +165,34 @@ class Scheduler:
         while packer.left and self._has_slot and (sequence := self._first_waiting(pull)) is not None:
             if self.needs_kv(sequence):
                 if packer.left <= least or not self._kv.admit(sequence):
+                    self._let_pass(packer, pull)
                     return
                 self._add_chunk(packer, sequence, packer.left - least)
             elif not packer.add_whole(sequence, sequence.num_to_compute):
                 return
             self._start(sequence)
+
+    def _let_pass(self, packer: _Packer, pull: Callable[[], list[Sequence] | None]) -> None:
+        """While the first waiting sequence waits for room, those that need none go by, into tokens that nobody uses.
+
+        They cost it nothing: they hold no room, end with this pass, and before the next pass's tokens are offered to
+        them, the first waiting sequence is asked again. Where nothing runs, no room will come, and they wait, too, so
+        that it is found to be stuck.
+        """
+        index = 0
+        while self._running and packer.left and self._has_slot and index < LOOK_AHEAD:
+            if index == len(self._waiting):
+                pulled = pull()
+                if pulled is None:
+                    return
+                self._waiting.extend(pulled)
+            elif self.needs_kv(self._waiting[index]):
+                index += 1
+            elif packer.add_whole(self._waiting[index], self._waiting[index].num_to_compute):
+                self._running[self._waiting[index]] = None
+                del self._waiting[index]
+            else:
+                return
 
     def _fill_by_block(self, packer: _Packer, pull: Callable[[], list[Sequence] | None]) -> None:
         """Prompts alone while any is unfinished, decode tokens alone after that; a new block when nobody runs."""

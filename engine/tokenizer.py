@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
 from engine.errors import CheckpointError
+from engine.model.family import ModelShape
 from engine.weights.manifest import TOKENIZER_NAME
 
 
@@ -46,9 +47,25 @@ class Tokenizer:
             raise CheckpointError(f"{path} is missing; import the model again")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
+            return cls(backend, bos_token_id, prefix_token_id)
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path} is damaged ({error}); import the model again") from error
-        return cls(backend, bos_token_id, prefix_token_id)
+
+    @classmethod
+    def of_model(cls, model_dir: Path, shape: ModelShape) -> Self:
+        """The same, with the special tokens of a configuration.
+
+        Raises:
+            CheckpointError: absent or damaged.
+        """
+        eos = shape.eos_token_ids
+        return cls.load(model_dir, shape.bos_token_id, eos[0] if eos else None)
+
+    @property
+    def largest_id(self) -> int:
+        """The highest number of a token, be it added, special or put around every text; -1: there are none."""
+        around = self._backend.encode("").ids
+        return max(*self._backend.get_vocab(with_added_tokens=True).values(), *around, -1, -1)
 
     def encode(self, text: str) -> list[int]:
         """Token ids with BOS exactly once at their start.

@@ -186,9 +186,9 @@ def _loader(
         _make_spill_dir(disk_dir)
         workload = sample()
         options = replace(placement, device=device, disk_dir=disk_dir)
-        outlook = None
-        if workload is not None:
-            outlook = Outlook(workload, lambda: _profile(settings, device, options, bell, tell))
+        outlook = (
+            None if workload is None else Outlook(workload, lambda: _profile(settings, device, options, bell, tell))
+        )
         return RealEngine.load(model_dir, options, recorder=recorder, outlook=outlook)
 
     return load

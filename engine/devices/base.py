@@ -43,7 +43,7 @@ class Device(Protocol):
 
         Raises:
             TierFull: the device ran out of memory.
-            LaneFailed: the device failed.
+            DeviceFailed: the device is lost.
         """
 
     def upload(self, values: Tensor) -> Tensor:
@@ -51,6 +51,13 @@ class Device(Protocol):
 
     def download(self, values: Tensor) -> Tensor:
         """A small result on the host; blocks until it is computed."""
+
+    def synchronize(self) -> None:
+        """Block until all that compute and the lanes were given so far has ended.
+
+        Raises:
+            DeviceFailed: the device is lost.
+        """
 
     def close(self) -> None:
         """End the lanes."""

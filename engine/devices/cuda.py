@@ -10,7 +10,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from engine.errors import DeviceUnavailable, LaneFailed, TierFull
+from engine.devices.gpu_errors import gpu_errors
+from engine.errors import DeviceUnavailable
 from engine.memory.lane import Event, LaneName
 
 _Zero = tuple[torch.cuda.Event, float]
@@ -27,21 +28,30 @@ def timed_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
 class CudaEvent:
     """A point on a CUDA stream, and where the work before it began."""
 
-    def __init__(self, stream: torch.cuda.Stream, zero: _Zero, began: torch.cuda.Event | None = None) -> None:
+    def __init__(
+        self, name: str, stream: torch.cuda.Stream, zero: _Zero, began: torch.cuda.Event | None = None
+    ) -> None:
+        self._name = name
         self.event = timed_event(stream)
         self._began = began or self.event
         self._zero = zero
 
     def wait(self) -> None:
-        """Block the host until the stream has passed the point."""
-        self.event.synchronize()
+        """Block the host until the stream has passed the point.
+
+        Raises:
+            DeviceFailed: the GPU failed before.
+        """
+        with gpu_errors(self._name):
+            self.event.synchronize()
 
     def span(self) -> tuple[float, float] | None:
         """Never blocks."""
-        if not self.event.query():  # type: ignore[no-untyped-call]
-            return None
         event, seconds = self._zero
-        return seconds + event.elapsed_time(self._began) / 1000, seconds + event.elapsed_time(self.event) / 1000
+        with gpu_errors(self._name):
+            if not self.event.query():  # type: ignore[no-untyped-call]
+                return None
+            return seconds + event.elapsed_time(self._began) / 1000, seconds + event.elapsed_time(self.event) / 1000
 
 
 class _Pinned(mmap.mmap):
@@ -78,7 +88,7 @@ class CudaDevice:
 
     def allocate(self, num_bytes: int) -> Tensor:
         """From PyTorch's caching allocator, which hands memory out in the order of the compute stream."""
-        with torch.cuda.stream(self._compute):
+        with gpu_errors(self.name), torch.cuda.stream(self._compute):
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
 
     def allocate_host(self, num_bytes: int) -> Tensor:
@@ -96,18 +106,20 @@ class CudaDevice:
     def copy(self, lane: LaneName, destination: Tensor, source: Tensor, after: Event) -> Event:
         """Asynchronous, on a stream of the lane's. Threads have streams of their own: a layer's weights that wait for
         a free buffer hold up no keys and values that compute needs first."""
-        stream = self._streams[lane, get_ident()]
-        self._order(stream, after)
-        began = timed_event(stream)
-        with torch.cuda.stream(stream):
-            destination.copy_(source, non_blocking=True)
-        # The allocator must not hand the memory to compute again before this stream is done with it.
-        (destination if destination.is_cuda else source).record_stream(stream)
-        return CudaEvent(stream, self._zero, began)
+        with gpu_errors(self.name):
+            stream = self._streams[lane, get_ident()]
+            self._order(stream, after)
+            began = timed_event(stream)
+            with torch.cuda.stream(stream):
+                destination.copy_(source, non_blocking=True)
+            # The allocator must not hand the memory to compute again before this stream is done with it.
+            (destination if destination.is_cuda else source).record_stream(stream)
+            return CudaEvent(self.name, stream, self._zero, began)
 
     def compute_after(self, event: Event) -> None:
         """The compute stream waits on the GPU; the host goes on. Work of the host itself is waited for here."""
-        self._order(self._compute, event)
+        with gpu_errors(self.name):
+            self._order(self._compute, event)
 
     def _order(self, stream: torch.cuda.Stream, event: Event) -> None:
         if isinstance(event, CudaEvent):
@@ -117,31 +129,36 @@ class CudaDevice:
 
     def compute_mark(self) -> Event:
         """A point on the compute stream."""
-        return CudaEvent(self._compute, self._zero)
+        with gpu_errors(self.name):
+            return CudaEvent(self.name, self._compute, self._zero)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         """The thread's operations go to the compute stream; failures of the GPU become errors for people."""
-        try:
-            with torch.cuda.stream(self._compute):
-                yield
-        except torch.OutOfMemoryError as error:
-            raise TierFull(f"{self.name} has too little memory left for a pass; lower --device-memory") from error
-        except getattr(torch, "AcceleratorError", torch.OutOfMemoryError) as error:
-            raise LaneFailed(f"{self.name}: {str(error).splitlines()[0]}") from error
+        with gpu_errors(self.name), torch.cuda.stream(self._compute):
+            yield
 
     def upload(self, values: Tensor) -> Tensor:
         """Through pinned memory, in order with compute."""
-        with torch.cuda.stream(self._compute):
+        with gpu_errors(self.name), torch.cuda.stream(self._compute):
             return values.pin_memory().to(self.torch_device, non_blocking=True)
 
     def download(self, values: Tensor) -> Tensor:
         """Blocks the host until compute has made the values."""
-        with torch.cuda.stream(self._compute):
+        with gpu_errors(self.name), torch.cuda.stream(self._compute):
             return values.cpu()
+
+    def synchronize(self) -> None:
+        """Wait for all streams of the GPU.
+
+        Raises:
+            DeviceFailed: it failed before.
+        """
+        with gpu_errors(self.name):
+            torch.cuda.synchronize(self.torch_device)
 
     def close(self) -> None:
         """Wait for what is under way, and give what is free back to whoever uses the GPU next."""
-        with torch.cuda.device(self.torch_device):
-            torch.cuda.synchronize()
+        self.synchronize()
+        with gpu_errors(self.name), torch.cuda.device(self.torch_device):
             torch.cuda.empty_cache()

@@ -56,5 +56,8 @@ class HostDevice:
         """Nothing to do."""
         return values
 
+    def synchronize(self) -> None:
+        """Everything was done when it was asked for."""
+
     def close(self) -> None:
         """Nothing to end."""

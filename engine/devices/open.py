@@ -34,7 +34,8 @@ def facts_of(device: Device) -> MachineFacts:
     host_free = free_host_memory()
     if device.torch_device.type == "cuda":
         device_free, _ = torch.cuda.mem_get_info(device.torch_device)
-        return MachineFacts(device_free, host_free, shares_host_memory=False)
+        capability = torch.cuda.get_device_capability(device.torch_device)
+        return MachineFacts(device_free, host_free, shares_host_memory=False, capability=capability)
     if device.shares_host_memory:
         return MachineFacts(host_free, host_free, shares_host_memory=True, attention_threads=torch.get_num_threads())
     return MachineFacts(host_free // 2, host_free // 2, shares_host_memory=False)

@@ -43,13 +43,14 @@ class SimulatedDevice:
         return aligned_empty(num_bytes).fill_(POISON)
 
     def copy(self, lane: LaneName, destination: Tensor, source: Tensor, after: Event) -> Event:
-        """Poison as soon as the destination is free, copy later."""
+        """Poison as soon as the destination is free, copy later; in the calling thread's mode, as a GPU would."""
+        inference = torch.is_inference_mode_enabled()
         seconds = self._delay_s + source.numel() * source.element_size() / self._bytes_per_second
         if isinstance(after, Reached):
             poison(destination)
 
         def work() -> None:
-            with torch.inference_mode():
+            with torch.inference_mode(inference):
                 if not isinstance(after, Reached):
                     after.wait()
                     poison(destination)
@@ -78,6 +79,11 @@ class SimulatedDevice:
     def download(self, values: Tensor) -> Tensor:
         """A copy."""
         return values.clone()
+
+    def synchronize(self) -> None:
+        """Compute is done when it returns; the lanes take one piece of work after the other."""
+        for lane in self._lanes.values():
+            lane.submit(lambda: None).wait()
 
     def close(self) -> None:
         """End the lanes."""

@@ -9,11 +9,13 @@ Shapes: T tokens of a micro-batch, t of one segment, N query heads, K key/value 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from engine.closing import run_all
 from engine.devices.base import Device
 from engine.errors import DiskFull, EngineError, TierFull
 from engine.kvcache.extents import DiskExtent, ExtentLayout, HostExtent, MemoryExtent
@@ -81,6 +83,7 @@ class KVStore:
         self._traffic = traffic
         self._dtype: torch.dtype = getattr(torch, plan.dtype)
         self._pools = plan.kv_bytes
+        self._fills_together = plan.kv_fills_together
         self._arenas = {
             tier: Arena(tiers[tier], pool, KV) for tier, pool in self._pools.items() if pool and tier in tiers
         }
@@ -121,14 +124,19 @@ class KVStore:
         return sum(self._pools.values()) // self._token_bytes - sum(self._used.values()) // self._token_bytes
 
     def admit(self, sequence: Sequence) -> bool:
-        """Reserve room until the sequence's end, in the tier that is furthest below its share.
+        """Reserve room until the sequence's end, as near to compute as there is room.
+
+        Where shares of the cache were asked for, in the tier that is furthest below its share.
 
         Raises:
             DiskFull: the spill file cannot grow although its budget would allow it, and no sequence holds any room.
         """
         num_bytes = sequence.num_kv_tokens * self._token_bytes
-        candidates = [tier for tier, pool in self._pools.items() if pool and self._used[tier] + num_bytes <= pool]
-        for tier in sorted(candidates, key=lambda tier: self._used[tier] / self._pools[tier]):
+        pools = self._pools
+        candidates = [tier for tier in TierName if pools[tier] and self._used[tier] + num_bytes <= pools[tier]]
+        if self._fills_together:
+            candidates.sort(key=lambda tier: self._used[tier] / self._pools[tier])
+        for tier in candidates:
             held = SequenceKV(tier, num_bytes)
             self._sequences[sequence] = held
             self._used[tier] += num_bytes
@@ -297,14 +305,14 @@ class KVStore:
 
     def close(self) -> None:
         """Free everything."""
-        if self._stream is not None:
-            self._stream.close()
-        for sequence in list(self._sequences):
-            self.release(sequence)
-        for arena in self._arenas.values():
-            arena.close()
-        if self._workers is not None:
-            self._workers.close()
+        run_all(
+            [
+                *([self._stream.close] if self._stream is not None else []),
+                *(partial(self.release, sequence) for sequence in list(self._sequences)),
+                *(arena.close for arena in self._arenas.values()),
+                *([self._workers.close] if self._workers is not None else []),
+            ]
+        )
 
     def _layouts(self, num_tokens: int) -> list[ExtentLayout]:
         shape = self._shape

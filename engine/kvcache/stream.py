@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.closing import run_all
 from engine.devices.base import Device
 from engine.errors import EngineError
 from engine.kvcache.extents import DiskExtent, HostExtent
@@ -125,14 +126,16 @@ class KVStream:
 
     def close(self) -> None:
         """Stop the lanes, and free the ring when nothing is under way any more. What is not kept yet is lost."""
-        self._bringing.close()
-        self._writing.close()
-        self.settle()
-        for slot in self._slots:
-            slot.device.release()
-            if slot.host is not None:
-                slot.host.release()
-        self._slots.clear()
+        blocks = [block for slot in self._slots for block in (slot.device, slot.host) if block is not None]
+        run_all(
+            [
+                self._bringing.close,
+                self._writing.close,
+                self.settle,
+                self._slots.clear,
+                *(block.release for block in blocks),
+            ]
+        )
 
     def _run_ahead(self) -> None:
         while self._free and self._next is not None and self._next.at_once:

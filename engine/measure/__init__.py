@@ -19,7 +19,7 @@ from engine.measure.room import measuring_budgets, within
 from engine.measure.widths import least_segment_s, width_of
 from engine.memory.lane import LaneName
 from engine.planner.hardware import Hardware
-from engine.planner.machine import free_disk_space
+from engine.planner.machine import MachineFacts, free_disk_space
 from engine.planner.plan import PlanOptions, TierName
 from engine.planner.rates import Figure, Rate
 
@@ -47,7 +47,7 @@ def measure(
         OSError: nothing can be written to ``folder``.
     """
     facts = facts_of(device)
-    dtypes = _dtypes(device)
+    dtypes = _dtypes(device, facts)
     if options is not None:
         effort = within(effort, measuring_budgets(options, facts, folder), dtypes, facts, device.name)
     effort = replace(effort, stopped=stop)
@@ -111,11 +111,10 @@ def _merged(curves: Iterable[Points]) -> Rate:
     return Rate(tuple(sorted({size: rate for points in curves for size, rate in points}.items())), SOURCE)
 
 
-def _dtypes(device: Device) -> tuple[str, ...]:
-    """The best first."""
-    if device.torch_device.type == "cuda":
-        return ("float16", "bfloat16", "float32")
-    return ("bfloat16", "float32")
+def _dtypes(device: Device, facts: MachineFacts) -> tuple[str, ...]:
+    """Those that the device computes in, the best first."""
+    dtypes = ("float16", "bfloat16", "float32") if device.torch_device.type == "cuda" else ("bfloat16", "float32")
+    return tuple(dtype for dtype in dtypes if facts.computes(dtype))
 
 
 __all__ = ["FULL", "QUICK", "Effort", "identity_of", "measure"]

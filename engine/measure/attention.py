@@ -107,7 +107,7 @@ def _rate(moved: Moved, lane: LaneName) -> float:
 
 
 def qkv_tokens(effort: Effort) -> int:
-    """Tokens that are brought to a cache at once, at most."""
+    """Tokens that a cache is given at once, at most."""
     return max(2 * max(effort.lengths), effort.sequences, _SPILLED * max(effort.spilled))
 
 

@@ -93,7 +93,7 @@ class _Width:
         self._streamed = max(MIN_STREAMED * self._layer, effort.streamed_bytes)
 
     def device_bytes(self) -> list[int]:
-        """Of each step, workspace included."""
+        """What each step takes, workspace included."""
         cache, spilled = (
             plan.used_bytes[TierName.DEVICE] - plan.workspace_bytes + self._qkv + self._work(self._dtypes[0])
             for plan in (self._plans[TierName.DEVICE], self._plans[TierName.DISK])
@@ -109,11 +109,11 @@ class _Width:
         return found
 
     def host_bytes(self) -> list[int]:
-        """Of each step, where the device has memory of its own."""
+        """What each step takes where the device has memory of its own."""
         return [BOUNCED_SLOTS * self._layer, self._plans[TierName.DISK].used_bytes[TierName.HOST]]
 
     def disk_bytes(self) -> list[int]:
-        """Of each step: files of layers, or a spill file."""
+        """What each step takes: files of layers, or a spill file."""
         return [self._streamed, self._plans[TierName.DISK].used_bytes[TierName.DISK]]
 
     def _work(self, dtype: str) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from torch import OutOfMemoryError, Tensor
+from torch import OutOfMemoryError, Tensor, inference_mode
 
 from engine.errors import EngineError, TierFull
 from engine.planner.plan import TierName
@@ -69,10 +69,12 @@ class MemoryTier(Tier):
         """
         self.take(num_bytes, what)
         try:
-            return Block(self, self._allocator(num_bytes), what)
+            # Lanes write into it in threads of their own, in whatever mode they are, so it must be a plain tensor.
+            with inference_mode(False):
+                return Block(self, self._allocator(num_bytes), what)
         except BaseException as error:
             self.give(num_bytes, what)
-            if isinstance(error, MemoryError | OSError | OutOfMemoryError):
+            if isinstance(error, MemoryError | OSError | OutOfMemoryError | TierFull):
                 raise TierFull(
                     f"{self.name} memory: the machine has no {format_bytes(num_bytes)} left for {what}, although "
                     f"{format_bytes(self.used)} of a budget of {format_bytes(self.budget)} are used; "

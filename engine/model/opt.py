@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.errors import CheckpointError
 from engine.memory.malloc import LARGEST_KEPT
 from engine.model.family import Attend, NamedWeights
 from engine.model.linear import linear
@@ -78,13 +77,9 @@ class OPT(OPTSizes):
         Raises:
             CheckpointError: a value that is out of range or not supported.
         """
-        activation = config.get("activation_function", "relu")
-        if activation not in _ACTIVATIONS:
-            known = ", ".join(sorted(_ACTIVATIONS))
-            raise CheckpointError(f"config.json: activation_function {activation!r} is not known; known are {known}")
         sizes = OPTSizes.from_config(config)
         values = {field.name: getattr(sizes, field.name) for field in fields(sizes)}
-        return cls(**values, activation=_ACTIVATIONS[activation])
+        return cls(**values, activation=_ACTIVATIONS[config.get("activation_function", "relu")])
 
     def head_needs_embedding(self) -> bool:
         """Tied checkpoints multiply by the token table of the embedding unit."""

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from engine.errors import CheckpointError
 from engine.model.family import Family
+from engine.model.sizes import sizes_for
 
 
 def family_for(config: Mapping[str, Any]) -> Family:
@@ -13,9 +13,7 @@ def family_for(config: Mapping[str, Any]) -> Family:
     Raises:
         CheckpointError: no such family, or a value of the configuration it cannot honour.
     """
-    model_type = config.get("model_type")
-    if model_type == "opt":
-        from engine.model.opt import OPT
+    sizes_for(config)  # no other family has sizes
+    from engine.model.opt import OPT
 
-        return OPT.from_config(config)
-    raise CheckpointError(f"model_type {model_type!r} is not supported; overnight runs checkpoints of model_type 'opt'")
+    return OPT.from_config(config)

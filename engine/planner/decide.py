@@ -7,7 +7,7 @@ from pathlib import Path
 from engine.errors import HardwareError, PlanDoesNotFit
 from engine.model.family import ModelShape, layer_name
 from engine.planner.cost import AS_ENGINE
-from engine.planner.default import StoredWeights, budgets_of, resolve_plan
+from engine.planner.default import StoredWeights, budgets_of, compute_dtype, resolve_plan
 from engine.planner.hardware import Hardware
 from engine.planner.least import has_room, least_plan
 from engine.planner.machine import MachineFacts
@@ -69,14 +69,14 @@ class Question:
             generated = min(longest.generated, positions - 1)
             return f"the nearest that fits: --prompt-len {positions - generated} --gen-len {generated}"
         asked = self.options
+        facts = self.facts or MachineFacts(0, 0, shares_host_memory=self.hardware.shares_host_memory)
         options = replace(
             asked,
-            dtype=asked.dtype or self.stored.dtype,
+            dtype=compute_dtype(asked, self.stored, facts),
             device_memory=budgets[TierName.DEVICE] if asked.device_memory is None else asked.device_memory,
             host_memory=budgets[TierName.HOST] if asked.host_memory is None else asked.host_memory,
             disk_space=budgets[TierName.DISK] if asked.disk_space is None else asked.disk_space,
         )
-        facts = self.facts or MachineFacts(0, 0, shares_host_memory=self.hardware.shares_host_memory)
         return nearest_fit(
             options,
             shape=self.shape,

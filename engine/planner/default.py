@@ -80,6 +80,13 @@ def whole_layers(num_layers: int, shares: Shares) -> dict[TierName, int]:
     return counts
 
 
+def compute_dtype(options: PlanOptions, stored: StoredWeights, facts: MachineFacts) -> str:
+    """As asked, else as the weights are stored; in float16 where the device cannot compute as they are stored."""
+    if options.dtype is not None:
+        return options.dtype
+    return stored.dtype if facts.computes(stored.dtype) else "float16"
+
+
 def resolve_plan(
     options: PlanOptions,
     *,
@@ -92,9 +99,16 @@ def resolve_plan(
     """Fill in whatever ``options`` leaves open.
 
     Raises:
-        PlanDoesNotFit: the sentence says which tier is short, by how much, and what to change.
+        PlanDoesNotFit: the sentence says which tier is short, by how much, and what to change; or that the device
+            cannot compute in the dtype that was asked for.
     """
-    dtype = options.dtype or stored.dtype
+    dtype = compute_dtype(options, stored, facts)
+    if not facts.computes(dtype):
+        assert facts.capability is not None
+        raise PlanDoesNotFit(
+            f"this GPU has no {dtype} kernels: its compute capability is {facts.capability[0]}.{facts.capability[1]}, "
+            f"and they need 8.0; use --dtype float16"
+        )
     disk_dir = options.disk_dir or disk_dir
     budgets = budgets_of(options, facts, disk_dir)
     micro_batch = options.micro_batch or MICRO_BATCH_TOKENS
@@ -104,19 +118,27 @@ def resolve_plan(
     workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows)
     workspace += facts.attention_threads * kv_slot_bytes(shape, "float32", extent_tokens) // 2
     slot_bytes = kv_slot_bytes(shape, dtype, extent_tokens)
-    kv_slots = KV_SLOTS if _spills_kv(options, budgets, facts) else 0
     batch_bytes = micro_batch * shape.hidden_size * DTYPE_BYTES[dtype]
-    layers = _place_layers(
-        options,
-        shape,
-        stored,
-        dtype,
-        budgets,
-        workspace=workspace + kv_slots * slot_bytes,
-        batch_bytes=batch_bytes if activations is TierName.DEVICE else 0,
-        bounces=not facts.shares_host_memory,
-    )
+
+    def placed(kv_slots: int) -> tuple[TierName, ...]:
+        return _place_layers(
+            options,
+            shape,
+            stored,
+            dtype,
+            budgets,
+            workspace=workspace + kv_slots * slot_bytes,
+            batch_bytes=batch_bytes if activations is TierName.DEVICE else 0,
+            bounces=not facts.shares_host_memory,
+        )
+
+    layers = placed(0)
     streamed = any(home is not TierName.DEVICE for home in layers)
+    spills = _spills_kv(options, budgets, facts, streamed=streamed)
+    kv_slots = KV_SLOTS if spills else 0
+    if kv_slots:
+        layers = placed(kv_slots)
+        streamed = any(home is not TierName.DEVICE for home in layers)
     micro_batches = options.micro_batches or (STREAMED_MICRO_BATCHES if streamed else 1)
     staged = {TierName.DISK} if facts.shares_host_memory else {TierName.HOST, TierName.DISK}
     bounced = TierName.DISK in layers and not facts.shares_host_memory
@@ -154,7 +176,8 @@ def resolve_plan(
         budgets=budgets,
         disk_dir=disk_dir,
         layers=layers,
-        kv_bytes=_kv_pools(options, room, kv_bytes_per_token(shape, dtype)),
+        kv_bytes=_kv_pools(options, room, kv_bytes_per_token(shape, dtype), on_host=spills or facts.shares_host_memory),
+        kv_fills_together=options.kv is not None,
         activations=activations,
         micro_batch=micro_batch,
         micro_batches=micro_batches,
@@ -184,10 +207,14 @@ def budgets_of(options: PlanOptions, facts: MachineFacts, disk_dir: Path) -> dic
     return {TierName.DEVICE: device, TierName.HOST: host, TierName.DISK: disk}
 
 
-def _spills_kv(options: PlanOptions, budgets: Mapping[TierName, int], facts: MachineFacts) -> bool:
-    """Whether sequences may live where compute cannot address them."""
+def _spills_kv(options: PlanOptions, budgets: Mapping[TierName, int], facts: MachineFacts, *, streamed: bool) -> bool:
+    """Whether sequences may live where compute cannot address them.
+
+    Unasked only where weights are streamed: then more sequences make more of each pass. A model that is on the device
+    whole would only wait for a cache that is not.
+    """
     if options.kv is None:
-        return not facts.shares_host_memory and budgets[TierName.HOST] > 0
+        return streamed and not facts.shares_host_memory and budgets[TierName.HOST] > 0
     return bool(options.kv.disk or (options.kv.host and not facts.shares_host_memory))
 
 
@@ -244,9 +271,12 @@ def _how_many(sizes: Sequence[int], room: int) -> int:
     return len(sizes)
 
 
-def _kv_pools(options: PlanOptions, room: Mapping[TierName, int], bytes_per_token: int) -> dict[TierName, int]:
+def _kv_pools(
+    options: PlanOptions, room: Mapping[TierName, int], bytes_per_token: int, *, on_host: bool
+) -> dict[TierName, int]:
     if options.kv is None:
-        return {TierName.DEVICE: room[TierName.DEVICE], TierName.HOST: room[TierName.HOST], TierName.DISK: 0}
+        host = room[TierName.HOST] if on_host else 0
+        return {TierName.DEVICE: room[TierName.DEVICE], TierName.HOST: host, TierName.DISK: 0}
     shares = {tier: options.kv.of(tier) for tier in TierName}
     totals = {tier: room[tier] * 100 // share for tier, share in shares.items() if share}
     short = min(totals, key=lambda tier: totals[tier])

@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.units import KIB
 
 _UNLIMITED = 1 << 60
+_BFLOAT16_FROM = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,12 @@ class MachineFacts:
     shares_host_memory: bool
     attention_threads: int = 0
     """Threads that attend to segments side by side, each with keys of its own in float32; 0: none does."""
+    capability: tuple[int, int] | None = None
+    """CUDA's compute capability; ``None``: no GPU, or none that is known."""
+
+    def computes(self, dtype: str) -> bool:
+        """Whether there are kernels for a dtype. PyTorch has attention in bfloat16 from Ampere on."""
+        return dtype != "bfloat16" or self.capability is None or self.capability >= _BFLOAT16_FROM
 
 
 def free_host_memory() -> int:

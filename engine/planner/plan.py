@@ -114,6 +114,8 @@ class Plan:
     buffer to stream them through would be as large as they are."""
     kv_bytes: Mapping[TierName, int]
     """Bytes of KV cache each tier may hold; a sequence lives in one tier."""
+    kv_fills_together: bool
+    """Shares of the cache were asked for, so the tiers fill in proportion; else the device is filled first."""
     activations: TierName
     micro_batch: int
     micro_batches: int

@@ -1,8 +1,9 @@
 """How long a workload takes under a plan: ramp-up, steady state and tail, pass after pass. Pure; no torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from engine.balance import MIN_PROMPT_TOKENS, Balance
 from engine.memory.lane import LaneName
 from engine.model.family import ModelShape, layer_name
 from engine.planner.cost import OVERLAPPED, Overlap, PassCost, PassModel
@@ -12,8 +13,6 @@ from engine.planner.load import PassLoad, mean_request_load, residency_passes
 from engine.planner.plan import DTYPE_BYTES, Plan, TierName
 from engine.planner.workload import Workload
 
-MIN_BALANCED_PROMPT_TOKENS = 64
-"""As ``engine.balance``: a pass carries so many in any case."""
 MAX_SIMULATED_PASSES = 1000
 """Beyond these a long workload is taken to go on at its steady rate."""
 
@@ -85,6 +84,24 @@ def steady_requests_per_pass(workload: Workload, plan: Plan, token_bytes: int) -
     )
 
 
+def as_filled(workload: Workload, plan: Plan, token_bytes: int) -> Plan:
+    """The plan with pools as large as the part of them that a workload fills, once steady: where the device is filled
+    first, the other tiers hold what it has no room for."""
+    if plan.kv_fills_together:
+        return plan
+    if plan.schedule == "block":
+        tokens = min(float(workload.requests), plan.tokens_per_pass) * workload.mean(lambda each: each.reserved)
+    else:
+        occupied = workload.mean(lambda each: each.reserved * residency_passes(each, plan))
+        tokens = steady_requests_per_pass(workload, plan, token_bytes) * occupied
+    left = math.ceil(tokens * token_bytes)
+    filled = {}
+    for tier in TierName:
+        filled[tier] = min(plan.kv_bytes[tier], left)
+        left -= filled[tier]
+    return replace(plan, kv_bytes=filled) if any(filled.values()) else plan
+
+
 def predict(
     hardware: Hardware,
     shape: ModelShape,
@@ -97,11 +114,13 @@ def predict(
 ) -> Prediction:
     """How long a workload takes under a plan, from the first pass to the last output.
 
-    A sequence lives in the tiers in the proportion of their pools. If no sequence finds room, everything is 0 per
-    second and takes infinitely long.
+    A sequence lives in the tiers in the proportion in which they are filled. If no sequence finds room, everything is 0
+    per second and takes infinitely long.
     """
-    model = PassModel(hardware, shape, stored, plan, host_attention=host_attention, overlap=overlap)
-    run = _Run(model, plan, workload, kv_bytes_per_token(shape, plan.dtype))
+    token_bytes = kv_bytes_per_token(shape, plan.dtype)
+    filled = as_filled(workload, plan, token_bytes)
+    model = PassModel(hardware, shape, stored, filled, host_attention=host_attention, overlap=overlap)
+    run = _Run(model, plan, workload, token_bytes)
     if plan.schedule == "block":
         return run.by_block()
     return run.mixed()
@@ -205,26 +224,11 @@ class _Run:
             logits_rows=tokens,
         )
 
-    def _balanced(self) -> tuple[float, float]:
-        """Compute seconds of a prompt token where a pass carries as many as it can, and how many the links hide then.
-
-        A pass that carries few takes longer for each; what an engine has seen of the former, it goes by.
-        """
-        requests = min(
-            self._plan.tokens_per_pass / self._starting.prompt_tokens,
-            self._room / self._reserved,
-            float(self._workload.requests),
-        )
-        cost = self._model.cost(self._starting.scaled(requests))
-        prompt_s = cost.lane_seconds[LaneName.DEVICE_COMPUTE] / (requests * self._starting.prompt_tokens)
-        links_s = max(cost.lane_seconds[lane] for lane in LINKS)
-        return prompt_s, links_s / prompt_s if links_s else math.inf
-
     def _sustaining_prompt_tokens(self) -> float:
         """As ``engine.scheduler``: what a pass must carry so that no room of the KV cache stands empty."""
         rooms = min(self._room / self._reserved, float(self._plan.tokens_per_pass))
         steps = sum(kind.share * kind.steps for kind in self._kinds)
-        return max(MIN_BALANCED_PROMPT_TOKENS, (rooms - 1) * self._starting.prompt_tokens / max(1.0, steps))
+        return max(MIN_PROMPT_TOKENS, (rooms - 1) * self._starting.prompt_tokens / max(1.0, steps))
 
     def _simulate(self, steady: PassCost) -> tuple[float, float]:
         """Passes and seconds, as the scheduler fills passes: decode tokens first, then prompts that find room.
@@ -234,7 +238,7 @@ class _Run:
         """
         total, seconds, skipped = float(self._workload.requests), 0.0, 0.0
         begun = [0.0]  # requests admitted up to and including each pass, from pass 1
-        prompt_s, balance = self._balanced()
+        balance = Balance()
         sustaining = self._sustaining_prompt_tokens()
         while True:
             now = len(begun) - 1
@@ -257,17 +261,14 @@ class _Run:
                 max(0.0, room) / self._reserved,
                 max(0.0, self._plan.tokens_per_pass - decoding.tokens) / self._starting.prompt_tokens,
             )
-            if waiting * self._reserved > room:
+            prompt_tokens = balance.prompt_tokens
+            if prompt_tokens is not None and waiting * self._reserved > room:
                 # Where nobody decodes, nobody is kept waiting: a whole prompt begins.
                 least = sustaining if decoding.tokens else max(sustaining, self._starting.prompt_tokens)
-                admitted = min(admitted, max(least, balance) / self._starting.prompt_tokens)
+                admitted = min(admitted, max(least, prompt_tokens) / self._starting.prompt_tokens)
             cost = self._model.cost(decoding + self._starting.scaled(admitted))
             seconds += cost.seconds
             begun.append(begun[now] + admitted)
-            prompt_tokens = admitted * self._starting.prompt_tokens
-            compute_s = cost.lane_seconds[LaneName.DEVICE_COMPUTE]
             links_s = max(busy for lane, busy in cost.lane_seconds.items() if lane is not LaneName.DEVICE_COMPUTE)
-            if prompt_tokens >= MIN_BALANCED_PROMPT_TOKENS:
-                prompt_s = min(prompt_s, compute_s / prompt_tokens)
-            if links_s > 0 and prompt_s < math.inf:
-                balance = (links_s - (compute_s - prompt_tokens * prompt_s)) / prompt_s
+            compute_s = cost.lane_seconds[LaneName.DEVICE_COMPUTE]
+            balance.learn_pass(admitted * self._starting.prompt_tokens, compute_s, links_s)

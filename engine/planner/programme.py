@@ -180,8 +180,10 @@ class Programme:
     def _cache_room(self, options: PlanOptions) -> dict[TierName, int]:
         """Bytes of each tier that the KV cache could take if it had all that nothing else needs."""
         room = dict(self._problem.resolve(replace(options, kv=None)).kv_bytes)
-        # A plan gives no disk to the cache unless it is asked to.
-        room[TierName.DISK] = self._problem.resolve(replace(options, kv=Shares(0, 0, 100))).kv_bytes[TierName.DISK]
+        # A plan gives neither disk to the cache nor, where all weights are on the device, host unless it is asked to.
+        for tier in (TierName.HOST, TierName.DISK):
+            asked = Shares(*(100 if each is tier else 0 for each in _TIERS))
+            room[tier] = self._problem.resolve(replace(options, kv=asked)).kv_bytes[tier]
         return room
 
     def _sample(self, choice: Choice) -> tuple[Plan, PassLoad]:

@@ -13,12 +13,12 @@ from pathlib import Path
 from engine.errors import PlanDoesNotFit
 from engine.model.family import ModelShape
 from engine.planner.cost import OVERLAPPED, Overlap
-from engine.planner.default import StoredWeights, whole_layers
+from engine.planner.default import StoredWeights, compute_dtype, whole_layers
 from engine.planner.hardware import Hardware
 from engine.planner.load import mean_request_load, residency_passes
 from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions, Shares, TierName
-from engine.planner.predict import Prediction, predict, steady_requests_per_pass
+from engine.planner.predict import Prediction, as_filled, predict, steady_requests_per_pass
 from engine.planner.problem import Problem
 from engine.planner.programme import TIE, Choice, Optimum, Programme
 from engine.planner.workload import Workload
@@ -118,15 +118,15 @@ def search(
     fixed = fixed or PlanOptions()
     _check_lengths(shape, workload)
     budgets = dict(budgets or default_budgets(hardware, stored))
+    facts = facts or MachineFacts(0, 0, shares_host_memory=hardware.shares_host_memory)
     fixed = replace(
         fixed,
-        dtype=fixed.dtype or stored.dtype,
+        dtype=compute_dtype(fixed, stored, facts),
         device_memory=budgets[TierName.DEVICE] if fixed.device_memory is None else fixed.device_memory,
         host_memory=budgets[TierName.HOST] if fixed.host_memory is None else fixed.host_memory,
         disk_space=budgets[TierName.DISK] if fixed.disk_space is None else fixed.disk_space,
         disk_dir=fixed.disk_dir or disk_dir,
     )
-    facts = facts or MachineFacts(0, 0, shares_host_memory=hardware.shares_host_memory)
     problem = Problem(
         hardware=hardware, shape=shape, stored=stored, workload=workload, fixed=fixed, overlap=overlap, facts=facts
     )
@@ -255,7 +255,7 @@ class _Search:
         if not rate:
             return 0.0, 0.0
         load = mean_request_load(self._workload, plan)
-        model = self._problem.model(plan, host_attention)
+        model = self._problem.model(as_filled(self._workload, plan, self._problem.token_bytes), host_attention)
         seconds = model.cost(load.scaled(rate)).seconds
         return rate / seconds, seconds * self._workload.mean(lambda each: residency_passes(each, plan))
 

@@ -1,7 +1,7 @@
 """Fetching a checkpoint from the Hugging Face hub, where there is a network."""
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def download(name: str, destination: Path) -> Path:
         # One small request first: it fails at once where there is no network, and tells which files there are.
         info = HfApi().model_info(name, timeout=TIMEOUT_S)
         wanted = wanted_files(file.rfilename for file in info.siblings or ())
-        if wanted:
+        if wanted and has_tokenizer(wanted):
             return Path(snapshot_download(name, revision=info.sha, local_dir=destination, allow_patterns=wanted))
     except HFValidationError as error:
         raise CheckpointError(
@@ -51,7 +51,17 @@ def download(name: str, destination: Path) -> Path:
             f"{name} is no local folder, and fetching it from the Hugging Face hub failed: {reason.rstrip('.')}. "
             "Check the name and the network, or give a folder that holds the checkpoint"
         ) from error
-    raise CheckpointError(f"{name} on the Hugging Face hub holds neither .safetensors nor .bin weights")
+    if not wanted:
+        raise CheckpointError(f"{name} on the Hugging Face hub holds neither .safetensors nor .bin weights")
+    raise CheckpointError(
+        f"{name} on the Hugging Face hub holds no tokenizer: download it yourself, copy tokenizer.json, or vocab.json "
+        "and merges.txt, into its folder from where the checkpoint comes from, and import the folder"
+    )
+
+
+def has_tokenizer(names: Container[str]) -> bool:
+    """Whether text can be made tokens of with these files: asked before gigabytes come."""
+    return "tokenizer.json" in names or ("vocab.json" in names and "merges.txt" in names)
 
 
 def wanted_files(names: Iterable[str]) -> list[str]:

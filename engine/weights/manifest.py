@@ -5,6 +5,7 @@ The manifest is written last, so a directory without one is not a model, whateve
 
 import json
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
@@ -13,10 +14,13 @@ from typing import Any, TypeVar
 
 from engine.errors import CheckpointError
 from engine.planner.plan import DTYPE_BYTES
+from engine.units import MIB
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 FORMAT_VERSION = 1
+MOST_BYTES = 256 * MIB
+"""The largest manifest or tokenizer that is taken for one: they are read whole."""
 PAGE_BYTES = 4096
 """Weight files are whole pages long, so that direct reads need no special last piece."""
 TENSOR_ALIGNMENT = 256
@@ -161,6 +165,7 @@ def read_manifest(model_dir: Path) -> Manifest:
         raise CheckpointError(f"{model_dir} is an import that has not finished; run `overnight import` again")
     path = model_dir / MANIFEST_NAME
     try:
+        _check_small(path)
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         if (model_dir / "config.json").is_file():
@@ -180,18 +185,34 @@ def read_manifest(model_dir: Path) -> Manifest:
         _check_file(model_dir / unit.file, unit.num_bytes)
     if not (model_dir / TOKENIZER_NAME).is_file():
         raise CheckpointError(f"{model_dir / TOKENIZER_NAME} is missing; import the model again")
+    _check_small(model_dir / TOKENIZER_NAME)
     return manifest
+
+
+def _check_small(path: Path) -> None:
+    """Whatever is read whole is a file, where no reader waits for a writer, and of a size that can be.
+
+    Raises:
+        FileNotFoundError, OSError: it cannot be looked at.
+    """
+    stats = path.stat()
+    if not stat.S_ISREG(stats.st_mode):
+        raise CheckpointError(f"{path} is not a file; import the model again")
+    if stats.st_size > MOST_BYTES:
+        raise CheckpointError(f"{path} has {stats.st_size} bytes, far too many; import the model again")
 
 
 def _check_file(path: Path, num_bytes: int) -> None:
     try:
-        found = path.stat().st_size
+        stats = path.stat()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; import the model again") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); import the model again") from error
-    if found != num_bytes:
-        raise CheckpointError(f"{path} has {found} bytes instead of {num_bytes}; import the model again")
+    if not stat.S_ISREG(stats.st_mode):
+        raise CheckpointError(f"{path} is not a file; import the model again")
+    if stats.st_size != num_bytes:
+        raise CheckpointError(f"{path} has {stats.st_size} bytes instead of {num_bytes}; import the model again")
 
 
 def _unit(fields: Any) -> UnitEntry:

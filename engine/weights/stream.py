@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.closing import run_all, settle
 from engine.devices.base import Device
 from engine.errors import EngineError
 from engine.memory.lane import Event, LaneEvent, LaneName, Reached, ThreadLane
@@ -32,6 +33,10 @@ class _Slot:
     freed: Event = _REACHED
     filled: LaneEvent | None = None
     copied: Event = _REACHED
+
+    def settle(self) -> None:
+        """Wait until nothing is copied into it any more."""
+        settle(self.copied)
 
 
 class WeightStream:
@@ -95,14 +100,18 @@ class WeightStream:
 
     def close(self) -> None:
         """Stop reading and free every byte."""
-        self._lane.close()
-        for block in self._blocks:
-            block.release()
-        self._blocks.clear()
-        self._resident.clear()
-        self._host.clear()
-        self._slots.clear()
-        self._files.close()
+        blocks, self._blocks = self._blocks, []
+        slots, self._slots = self._slots, []
+        run_all(
+            [
+                self._lane.close,
+                self._resident.clear,
+                self._host.clear,
+                *(slot.settle for slot in slots),
+                *(block.release for block in blocks),
+                self._files.close,
+            ]
+        )
 
     def _place(self, plan: Plan) -> None:
         self._cast_block: Block | None = None

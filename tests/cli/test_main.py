@@ -186,26 +186,6 @@ def test_a_closed_stdout_is_no_fault(home: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_worker_without_redis_says_so_and_works_on(home: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "cli", "worker", "--device", "cpu"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stderr is not None
-        assert "does not answer" in process.stderr.readline()
-        while "waiting for jobs" not in (line := process.stderr.readline()):
-            assert line, "it ended"
-        process.terminate()
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 0
-
-
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_completion_script_is_accepted_by_its_shell(run: Run, shell: str) -> None:
     done = run("completion", shell)

@@ -67,6 +67,10 @@ class LateDevice(SimulatedDevice):
         with _disable_current_modes():
             return values.clone()
 
+    def synchronize(self) -> None:
+        self.compute_mark().wait()
+        super().synchronize()
+
     def close(self) -> None:
         self._compute.close()
         super().close()

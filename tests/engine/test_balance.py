@@ -1,10 +1,13 @@
 """The balance: on a machine of known speeds, passes come to last as long as the links, and not longer."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.balance import MIN_PROMPT_TOKENS, Balance
+from engine.balance import MIN_PROMPT_TOKENS, RECENT, Balance
 from engine.memory.lane import LaneName
 from engine.passes import PassStats
 
@@ -64,3 +67,68 @@ def test_passes_without_prompts_tell_what_decoding_takes() -> None:
     for _ in range(20):
         balance.learn(stats(0.5, 2.0, 0, 16))
     assert balance.prompt_tokens == pytest.approx(1500, abs=2)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A pass takes ``fixed_s`` and ``prompt_token_s`` for each prompt token to compute, and ``links_s`` to bring."""
+
+    prompt_token_s: float = 1e-3
+    fixed_s: float = 0.4
+    links_s: float = 2.0
+
+    @property
+    def balanced(self) -> float:
+        """Prompt tokens with which compute lasts as long as the links."""
+        return (self.links_s - self.fixed_s) / self.prompt_token_s
+
+    def run(self, balance: Balance, passes: int, shown: Callable[[int], float] = lambda _: 1.0) -> list[int]:
+        """Prompt tokens of each pass; of pass ``n``, a part ``shown(n)`` of its compute is told."""
+        found = []
+        for index in range(passes):
+            prefill = min(4096, balance.prompt_tokens or 4096)
+            found.append(prefill)
+            compute_s = self.fixed_s + self.prompt_token_s * prefill
+            balance.learn(stats(compute_s * shown(index), self.links_s, prefill, 1))
+        return found
+
+
+PARTS = [0.1, 0.25, 4.0, 10.0]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("wrong", [20, 50, 99])
+def test_one_pass_in_a_hundred_that_tells_nonsense_changes_nothing(part: float, wrong: int) -> None:
+    machine = Machine()
+    found = machine.run(Balance(), 130, lambda index: part if index == wrong else 1.0)
+    assert found[15:] == pytest.approx([machine.balanced] * 115, rel=0.03)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_nor_is_a_first_pass_believed_for_long(part: float) -> None:
+    machine = Machine()
+    found = machine.run(Balance(), 40, lambda index: 1.0 if index else part)
+    assert found[20:] == pytest.approx([machine.balanced] * 20, rel=0.03)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("every", [3, 7, 20])
+def test_passes_do_not_swing_though_some_show_a_part_of_their_compute(part: float, every: int) -> None:
+    """As a pass does that is told of before its compute has ended."""
+    machine = Machine()
+    found = machine.run(Balance(), 200, lambda index: part if index % every == 1 else 1.0)
+    assert found[40:] == pytest.approx([machine.balanced] * 160, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "then",
+    [Machine(links_s=4.0), Machine(links_s=1.0), Machine(fixed_s=1.0), Machine(prompt_token_s=4e-3),
+     Machine(prompt_token_s=5e-4)],
+)  # fmt: skip
+def test_a_change_that_lasts_is_believed(then: Machine) -> None:
+    """A change of links or decoding after 2 passes, of prompts after 5; then the passes approach the new balance."""
+    balance = Balance()
+    Machine().run(balance, 50)
+    after = then.run(balance, 40)
+    assert after[RECENT:] != pytest.approx([Machine().balanced] * (40 - RECENT), rel=0.1)
+    assert after[25:] == pytest.approx([min(4096, then.balanced)] * 15, rel=0.1)

@@ -13,7 +13,7 @@ from threading import Thread
 
 import pytest
 
-from engine.weights.hub import wanted_files
+from engine.weights.hub import has_tokenizer, wanted_files
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0" * 40
@@ -28,7 +28,7 @@ FILES = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves one repository, tiny/opt; any other is unknown."""
+    """Serves one repository, tiny/opt, and the list of another, tiny/mute; any other is unknown."""
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
@@ -38,6 +38,9 @@ class Hub(BaseHTTPRequestHandler):
         elif path.startswith("/api/models/tiny/opt/tree/"):
             tree = [{"type": "file", "path": n, "size": len(c), "oid": COMMIT} for n, c in FILES.items()]
             self.answer(200, json.dumps(tree).encode())
+        elif path.startswith("/api/models/tiny/mute"):
+            names = [{"rfilename": name} for name in FILES if not name.startswith("tokenizer")]
+            self.answer(200, json.dumps({"id": "tiny/mute", "sha": COMMIT, "siblings": names}).encode())
         elif path.startswith("/api/models/tiny/opt"):
             info = {"id": "tiny/opt", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
             self.answer(200, json.dumps(info).encode())
@@ -95,6 +98,12 @@ def test_only_what_an_import_needs_is_downloaded(hub: str, tmp_path: Path) -> No
     assert found == {name: FILES[name] for name in ("config.json", "model.safetensors", "tokenizer.json")}
 
 
+def test_a_repository_without_a_tokenizer_is_refused_before_its_weights_come(hub: str, tmp_path: Path) -> None:
+    message = download("tiny/mute", tmp_path / "opt", HF_ENDPOINT=hub)
+    assert message.startswith("refused tiny/mute on the Hugging Face hub holds no tokenizer: ")
+    assert not (tmp_path / "opt").exists()
+
+
 def test_an_unknown_repository(hub: str, tmp_path: Path) -> None:
     message = download("tiny/none", tmp_path / "opt", HF_ENDPOINT=hub)
     assert message.startswith("refused tiny/none is no local folder, and fetching it")
@@ -120,3 +129,9 @@ def test_which_files_are_wanted() -> None:
     assert wanted_files(["config.json", *shards, *bins, "x.msgpack"]) == ["config.json", *shards]
     assert wanted_files([*bins, "vocab.json", "merges.txt", "training_args.bin"]) == [*bins, "vocab.json", "merges.txt"]
     assert wanted_files(["config.json", "tf_model.h5"]) == []
+
+
+def test_a_tokenizer_is_known_by_its_files() -> None:
+    assert has_tokenizer(["tokenizer.json"])
+    assert has_tokenizer(["merges.txt", "vocab.json"])
+    assert not has_tokenizer(["vocab.json", "tokenizer_config.json"])

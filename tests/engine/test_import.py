@@ -299,6 +299,37 @@ def two_shards_with_one_name(folder: Path) -> None:
     shutil.copy(folder / "model-00001-of-00099.safetensors", folder / "model-00000-of-00099.safetensors")
 
 
+def test_without_a_tokenizer_nothing_is_read(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").unlink()
+    (source / "model.safetensors").write_bytes(b"what nobody looks at")
+    with pytest.raises(CheckpointError, match=r"copy tokenizer\.json, or vocab\.json and merges\.txt, into it"):
+        import_checkpoint(source, tmp_path / "model")
+
+
+def test_a_tokenizer_with_tokens_beyond_the_vocabulary_is_refused(source: Path, tmp_path: Path) -> None:
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["model"]["vocab"]["far"] = 512
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    (source / "model.safetensors").write_bytes(b"what nobody looks at")
+    with pytest.raises(CheckpointError, match=r"has token 512, and config\.json a vocabulary of 512"):
+        import_checkpoint(source, tmp_path / "model")
+
+
+def test_a_tokenizer_that_knows_few_of_the_tokens_is_warned_of(source: Path, tmp_path: Path) -> None:
+    warned: list[str] = []
+    import_checkpoint(source, tmp_path / "right", warn=warned.append)
+    assert warned == []
+    content = json.loads((source / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {text: number for text, number in vocabulary.items() if number < 300}
+    content["model"]["merges"] = [
+        pair for pair in content["model"]["merges"] if "".join(pair) in content["model"]["vocab"]
+    ]
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    import_checkpoint(source, tmp_path / "model", warn=warned.append)
+    assert ["300 tokens" in text and "512" in text for text in warned] == [True]
+
+
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import closing
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from engine.planner.hardware import LINKS, Hardware, Width
 from engine.planner.profiles import load_hardware, profile_json
 from engine.planner.rates import Figure, Rate, between
 from engine.profile import profile_for, store_profile, stored_profile
+from tests.engine.like_cuda import LikeCuda
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +35,26 @@ def measured(folder: Path) -> Hardware:
     return found
 
 
-def test_every_figure_is_there_and_none_is_negative(measured: Hardware) -> None:
+@pytest.fixture(scope="module")
+def measured_apart(tmp_path_factory: pytest.TempPathFactory) -> Hardware:
+    """With copies as a GPU makes them."""
+    with closing(LikeCuda()) as device:
+        return measure(device, tmp_path_factory.mktemp("measured"), effort=QUICK)
+
+
+@pytest.fixture(params=["measured", "measured_apart"])
+def either(request: pytest.FixtureRequest) -> Hardware:
+    hardware = request.getfixturevalue(request.param)
+    assert isinstance(hardware, Hardware)
+    return hardware
+
+
+def test_every_figure_is_there_and_none_is_negative(either: Hardware) -> None:
+    measured = either
     figures = measured.figures()
     assert {f"lanes.{lane}" for lane in LINKS} <= set(figures)
     assert {"scratch_attention", "widths.64.decode_attention", "widths.128.prompt_attention"} <= set(figures)
     assert {"kv_lanes.disk_read", "kv_lanes.disk_write", "sequence_overhead", "prompt_attention"} <= set(figures)
-    assert measured.shares_host_memory
     for place, figure in figures.items():
         if isinstance(figure, Rate):
             assert all(rate > 0 for _, rate in figure.points), place
@@ -71,7 +87,8 @@ def test_passes_that_contradict_each_other_give_no_overhead_below_nothing(
     assert min(astuple(Overheads.of(dict(zip(sizes, pass_s, strict=True))))) >= 0
 
 
-def test_products_are_a_curve_for_each_dtype_and_width(measured: Hardware) -> None:
+def test_products_are_a_curve_for_each_dtype_and_width(either: Hardware) -> None:
+    measured = either
     assert [width.hidden_size for width in measured.widths] == [size for size, _ in QUICK.widths]
     for width in measured.widths:
         assert [tokens for tokens, _ in width.matmul["bfloat16"].points] == list(QUICK.tokens)

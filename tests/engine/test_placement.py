@@ -14,6 +14,7 @@ from engine.units import MIB
 from engine.weights.importers.huggingface import import_checkpoint
 from engine.weights.manifest import read_manifest
 from tests.engine.checkpoints import make_checkpoint
+from tests.engine.like_cuda import LikeCuda
 
 BUDGETS = {"device_memory": 64 * MIB, "host_memory": 64 * MIB, "disk_space": 64 * MIB}
 PLACEMENTS: dict[str, dict[str, object]] = {
@@ -72,7 +73,8 @@ def options(placement: dict[str, object], **more: object) -> PlanOptions:
 
 
 def make_device(kind: str) -> Device:
-    return HostDevice() if kind == "cpu" else SimulatedDevice(delay_s=0.0002)
+    kinds = {"cpu": HostDevice, "simulated": lambda: SimulatedDevice(delay_s=0.0002), "like-cuda": LikeCuda}
+    return kinds[kind]()
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def expected(model_dir: Path) -> dict[object, object]:
         return about(results(engine))
 
 
-@pytest.mark.parametrize("kind", ["cpu", "simulated"])
+@pytest.mark.parametrize("kind", ["cpu", "simulated", "like-cuda"])
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_outputs_do_not_depend_on_placement(
     name: str, kind: str, model_dir: Path, tmp_path: Path, expected: dict[object, object]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.passes import Pass
 from engine.request import SamplingParams
-from engine.scheduler import Scheduler
+from engine.scheduler import LOOK_AHEAD, Scheduler
 from engine.sequence import Sequence
 
 SAMPLING = SamplingParams()
@@ -77,7 +77,8 @@ class Run:
     def pull(self) -> list[Sequence] | None:
         if self.num_pulled == len(self.requests):
             return None
-        assert self.scheduler.num_waiting == 0 or self.prompt_tokens, "pulled although something waits"
+        # The last request may have been of three.
+        assert self.scheduler.num_waiting < LOOK_AHEAD + 3 or self.prompt_tokens, "pulled although enough wait"
         self.num_pulled += 1
         return list(self.requests[self.num_pulled - 1])
 
@@ -223,16 +224,64 @@ def test_requests_are_pulled_only_when_there_is_room() -> None:
         assert run.scheduler.num_waiting == 0
 
 
-def test_no_more_than_one_request_waits_for_room() -> None:
-    run = Run([[generation(4, 4)] for _ in range(100)], micro_batch=64, micro_batches=1, prefill_chunk=64, room=15)
+def test_few_requests_wait_for_room() -> None:
+    run = Run([[generation(4, 4)] for _ in range(200)], micro_batch=64, micro_batches=1, prefill_chunk=64, room=15)
     run.next_pass()
     assert len(run.kv.held) == 2
-    assert run.num_pulled == 3
-    assert run.scheduler.num_waiting == 1
-    while run.num_pulled < 100:
+    assert run.num_pulled == 2 + LOOK_AHEAD
+    while run.num_pulled < 200:
         run.next_pass()
-        assert run.scheduler.num_waiting <= 1
+        assert run.scheduler.num_waiting <= LOOK_AHEAD
         assert len(run.kv.held) <= 2
+
+
+def test_what_needs_no_room_passes_by_what_waits_for_it() -> None:
+    """A pass of 256 tokens over a generation that runs for 60 passes, one that waits for it, and 100 scores."""
+    waits = generation(50, 60)
+    run = Run(
+        [[generation(50, 60)], [waits], *([scored(5, 5)] for _ in range(100))],
+        micro_batch=256, micro_batches=1, prefill_chunk=256, room=150,
+    )  # fmt: skip
+    run.to_the_end()
+    tokens = [sum(batch.num_tokens for batch in each.micro_batches) for each in run.passes]
+    assert tokens[:4] == [50 + 22 * 9, 1 + 28 * 9, 1 + 28 * 9, 1 + 22 * 9]
+    assert tokens[4:] == [1] * 56 + [50] + [1] * 59
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> list[tuple[bool, int, int]]:
+    return draw(st.lists(st.tuples(st.booleans(), st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=40))
+
+
+@given(mixtures(), st.integers(40, 90), st.integers(31, 60))
+def test_passing_by_takes_nothing_from_whoever_waits(
+    wanted: list[tuple[bool, int, int]], room: int, micro_batch: int
+) -> None:
+    """Each generation is admitted in the pass in which room and tokens are there for it, whatever passed it by."""
+    run = Run(
+        [[(scored if is_scored else generation)(a, b)] for is_scored, a, b in wanted],
+        micro_batch=micro_batch, micro_batches=1, prefill_chunk=micro_batch, room=room,
+    )  # fmt: skip
+    order = [request[0] for request in run.requests]
+    while True:
+        waiting = list(run.scheduler._waiting)
+        free = run.kv.free_tokens
+        held = set(run.kv.held)
+        if run.next_pass() is None or not run.passes:
+            break
+        segments = run.passes[-1].segments
+        if waiting and run.scheduler.needs_kv(waiting[0]):
+            first = waiting[0]
+            left = micro_batch - sum(segment.length for segment in segments if segment.sequence in held)
+            served = sum(segment.length for segment in segments if segment.sequence is first)
+            assert served == (min(first.num_prompt_tokens, left) if first.num_kv_tokens <= free else 0)
+        began = [s for s in order if run.computed[s] and run.scheduler.needs_kv(s)]
+        assert began == [s for s in order if run.scheduler.needs_kv(s)][: len(began)], "in their order"
+        used = sum(segment.length for segment in segments)
+        kept = [s for s in run.scheduler._waiting if not run.scheduler.needs_kv(s)]
+        if kept and run.scheduler._running:
+            assert kept[0].num_to_compute > micro_batch - used, "room for it was left empty"
+    assert run.finished == set(run.computed)
 
 
 def test_prompts_come_in_measured_amounts_until_the_last_ones_fit() -> None:

@@ -32,7 +32,14 @@ from tests.engine.checkpoints import make_checkpoint
 from tests.engine.late import LateDevice
 
 ROOT = Path(engine.__file__).parent
-NOT_WAITS_OF_THE_SCHEDULE = ("devices", "memory/lane.py", "memory/traffic.py", "kvcache/workers.py", "measure/")
+NOT_WAITS_OF_THE_SCHEDULE = (
+    "devices",
+    "memory/lane.py",
+    "memory/traffic.py",
+    "kvcache/workers.py",
+    "closing.py",
+    "measure/",
+)
 """What implements waiting, what watches it, threads that never outlive one call, and stopwatches."""
 BUDGETS = {"device_memory": 32 * MIB, "host_memory": 32 * MIB, "disk_space": 32 * MIB}
 LATE_S = 0.004

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.model.family import TensorSpec, UnitSpec
-from engine.model.registry import family_for
+from engine.model.sizes import sizes_for
 from engine.planner.plan import DTYPE_BYTES
 from engine.weights.importers.sources import CheckpointFile, TensorInfo, open_checkpoint_file
-from engine.weights.importers.tokenizer_files import tokenizer_files
+from engine.weights.importers.tokenizer_files import check_vocabulary, tokenizer_files
 from engine.weights.manifest import MANIFEST_NAME, Manifest
 from engine.weights.writer import Buffer, ModelWriter, UnitLayout
 
@@ -31,7 +31,11 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 
 
 def import_checkpoint(
-    source: Path, destination: Path, dtype: str | None = None, on_progress: Progress | None = None
+    source: Path,
+    destination: Path,
+    dtype: str | None = None,
+    on_progress: Progress | None = None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Makes a model directory of a Hugging Face folder, whole or not at all.
 
@@ -40,14 +44,19 @@ def import_checkpoint(
         destination: where the model directory will be; must not exist.
         dtype: how weights are stored; by default as the configuration says, else as the checkpoint has them.
         on_progress: told of bytes written, and of how many there will be.
+        warn: told what is odd, but no reason to refuse.
 
     Raises:
         CheckpointError: the source is not a checkpoint we can run, or the destination exists.
         DiskFull: no room for the model directory.
     """
     config = read_config(source)
-    units = family_for(config).units()
+    sizes = sizes_for(config)
+    units = sizes.units()
     tokenizer = tokenizer_files(source)
+    warning = check_vocabulary(tokenizer, sizes.shape.vocab_size, source)
+    if warning is not None:
+        warn(warning)
     with Checkpoint(source) as checkpoint:
         checkpoint.check(units)
         stored = dtype or checkpoint.default_dtype(config, units)

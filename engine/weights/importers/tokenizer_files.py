@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processo
 from tokenizers.models import BPE
 
 from engine.errors import CheckpointError
+from engine.tokenizer import Tokenizer as EncodingTokenizer
 from engine.weights.importers.tokenizer_present import check_tokenizer
 from engine.weights.manifest import TOKENIZER_NAME
 
 _COPIED = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+LEAST_SHARE = 0.8
+"""The part of a vocabulary that its tokenizer knows at least: tables are padded, but never by more."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _ROLES = ("unk_token", "bos_token", "eos_token", "pad_token", "cls_token", "sep_token", "mask_token")
 
@@ -35,6 +38,26 @@ def tokenizer_files(source: Path) -> dict[str, bytes]:
     else:
         files[TOKENIZER_NAME] = from_vocab_and_merges(source).to_str(pretty=True).encode()
     return files
+
+
+def check_vocabulary(files: Mapping[str, bytes], vocab_size: int, source: Path) -> str | None:
+    """A warning where the tokenizer of these files knows so few of the model's tokens that it is hardly the model's.
+
+    Raises:
+        CheckpointError: it has tokens that the model has not.
+    """
+    largest = EncodingTokenizer(Tokenizer.from_buffer(files[TOKENIZER_NAME]), None, None).largest_id
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {source} has token {largest}, and config.json a vocabulary of {vocab_size} tokens: they "
+            "are of two models; copy the tokenizer that belongs to the weights"
+        )
+    if largest + 1 >= LEAST_SHARE * vocab_size:
+        return None
+    return (
+        f"the tokenizer in {source} has {largest + 1} tokens, and the model a vocabulary of {vocab_size}: unless they "
+        "belong together, outputs will make no sense"
+    )
 
 
 def from_vocab_and_merges(source: Path) -> Tokenizer:

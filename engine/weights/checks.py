@@ -1,0 +1,99 @@
+"""Whether a model directory holds together: its files, its configuration and its tokenizer, each against the others.
+
+Reads no weights and loads no torch, so that it can be asked before a job is stored. That the weights themselves are
+undamaged, their checksums show when they are read.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.errors import CheckpointError
+from engine.model.family import ModelShape, UnitSpec
+from engine.model.opt_shape import OPTSizes
+from engine.model.sizes import sizes_for
+from engine.weights.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, UnitEntry, read_manifest
+from engine.weights.writer import UnitLayout
+
+if TYPE_CHECKING:
+    from engine.tokenizer import Tokenizer
+
+
+def check_model(model_dir: Path) -> Manifest:
+    """The manifest of a model directory that an engine will be able to load.
+
+    Raises:
+        CheckpointError: it is absent, half-written or damaged, or its parts are not of one model.
+    """
+    from engine.tokenizer import Tokenizer  # slow to import, and not needed to look at the units
+
+    manifest = read_manifest(model_dir)
+    shape = check_units(manifest, model_dir).shape
+    check_tokens(Tokenizer.of_model(model_dir, shape), shape, model_dir)
+    return manifest
+
+
+def check_units(manifest: Manifest, model_dir: Path) -> OPTSizes:
+    """The sizes that the configuration asks for, if the manifest lists just the units and tensors of such a model.
+
+    Raises:
+        CheckpointError: it does not; the sentence says what differs.
+    """
+    path = model_dir / MANIFEST_NAME
+    try:
+        sizes = sizes_for(manifest.config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    # Counted first: a configuration that asks for a billion layers must not have them listed.
+    num_layers = sum(unit.name.startswith("layer.") for unit in manifest.units)
+    if num_layers != sizes.shape.num_layers:
+        raise CheckpointError(
+            f"{path} lists {num_layers} layers, and its configuration asks for {sizes.shape.num_layers}; "
+            "import the model again"
+        )
+    wanted = {unit.name: unit for unit in sizes.units()}
+    found = {unit.name: unit for unit in manifest.units}
+    for name in wanted.keys() ^ found.keys():
+        what = "lists no unit" if name in wanted else "lists the unknown unit"
+        raise CheckpointError(f"{path} {what} {name!r}; import the model again")
+    for name, unit in wanted.items():
+        _check_unit(found[name], unit, manifest.dtype, path)
+    return sizes
+
+
+def _check_unit(found: UnitEntry, wanted: UnitSpec, dtype: str, path: Path) -> None:
+    layout = UnitLayout.of(wanted, dtype)
+    for name in layout.tensors.keys() ^ found.tensors.keys():
+        what = "has no tensor" if name in layout.tensors else "has the unknown tensor"
+        raise CheckpointError(f"{path}: unit {wanted.name!r} {what} {name!r}; import the model again")
+    for name, entry in layout.tensors.items():
+        if found.tensors[name].shape != entry.shape:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} of unit {wanted.name!r} has shape {found.tensors[name].shape}, and the "
+                f"configuration asks for {entry.shape}; import the model again"
+            )
+    if found.num_bytes != layout.num_bytes or dict(found.tensors) != dict(layout.tensors):
+        raise CheckpointError(
+            f"{path}: unit {wanted.name!r} is not laid out as {layout.num_bytes} bytes of {dtype}; import the model "
+            "again"
+        )
+
+
+def check_tokens(tokenizer: "Tokenizer", shape: ModelShape, model_dir: Path) -> None:
+    """Every token that the tokenizer or the configuration may ask for has a row in the embedding.
+
+    Raises:
+        CheckpointError: one has not.
+    """
+    for field, token_id in (
+        ("bos_token_id", shape.bos_token_id), *(("eos_token_id", each) for each in shape.eos_token_ids)
+    ):  # fmt: skip
+        if token_id is not None and token_id >= shape.vocab_size:
+            raise CheckpointError(
+                f"{model_dir / MANIFEST_NAME}: {field} is {token_id}, beyond the vocabulary of {shape.vocab_size} "
+                "tokens; import the model again"
+            )
+    if tokenizer.largest_id >= shape.vocab_size:
+        raise CheckpointError(
+            f"{model_dir / TOKENIZER_NAME} has token {tokenizer.largest_id}, beyond the vocabulary of "
+            f"{shape.vocab_size} tokens: it is another model's; import the model again with its own tokenizer"
+        )

@@ -1,0 +1,57 @@
+"""CUDA where there is none: a device that copies as CUDA does, and CUDA's own device on streams that are stubs."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.devices import cuda
+from engine.devices.cuda import CudaDevice
+from engine.devices.simulated import SimulatedDevice, poison
+from engine.memory.lane import Event, LaneName, Reached
+
+
+class LikeCuda(SimulatedDevice):
+    """Issues copies as CUDA does, by the calling thread, and refuses what CUDA would refuse for that thread's mode."""
+
+    def copy(self, lane: LaneName, destination: Tensor, source: Tensor, after: Event) -> Event:
+        after.wait()
+        with torch.inference_mode(destination.is_inference()):  # poisoning is no part of what CUDA does
+            poison(destination)
+        destination.copy_(source, non_blocking=True)
+        return Reached()
+
+
+class Stream:
+    """A stream of a GPU that is not there."""
+
+    def wait_event(self, event: object) -> None:
+        """Nothing to wait for."""
+
+
+class Recorded:
+    """An event of a GPU that is not there."""
+
+    def synchronize(self) -> None:
+        """It has happened."""
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: object) -> float:
+        return 0.0
+
+
+def stubbed_cuda(monkeypatch: pytest.MonkeyPatch) -> CudaDevice:
+    """CUDA's device, whose memory must be given to it: nothing is there to allocate any."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(cuda, "timed_event", lambda _: Recorded())
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
+    return CudaDevice(0)
