@@ -32,7 +32,7 @@ VOLUME /var/lib/overnight
 
 # Alive is not enough: the worker must hold a lease, which its heartbeat prolongs only while its work goes on.
 HEALTHCHECK --interval=30s --timeout=15s --start-period=60s --retries=3 \
-    CMD overnight status --json | python -c "import json, socket, sys; sys.exit(socket.gethostname() not in [worker['hostname'] for worker in json.load(sys.stdin)['workers']])"
+    CMD ["python", "-P", "-m", "worker.health"]
 
 ENTRYPOINT ["overnight"]
 CMD ["worker"]

@@ -101,6 +101,7 @@ def check_redis(redis_url: str) -> Check:
     from worker.doorbell import ping
     from worker.errors import RedisUnavailable, RedisUnreachable
     from worker.private_redis import find_redis_server
+    from worker.redis_hint import start_command
     from worker.settings import without_password
 
     shown = without_password(redis_url)
@@ -113,7 +114,8 @@ def check_redis(redis_url: str) -> Check:
         ping(redis_url)
     except RedisUnreachable:
         detail = f"nothing answers at {shown}; `enqueue` and `worker` need it{server}"
-        return Check("redis", "warn", detail, "start one: redis-server --daemonize yes")
+        command = start_command(redis_url)
+        return Check("redis", "warn", detail, f"start one: {command}" if command else "start it there")
     if not server:
         return Check("redis", "warn", f"{shown} answers, but `run` and `demo` cannot start their own", missing)
     return Check("redis", "ok", f"{shown} answers{server}")

@@ -59,7 +59,21 @@ class App:
             return None
         return self.open_database()
 
-    def job_database(self, job_id: int) -> "Database":
+    def open_for_reading(self) -> "Database | None":
+        """The same for a command that only looks: it also works where nothing can be written.
+
+        Raises:
+            DatabaseReadOnly: what is there must be upgraded or repaired first.
+        """
+        from storage.database import Database
+        from storage.errors import DatabaseReadOnly
+
+        try:
+            return self.open_existing_database()
+        except DatabaseReadOnly:
+            return Database.open_for_reading(self.settings.database_url)
+
+    def job_database(self, job_id: int, *, only_look: bool = False) -> "Database":
         """The database for a command about one job.
 
         Raises:
@@ -67,7 +81,7 @@ class App:
         """
         from storage.errors import JobNotFound
 
-        database = self.open_existing_database()
+        database = self.open_for_reading() if only_look else self.open_existing_database()
         if database is None:
             raise JobNotFound(job_id)
         return database

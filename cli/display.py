@@ -88,3 +88,8 @@ def format_seconds(seconds: float) -> str:
 def format_rate(tokens_per_s: float) -> str:
     """A throughput, with as many digits as mean something."""
     return f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s >= 100 else f"{tokens_per_s:.3g} tokens/s"
+
+
+def format_rows(rows_per_s: float) -> str:
+    """A throughput in rows, with as many digits as mean something."""
+    return f"{rows_per_s:,.0f} rows/s" if rows_per_s >= 100 else f"{rows_per_s:.3g} rows/s"

@@ -32,7 +32,7 @@ def command(app: App, /, dataset: str, as_json: bool, **values: Any) -> None:
     """
     from cli.submission import prepare
     from storage.jobs import get_job
-    from worker.doorbell import ping, ring
+    from worker.doorbell import ring
     from worker.errors import RedisUnreachable
 
     options = JobOptions.take(values)
@@ -40,12 +40,14 @@ def command(app: App, /, dataset: str, as_json: bool, **values: Any) -> None:
         warn(sentence)
     settings = app.settings
     submission = prepare(dataset, options, settings)
-    ping(settings.redis_url)
+    for sentence in submission.warnings():
+        warn(sentence)
+    _ping(settings.redis_url)
     pinged = time.monotonic()
 
     def still_there() -> None:
         if time.monotonic() - pinged > _PING_AGAIN_S:
-            ping(settings.redis_url)
+            _ping(settings.redis_url)
 
     with app.open_database() as database:
         job_id = submission.store(database, settings.queue, before_commit=still_there)
@@ -61,3 +63,20 @@ def command(app: App, /, dataset: str, as_json: bool, **values: Any) -> None:
     say(f"{format_count(job.num_requests)} requests in job {job.id}; watch it: overnight status {job.id} --watch")
     if job.num_failed:
         say(f"{format_count(job.num_failed)} rows are faulty already: overnight fetch {job.id} --errors")
+
+
+def _ping(redis_url: str) -> None:
+    """Ask Redis for a sign of life.
+
+    Raises:
+        RedisUnreachable: no answer; the sentence ends with the command that starts one, if that is so easy.
+    """
+    from worker.doorbell import ping
+    from worker.errors import RedisUnreachable
+    from worker.redis_hint import start_command
+
+    try:
+        ping(redis_url)
+    except RedisUnreachable as error:
+        command = start_command(redis_url)
+        raise (RedisUnreachable(f"{error}; to start one here: {command}") if command else error) from error

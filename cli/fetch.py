@@ -7,7 +7,7 @@ import click
 from cli.atomic import check_output, open_output
 from cli.context import App
 from cli.display import format_count, say
-from cli.formats import FORMATS, write_rows
+from cli.formats import FORMATS, format_of, write_rows
 from cli.options import job_argument, settings_options
 from cli.reports import FINISHED
 
@@ -15,11 +15,13 @@ from cli.reports import FINISHED
 @click.command("fetch", short_help="Write the outputs of a job.")
 @job_argument
 @click.option("-o", "--output", default="-", metavar="FILE|-", help="Where to; - is stdout.  [default: -]")
-@click.option("--format", "file_format", type=click.Choice(FORMATS), default="jsonl", show_default=True)
+@click.option(
+    "--format", "file_format", type=click.Choice(FORMATS), help="Default: as the name of FILE ends, else jsonl."
+)
 @click.option("--errors", is_flag=True, help="Only the rows that failed.")
 @settings_options
 @click.pass_obj
-def command(app: App, job_id: int, output: str, file_format: str, errors: bool) -> None:
+def command(app: App, job_id: int, output: str, file_format: str | None, errors: bool) -> None:
     """Write the outputs of JOB, one row each, in the order of the dataset.
 
     A file is replaced whole, when all rows are there; the dataset itself is never replaced. Of an unfinished job, the
@@ -28,12 +30,18 @@ def command(app: App, job_id: int, output: str, file_format: str, errors: bool) 
     from storage.jobs import get_job
     from storage.results import stream_outputs
 
-    with app.job_database(job_id) as database:
+    with app.job_database(job_id, only_look=True) as database:
         job = get_job(database, job_id)
         check_output(output, keep=app.files_to_keep(job.origin))
         with open_output(output) as stream:
             rows = stream_outputs(database, job_id, errors_only=errors)
-            count = write_rows(rows, stream, file_format=file_format, task=job.task)
+            count = write_rows(
+                rows,
+                stream,
+                file_format=format_of(output, file_format),
+                task=job.task,
+                choices=(job.origin or {}).get("choices"),
+            )
     if job.state not in FINISHED and (errors or count < job.num_requests):
         say(
             f"job {job.id} is still {job.state}: these are {format_count(count)} of {format_count(job.num_requests)} "

@@ -4,7 +4,8 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cli.json_text import finite, json_text
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from storage.results import OutputRow
 
 FORMATS = ("jsonl", "csv")
+_SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl"}
 
 _COLUMNS = {
     "generate": ("text", "finish_reason"),
@@ -23,6 +25,11 @@ _COLUMNS = {
 
 _FORMULA = re.compile(r"[\t\r\n]|[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*[=+\-@＝＋－＠]")
 """Spreadsheets run a cell that starts so: they drop white space, and read full-width signs as the others."""
+
+
+def format_of(output: str, given: str | None) -> str:
+    """The format asked for, else that of the output's suffix, else JSON lines."""
+    return given or _SUFFIXES.get(PurePath(output).suffix.lower(), "jsonl")
 
 
 def output_document(row: "OutputRow") -> dict[str, Any]:
@@ -38,10 +45,12 @@ def output_document(row: "OutputRow") -> dict[str, Any]:
     }
 
 
-def write_rows(rows: "Iterable[OutputRow]", stream: BinaryIO, *, file_format: str, task: str) -> int:
-    """Writes all rows in their order; returns how many."""
+def write_rows(
+    rows: "Iterable[OutputRow]", stream: BinaryIO, *, file_format: str, task: str, choices: Sequence[str] | None = None
+) -> int:
+    """Writes all rows in their order; returns how many. ``choices``: those of every row, where all have the same."""
     if file_format == "csv":
-        return _write_csv(rows, stream, task)
+        return _write_csv(rows, stream, task, choices or ())
     count = 0
     for row in rows:
         stream.write(json_text(output_document(row)).encode() + b"\n")
@@ -49,14 +58,20 @@ def write_rows(rows: "Iterable[OutputRow]", stream: BinaryIO, *, file_format: st
     return count
 
 
-def _write_csv(rows: "Iterable[OutputRow]", stream: BinaryIO, task: str) -> int:
-    columns = _COLUMNS[task]
+def _write_csv(rows: "Iterable[OutputRow]", stream: BinaryIO, task: str, choices: Sequence[str]) -> int:
+    by_choice = task == "choose" and bool(choices)
+    columns = ("label",) if by_choice else _COLUMNS[task]
+    more = [f"logprob_{choice}" for choice in choices] if by_choice else []
     usage = ("prompt_tokens", "completion_tokens")
-    stream.write(_csv_line(["id", "index", "status", *columns, "error_code", "error_message", *usage]))
+    heading = ["id", "index", "status", *columns, *more, "error_code", "error_message", *usage]
+    stream.write(_csv_line(list(heading)))
     count = 0
     for row in rows:
         output = row.output or {}
         cells = [row.row_id, row.index, str(row.status), *(output.get(name) for name in columns)]
+        if by_choice:
+            logprobs = output.get("logprobs") or {}
+            cells += [logprobs.get(choice) for choice in choices]
         cells += [row.error_code, row.error_message, row.prompt_tokens, row.completion_tokens]
         stream.write(_csv_line([_cell(cell) for cell in cells]))
         count += 1

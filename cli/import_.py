@@ -2,7 +2,6 @@
 
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -49,7 +48,7 @@ def command(app: App, source: str, destination: str | None, dtype: str | None) -
                 )
             folder = _download(source, stack)
         make_model(app, folder, target, dtype)
-    say(f"use it: overnight enqueue DATASET --model {destination or name} --task generate")
+    say(f"use it: overnight run DATASET --model {destination or name} --task generate|score|choose -o FILE")
     emit(str(target))
 
 
@@ -87,9 +86,11 @@ def make_model(app: App, folder: Path, target: Path, dtype: str | None) -> None:
 
 def _download(name: str, stack: ExitStack) -> Path:
     from engine.weights.hub import download
+    from worker.scratch import scratch_folder, sweep
 
+    sweep()
     say(f"downloading {name}")
-    return download(name, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overnight-hub-"))))
+    return download(name, stack.enter_context(scratch_folder("hub-")))
 
 
 @contextmanager
@@ -102,5 +103,6 @@ def _bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True, no_color=not colour_wanted())) as bars:
-        task = bars.add_task(printable(title), total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+        # No bar before something is written: what is wrong with the folder is found first.
+        task = bars.add_task(printable(title), total=None, visible=False)
+        yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)

@@ -40,6 +40,12 @@ def _no_empty_stop(ctx: click.Context, param: click.Parameter, value: tuple[str,
     return value
 
 
+def _no_blank_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and (not value.strip() or not value.isprintable()):
+        raise click.BadParameter("a name is one line of text", ctx, param)
+    return value
+
+
 _OPTIONS: tuple[Callable[[Command], Command], ...] = (
     click.option("--model", required=True, type=Text(), help="A name from `overnight models`, or a folder."),
     click.option("--task", required=True, type=click.Choice(TASKS), help="What to do with each row."),
@@ -78,6 +84,7 @@ _OPTIONS: tuple[Callable[[Command], Command], ...] = (
         callback=_no_empty_stop,
         help="Text that ends an output; may be given several times.",
     ),
+    click.option("--name", type=Text(), callback=_no_blank_name, help="What you call the job; `status` shows it."),
     click.option(
         "--priority",
         default=0,
@@ -117,6 +124,7 @@ class JobOptions:
     top_k: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    name: str | None = None
     priority: int = 0
     keep_going: bool = False
 

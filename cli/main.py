@@ -28,6 +28,7 @@ COMMANDS = {
     "fetch": "cli.fetch",
     "cancel": "cli.cancel",
     "retry": "cli.retry",
+    "prune": "cli.prune",
     "run": "cli.run",
     "demo": "cli.demo",
     "doctor": "cli.doctor",

@@ -4,7 +4,6 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import click
@@ -13,11 +12,11 @@ from cli import templates
 from cli.context import App
 from cli.display import say, warn
 from cli.placement import Placement
+from cli.sizes import Sizes, sizes_of
 
 if TYPE_CHECKING:
     from engine.model.family import ModelShape
     from engine.planner.decide import Question
-    from engine.planner.default import StoredWeights
     from engine.planner.hardware import Hardware
     from engine.planner.workload import Workload
     from worker.limits import Limits
@@ -55,16 +54,6 @@ class LengthOptions:
         if values.prompt is not None and values.dataset is None:
             raise click.UsageError("--prompt is a template over the rows of a dataset: name it with --dataset")
         return values
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What is known of a model without its weights."""
-
-    shape: "ModelShape"
-    stored: "StoredWeights"
-    folder: Path | None
-    """Where its tokenizer may lie."""
 
 
 def read_question(
@@ -119,63 +108,19 @@ def _facts_now(hardware: "Hardware") -> Any:
     return MachineFacts(int(hardware.capacity[TierName.DEVICE].value), host_free, shares_host_memory=False)
 
 
-def _read_model(app: App, name: str, dtype: str) -> _Model:
+def _read_model(app: App, name: str, dtype: str) -> Sizes:
     """A model that is here, else one whose shape is known, as if it were stored in ``dtype``."""
-    from engine.model.opt_shape import OPTSizes
-    from engine.planner.default import StoredWeights
     from engine.planner.shapes import known_model
-    from engine.weights.manifest import read_manifest
     from worker.errors import ModelNotFound
     from worker.models import resolve_model
 
     try:
-        ref = resolve_model(name, app.settings)
+        return sizes_of(resolve_model(name, app.settings), app.settings)
     except ModelNotFound as error:
         known = known_model(name)
         if known is None:
             raise ModelNotFound(f"{error}; or name one whose shape is known, such as facebook/opt-30b") from error
-        return _Model(known.shape, known.stored(dtype), None)
-    if not ref.is_imported:
-        return _read_checkpoint(ref.path)
-    manifest = read_manifest(ref.path)
-    sizes = OPTSizes.from_config(_checked_type(manifest.config))
-    return _Model(
-        sizes.shape, StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units}), ref.path
-    )
-
-
-def _read_checkpoint(folder: Path) -> _Model:
-    """A Hugging Face folder, as `overnight import` would store it."""
-    import json
-
-    from engine.errors import CheckpointError
-    from engine.model.opt_shape import OPTSizes
-    from engine.planner.default import StoredWeights
-    from engine.planner.plan import DTYPE_BYTES
-    from engine.weights.writer import UnitLayout
-
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); get the checkpoint again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object; get the checkpoint again")
-    sizes = OPTSizes.from_config(_checked_type(config))
-    named = str(config.get("torch_dtype") or config.get("dtype") or "").removeprefix("torch.")
-    dtype = named if named in DTYPE_BYTES else "float16"
-    if dtype != named:
-        say(f"{path} does not say how the weights are stored: taking {dtype}")
-    unit_bytes = {unit.name: UnitLayout.of(unit, dtype).num_bytes for unit in sizes.units()}
-    return _Model(sizes.shape, StoredWeights(dtype, unit_bytes), folder)
-
-
-def _checked_type(config: Any) -> Any:
-    from engine.errors import CheckpointError
-
-    if config.get("model_type") != "opt":
-        raise CheckpointError(f"model_type {config.get('model_type')!r} cannot be planned for; only 'opt' can")
-    return config
+        return Sizes(known.shape, known.stored(dtype), None)
 
 
 def _read_hardware(app: App, name: str | None) -> "Hardware":
@@ -193,7 +138,7 @@ def _read_hardware(app: App, name: str | None) -> "Hardware":
     return load_hardware(path)
 
 
-def _read_workload(lengths: LengthOptions, model: _Model, limits: "Limits") -> "Workload":
+def _read_workload(lengths: LengthOptions, model: Sizes, limits: "Limits") -> "Workload":
     from engine.planner.workload import Workload
 
     if lengths.dataset is None:
@@ -206,7 +151,7 @@ def _read_workload(lengths: LengthOptions, model: _Model, limits: "Limits") -> "
     return Workload.of(_that_fit(measured, lengths.gen_len, model.shape)).times((len(measured) + more) / len(measured))
 
 
-def _token_counts(texts: list[str], model: _Model) -> list[int]:
+def _token_counts(texts: list[str], model: Sizes) -> list[int]:
     from engine.weights.manifest import TOKENIZER_NAME
 
     if model.folder is None or not (model.folder / TOKENIZER_NAME).is_file():

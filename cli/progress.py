@@ -5,11 +5,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from cli.display import colour_wanted, format_count, format_rate, format_seconds, say
+from cli.display import colour_wanted, format_count, format_rate, format_rows, format_seconds, printable, say
 from cli.reports import FINISHED
+from cli.workers import Attendance, attendance
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -38,6 +39,10 @@ class Pace:
     def __init__(self) -> None:
         self._samples: deque[Sample] = deque()
 
+    def forget(self) -> None:
+        """What was is no measure of what comes: the work stood still."""
+        self._samples.clear()
+
     def add(self, sample: Sample) -> None:
         """Takes the next sample; time must not go backwards."""
         self._samples.append(sample)
@@ -47,11 +52,23 @@ class Pace:
     @property
     def tokens_per_s(self) -> float:
         """0 while nothing is known."""
+        return self._per_s(lambda sample: sample.tokens)
+
+    @property
+    def rows_per_s(self) -> float:
+        """0 while nothing is known."""
+        return self._per_s(lambda sample: sample.ended)
+
+    def _per_s(self, what: Callable[[Sample], int]) -> float:
+        if not self._samples:
+            return 0.0
         first, last = self._samples[0], self._samples[-1]
-        return (last.tokens - first.tokens) / (last.now - first.now) if last.now > first.now else 0.0
+        return (what(last) - what(first)) / (last.now - first.now) if last.now > first.now else 0.0
 
     def eta_s(self, total: int) -> float | None:
         """Seconds until ``total`` requests have ended; None while nothing ends."""
+        if not self._samples:
+            return None
         first, last = self._samples[0], self._samples[-1]
         ended = last.ended - first.ended
         return (total - last.ended) * (last.now - first.now) / ended if ended else None
@@ -60,8 +77,24 @@ class Pace:
 class Progress(Protocol):
     """Shows a job's snapshots as they come."""
 
-    def update(self, job: "Job", now: float) -> None:
+    def update(self, snapshot: "Snapshot", now: float) -> None:
         """Shows one snapshot; ``now`` in seconds, of any clock."""
+
+    def note(self, text: str) -> None:
+        """A sentence between them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A job at one moment, and who sees to it."""
+
+    job: "Job"
+    attendance: Attendance = field(default_factory=Attendance)
+
+    @property
+    def standstill(self) -> str | None:
+        """Why no row moves, in a few words; None: they may be moving."""
+        return "no worker is running" if self.attendance.hint else self.attendance.doing
 
 
 class LineProgress:
@@ -71,21 +104,29 @@ class LineProgress:
         self._pace = Pace()
         self._next = 0.0
         self._last = ""
+        self._stood: str | None = None
 
-    def update(self, job: "Job", now: float) -> None:
-        """Prints a line when it is time or the job has ended."""
-        self._pace.add(_sample(job, now))
-        if now < self._next and job.state not in FINISHED:
+    def update(self, snapshot: Snapshot, now: float) -> None:
+        """Prints a line when it is time, the job has ended, or it begins or ceases to stand still."""
+        job, stands = snapshot.job, snapshot.standstill
+        _take(self._pace, snapshot, now)
+        if now < self._next and job.state not in FINISHED and stands == self._stood:
             return
         self._next = now + _LINE_EVERY_S
-        line = progress_line(job, self._pace)
+        self._stood = stands
+        line = progress_line(snapshot, self._pace)
         if line != self._last:
             say(line)
         self._last = line
 
+    def note(self, text: str) -> None:
+        """Prints it."""
+        say(text)
 
-def progress_line(job: "Job", pace: Pace) -> str:
+
+def progress_line(snapshot: Snapshot, pace: Pace) -> str:
     """``job 7 running: 42% | 840/2,000 requests | 1,234 tokens/s | 1 min 3 s left``."""
+    job = snapshot.job
     ended = job.num_done + job.num_failed
     parts = [
         f"job {job.id} {job.state}: {100 * ended // max(1, job.num_requests)}%",
@@ -93,12 +134,31 @@ def progress_line(job: "Job", pace: Pace) -> str:
     ]
     if job.num_failed:
         parts.append(f"{format_count(job.num_failed)} failed")
-    if job.state not in FINISHED and pace.tokens_per_s:
+    return " | ".join([*parts, *_speed_and_left(snapshot, pace)])
+
+
+def _speed_and_left(snapshot: Snapshot, pace: Pace) -> list[str]:
+    """Of an unfinished job: why it stands still, or how fast it is and how long that will take."""
+    job = snapshot.job
+    if job.state in FINISHED:
+        return []
+    if snapshot.standstill:
+        return [snapshot.standstill]
+    parts = []
+    if pace.rows_per_s and job.task != "generate":
+        parts.append(format_rows(pace.rows_per_s))
+    if pace.tokens_per_s:
         parts.append(format_rate(pace.tokens_per_s))
     eta = pace.eta_s(job.num_requests)
-    if job.state not in FINISHED and eta is not None:
+    if eta is not None:
         parts.append(f"{format_seconds(eta)} left")
-    return " | ".join(parts)
+    return parts
+
+
+def _take(pace: Pace, snapshot: Snapshot, now: float) -> None:
+    if snapshot.standstill:
+        pace.forget()
+    pace.add(_sample(snapshot.job, now))
 
 
 @contextmanager
@@ -123,30 +183,35 @@ def job_progress(title: str) -> "Iterator[Progress]":
         pace = Pace()
 
         class BarProgress:
-            def update(self, job: "Job", now: float) -> None:
-                pace.add(_sample(job, now))
-                eta = pace.eta_s(job.num_requests)
-                left = "" if eta is None or job.state in FINISHED else f" · {format_seconds(eta)} left"
-                failed = f" · {format_count(job.num_failed)} failed" if job.num_failed else ""
-                speed = f" · {format_rate(pace.tokens_per_s)}" if pace.tokens_per_s else ""
-                detail = f"{job.state}{speed}{left}{failed}"
+            def update(self, snapshot: Snapshot, now: float) -> None:
+                _take(pace, snapshot, now)
+                job = snapshot.job
+                failed = [f"{format_count(job.num_failed)} failed"] if job.num_failed else []
+                detail = " · ".join([str(job.state), *_speed_and_left(snapshot, pace), *failed])
                 ended = job.num_done + job.num_failed
-                bars.update(task, total=job.num_requests, completed=ended, detail=detail)
+                bars.update(task, total=job.num_requests, completed=ended, detail=printable(detail))
+
+            def note(self, text: str) -> None:
+                console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
         yield BarProgress()
 
 
-def follow(database: "Database", job_id: int, *, watch: Callable[[], None] | None = None) -> "Iterator[Job]":
-    """The job's snapshots until it has ended, the last one included; each is one short read.
+def follow(database: "Database", job_id: int, *, watch: Callable[[], None] | None = None) -> Iterator[Snapshot]:
+    """The job's snapshots until it has ended, the last one included; each is two short reads.
 
-    ``watch`` is called between two looks and may raise to end the waiting.
+    ``watch`` is called between two looks and may raise to end the waiting. With it the worker is our own: one that is
+    not there yet is about to come.
     """
     from storage.jobs import get_job
 
     pause = _POLL_S
     while True:
         job = get_job(database, job_id)
-        yield job
+        attending = attendance(database, job, now=time.time())
+        if watch is not None and attending.hint:
+            attending = Attendance(doing="its worker is starting")
+        yield Snapshot(job, attending)
         if job.state in FINISHED:
             return
         if watch is not None:

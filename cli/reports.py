@@ -27,16 +27,35 @@ def eta_of(job: "Job", now: float) -> float | None:
     return (job.num_requests - ended) * seconds / ended
 
 
-def job_document(job: "Job", now: float) -> dict[str, Any]:
-    """A job in the shape of the contract; tokens, seconds and tokens per second."""
+def rows_per_s_of(job: "Job", now: float) -> float:
+    """Requests that ended in a second, errors included; 0 before the first request was claimed."""
+    seconds = seconds_of(job, now)
+    return (job.num_done + job.num_failed) / seconds if seconds else 0.0
+
+
+def job_document(job: "Job", now: float, *, is_attended: bool = True) -> dict[str, Any]:
+    """A job in the shape of the contract; tokens, seconds and tokens per second, times in unix seconds.
+
+    ``is_attended``: somebody works on it, so that how fast it was says when it will end.
+    """
     seconds = seconds_of(job, now)
     total_tokens = job.prompt_tokens + job.generated_tokens
-    eta = eta_of(job, now)
+    eta = eta_of(job, now) if is_attended or job.state in FINISHED else None
+    origin = job.origin or {}
     return {
         "id": job.id,
+        "name": job.name,
         "state": str(job.state),
+        "message": job.message,
         "model": job.model,
         "task": job.task,
+        "dataset": origin.get("dataset"),
+        "prompt": origin.get("prompt"),
+        "choices": origin.get("choices"),
+        "plan": job.plan,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
         "requests": {"total": job.num_requests, "done": job.num_done, "failed": job.num_failed},
         "tokens": {"prompt": job.prompt_tokens, "generated": job.generated_tokens},
         "seconds": round(seconds, 3),
@@ -48,8 +67,8 @@ def job_document(job: "Job", now: float) -> dict[str, Any]:
     }
 
 
-def worker_document(worker: "Worker") -> dict[str, Any]:
-    """A live worker; times are unix seconds."""
+def worker_document(worker: "Worker", *, crashes: int = 0) -> dict[str, Any]:
+    """A live worker; times are unix seconds. ``crashes``: faults of its machine that ended a process."""
     return {
         "id": worker.id,
         "hostname": worker.hostname,
@@ -58,6 +77,9 @@ def worker_document(worker: "Worker") -> dict[str, Any]:
         "device": worker.device,
         "model": worker.model,
         "state": worker.state,
+        "message": worker.message,
+        "retry_at": worker.retry_at,
+        "crashes": crashes,
         "started_at": worker.started_at,
         "heartbeat_at": worker.heartbeat_at,
     }

@@ -1,24 +1,33 @@
 """`overnight run`: a dataset in, a file out; nothing else needs to be running."""
 
 import shlex
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from cli.atomic import check_output, open_output
 from cli.context import App
+from cli.describing import throughput_of
 from cli.display import format_count, say, warn
-from cli.formats import FORMATS, write_rows
+from cli.fitting import check_fits
+from cli.formats import FORMATS, format_of, write_rows
 from cli.job_options import JobOptions, job_options
 from cli.options import Number, placement_options, settings_options
 from cli.placement import Placement
+from cli.reports import FINISHED
+from cli.sizes import sizes_of
 from cli.workers import PRIVATE_QUEUE
 
 if TYPE_CHECKING:
+    from engine.planner.plan import PlanOptions
+    from engine.planner.workload import Workload
     from storage.database import Database
     from storage.jobs import Job
 
@@ -26,7 +35,9 @@ if TYPE_CHECKING:
 @click.command("run", short_help="Enqueue, work and fetch in one.")
 @click.argument("dataset", metavar="DATASET", required=False)
 @click.option("-o", "--output", required=True, metavar="FILE|-", help="Where the outputs go; - is stdout.")
-@click.option("--format", "file_format", type=click.Choice(FORMATS), default="jsonl", show_default=True)
+@click.option(
+    "--format", "file_format", type=click.Choice(FORMATS), help="Default: as the name of FILE ends, else jsonl."
+)
 @click.option(
     "--resume",
     type=Number(minimum=1, maximum=2**63 - 1, whole=True),
@@ -48,7 +59,7 @@ def command(
     /,
     dataset: str | None,
     output: str,
-    file_format: str,
+    file_format: str | None,
     resume: int | None,
     trace: Path | None,
     **values: Any,
@@ -68,11 +79,13 @@ def command(
     from cli.serving import work_off
 
     placement = Placement.take(values)
-    with _job(app, dataset, output, trace, resume, values) as (database, submitted):
+    with _job(app, dataset, output, trace, resume, placement, values) as (database, submitted):
         again = f"overnight run --resume {submitted.id} -o {shlex.quote(output)}"
         job = work_off(database, app.settings, submitted, placement, resume=again, trace=trace)
+        if job.num_done or job.num_failed:
+            say(_how_fast(database, job))
         if job.state == "done" or job.num_done:
-            _write(database, job, output, file_format)
+            _write(database, job, output, format_of(output, file_format))
     if trace is not None and trace.exists():
         say(f"trace in {trace}; open it with https://ui.perfetto.dev or chrome://tracing")
     problem = outcome_of(job)
@@ -82,15 +95,23 @@ def command(
 
 @contextmanager
 def _job(
-    app: App, dataset: str | None, output: str, trace: Path | None, resume: int | None, values: dict[str, Any]
+    app: App,
+    dataset: str | None,
+    output: str,
+    trace: Path | None,
+    resume: int | None,
+    placement: Placement,
+    values: dict[str, Any],
 ) -> "Iterator[tuple[Database, Job]]":
     """The database and the job to run: a new one, or the one to go on with."""
     if (dataset is None) == (resume is None):
         raise click.UsageError("name either a DATASET or, to go on with an interrupted run, --resume JOB")
     if resume is not None:
+        _refuse_what_a_job_keeps(click.get_current_context())
         with app.job_database(resume) as database:
             job = _resumed(database, resume)
             _check_outputs(app, output, trace, job.origin)
+            _check_resumed(app, database, job, placement)
             yield database, job
         return
     from cli.submission import prepare
@@ -105,9 +126,27 @@ def _job(
     assert dataset is not None
     _check_outputs(app, output, trace, {"dataset": dataset})
     submission = prepare(dataset, options, app.settings)
+    for sentence in submission.warnings():
+        warn(sentence)
+    sizes = sizes_of(submission.model, app.settings)
+    check_fits(sizes, _plan_options(app, placement), app.settings.spill_dir, lambda: submission.workload(sizes))
     with app.open_database() as database:
         job_id = submission.store(database, f"{PRIVATE_QUEUE}{uuid.uuid4().hex[:8]}")
         yield database, get_job(database, job_id)
+
+
+def _refuse_what_a_job_keeps(ctx: click.Context) -> None:
+    """A job that goes on is as it was made: what would say otherwise shall not be ignored."""
+    given = [
+        f"--{field.name.replace('_', '-')}"
+        for field in fields(JobOptions)
+        if ctx.get_parameter_source(field.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)} cannot be changed with --resume: the job goes on as it was made; leave "
+            f"{'it' if len(given) == 1 else 'them'} out, or run the DATASET anew"
+        )
 
 
 def _check_outputs(app: App, output: str, trace: Path | None, origin: Mapping[str, object] | None) -> None:
@@ -129,9 +168,48 @@ def _resumed(database: "Database", job_id: int) -> "Job":
     return job
 
 
+def _plan_options(app: App, placement: Placement) -> "PlanOptions":
+    """As the worker has them."""
+    return replace(placement.plan_options(), disk_dir=placement.disk_dir or app.settings.spill_dir)
+
+
+def _check_resumed(app: App, database: "Database", job: "Job", placement: Placement) -> None:
+    """What does not fit is refused now: the worker would end the job with it."""
+    from engine.lengths import workload_for
+    from storage.jobs import peek_requests
+    from worker.models import resolve_model
+    from worker.sample import ROWS, requests_of
+
+    if job.state in FINISHED:
+        return
+    ref = resolve_model(job.model, app.settings)
+    sizes = sizes_of(ref, app.settings)
+
+    def workload() -> "Workload | None":
+        rows = peek_requests(database, job.id, ROWS)
+        requests = requests_of(job.id, job.task, job.params, job.seed, rows)
+        return workload_for(sizes.shape, sizes.folder or ref.path, requests)
+
+    check_fits(sizes, _plan_options(app, placement), app.settings.spill_dir, workload)
+
+
+def _how_fast(database: "Database", job: "Job") -> str:
+    from storage.lanes import lane_seconds
+
+    busy = lane_seconds(database, job.id, since=job.created_at)
+    bound = f", bound by {max(busy, key=lambda lane: busy[lane])}" if any(busy.values()) else ""
+    return f"job {job.id}: {throughput_of(job, time.time())}{bound}"
+
+
 def _write(database: "Database", job: "Job", output: str, file_format: str) -> None:
     from storage.results import stream_outputs
 
     with open_output(output) as stream:
-        count = write_rows(stream_outputs(database, job.id), stream, file_format=file_format, task=job.task)
+        count = write_rows(
+            stream_outputs(database, job.id),
+            stream,
+            file_format=file_format,
+            task=job.task,
+            choices=(job.origin or {}).get("choices"),
+        )
     say(f"{format_count(count)} rows in {'stdout' if output == '-' else output}")

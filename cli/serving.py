@@ -4,19 +4,19 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cli.display import say
 from cli.errors import WorkerDied
 from cli.placement import Placement
-from cli.progress import follow, job_progress
-from cli.reports import FINISHED
+from cli.plans import model_name, plan_in_words
+from cli.progress import Progress, Snapshot, follow, job_progress
+from cli.reports import FINISHED, outcome_of
 from cli.workers import ALONE_VARIABLE, TRACE_VARIABLE
 
 if TYPE_CHECKING:
@@ -44,10 +44,12 @@ class OwnWorker:
     def __enter__(self) -> "OwnWorker":
         from worker.children import spawn
         from worker.private_redis import PrivateRedis
+        from worker.scratch import scratch_folder, sweep
 
+        sweep()
         with self._stack as stack:
             redis = stack.enter_context(PrivateRedis())
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overnight-log-")))
+            folder = stack.enter_context(scratch_folder("log-"))
             self._log = folder / "worker.log"
             output = stack.enter_context(self._log.open("wb"))
             self._process = spawn(
@@ -130,20 +132,37 @@ def work_off(
         WorkerDied, RedisUnavailable: the job stays as far as it has come.
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the worker has given back what it held.
     """
+    from storage.jobs import get_job
+
     if job.state in FINISHED:
         return job
     try:
         with _signals_interrupt(), OwnWorker(settings, job.queue, placement, trace) as worker:
             try:
                 with job_progress(f"job {job.id}") as progress:
-                    for snapshot in follow(database, job.id, watch=worker.check):
-                        progress.update(snapshot, time.monotonic())
+                    snapshot = _watched(database, job, worker, progress)
             except KeyboardInterrupt:
-                say("stopping: the worker finishes its pass and gives back the rest (Ctrl-C again: at once)")
+                say("stopping: the worker ends its pass and gives back the rest (Ctrl-C again: at once)")
                 raise
     except (KeyboardInterrupt, WorkerDied):
-        say(f"job {job.id} keeps the outputs it has; go on with: {resume}")
+        left = get_job(database, job.id)
+        ended = outcome_of(left) if left.state in FINISHED else None
+        if ended is None and left.message:
+            say(f"job {job.id}: {left.message}")
+        say(ended or f"job {job.id} keeps the outputs it has; go on with: {resume}")
         raise
+    return snapshot.job
+
+
+def _watched(database: "Database", job: "Job", worker: OwnWorker, progress: Progress) -> Snapshot:
+    """Shows a job until it has ended, and each plan that its rows are computed under."""
+    shown: dict[str, Any] | None = None
+    for snapshot in follow(database, job.id, watch=worker.check):
+        plan = snapshot.job.plan
+        if plan is not None and plan != shown and snapshot.standstill is None:
+            progress.note(f"{model_name(job.model)}: {plan_in_words(plan)}")
+            shown = plan
+        progress.update(snapshot, time.monotonic())
     return snapshot
 
 

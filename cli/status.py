@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli import exit_codes
 from cli.context import App
-from cli.display import emit, emit_json, emit_table, format_count, format_rate, format_seconds, say
+from cli.describing import describe, jobs_table
+from cli.display import emit, emit_json, emit_table, format_seconds, say
 from cli.options import Number, json_option, settings_options
 from cli.reports import FINISHED, job_document, worker_document
 
@@ -29,10 +31,10 @@ def command(app: App, job_id: int | None, watch: bool, as_json: bool) -> None:
     --watch follows JOB, or without one the newest unfinished job, until it ends.
     """
     if job_id is not None:
-        with app.job_database(job_id) as database:
+        with app.job_database(job_id, only_look=True) as database:
             _show_job(database, job_id, watch=watch, as_json=as_json)
         return
-    existing = app.open_existing_database()
+    existing = app.open_for_reading()
     if existing is None:
         if as_json:
             emit_json({"jobs": [], "workers": []})
@@ -58,53 +60,38 @@ def _show_job(database: "Database", job_id: int, *, watch: bool, as_json: bool) 
     from storage.jobs import get_job
 
     job = get_job(database, job_id)
-    hint = missing_worker_hint(database, job, now=time.time())
     if watch:
-        job = _watch(database, job, hint)
+        try:
+            job = _watch(database, job)
+        except KeyboardInterrupt:  # looking ends, and nothing else does
+            raise click.exceptions.Exit(exit_codes.INTERRUPTED) from None
+    now = time.time()
+    hint = missing_worker_hint(database, job, now=now)
     if as_json:
-        emit_json(job_document(job, time.time()))
+        emit_json(job_document(job, now, is_attended=hint is None))
         return
-    for name, value in _describe(job, time.time()):
+    for name, value in describe(job, now, is_attended=hint is None):
         emit(f"{name + ':':<12}{value}")
     if hint and not watch:
         say(hint)
 
 
-def _watch(database: "Database", job: "Job", hint: str | None) -> "Job":
+def _watch(database: "Database", job: "Job") -> "Job":
     from cli.progress import follow, job_progress
 
-    if hint:
-        say(hint)
+    hint: str | None = None
     with job_progress(f"job {job.id}") as progress:
         for snapshot in follow(database, job.id):
+            if snapshot.attendance.hint not in (None, hint):
+                progress.note(snapshot.attendance.hint)
+            hint = snapshot.attendance.hint
             progress.update(snapshot, time.monotonic())
-            job = snapshot
+            job = snapshot.job
     return job
 
 
-def _describe(job: "Job", now: float) -> list[tuple[str, str]]:
-    document = job_document(job, now)
-    counts, speed = document["requests"], document["throughput"]
-    lines = [
-        ("job", str(job.id)),
-        ("state", f"{job.state}" + (f": {job.message}" if job.message else "")),
-        ("model", job.model),
-        ("task", job.task),
-        ("queue", f"{job.queue}, priority {job.priority}"),
-        ("requests", f"{counts['done']:,} done, {counts['failed']:,} failed, {counts['total']:,} in all"),
-        ("tokens", f"{job.prompt_tokens:,} prompt, {job.generated_tokens:,} generated"),
-        ("time", format_seconds(document["seconds"])),
-        (
-            "throughput",
-            f"{format_rate(speed['generated_per_s'])} generated, {format_rate(speed['total_per_s'])} in all",
-        ),
-    ]
-    if document["eta_s"]:
-        lines.append(("left", f"about {format_seconds(document['eta_s'])}"))
-    return lines
-
-
 def _show_all(database: "Database", *, as_json: bool) -> None:
+    from cli.workers import living_workers
     from storage.claims import list_workers
     from storage.jobs import list_jobs
 
@@ -112,12 +99,12 @@ def _show_all(database: "Database", *, as_json: bool) -> None:
     jobs = list_jobs(database, limit=None if as_json else _SHOWN_JOBS + 1)
     workers = list_workers(database, now)
     if as_json:
-        emit_json({"jobs": [job_document(job, now) for job in jobs], "workers": [worker_document(w) for w in workers]})
+        served = {worker.queue for worker in living_workers(database, now)}
+        documents = [job_document(job, now, is_attended=job.queue in served) for job in jobs]
+        emit_json({"jobs": documents, "workers": [worker_document(w) for w in workers]})
         return
     if jobs:
-        emit_table(
-            ("JOB", "STATE", "DONE", "FAILED", "TOTAL", "TASK", "MODEL"), [_job_cells(j) for j in jobs[:_SHOWN_JOBS]]
-        )
+        emit_table(*jobs_table(jobs[:_SHOWN_JOBS], now))
         if len(jobs) > _SHOWN_JOBS:
             say("and older ones: overnight status --json shows all")
     else:
@@ -126,10 +113,12 @@ def _show_all(database: "Database", *, as_json: bool) -> None:
         click.echo()
         rows = [(str(w.id), w.queue, w.device, w.state, w.model or "-", f"{w.hostname}:{w.pid}") for w in workers]
         emit_table(("WORKER", "QUEUE", "DEVICE", "STATE", "MODEL", "HOST:PID"), rows)
+        for worker in workers:
+            if worker.message:
+                emit(f"worker {worker.id}: {worker.message}{_again(worker.retry_at, now)}")
     elif any(job.state not in FINISHED for job in jobs):
         say("no worker is running; start one in another terminal: overnight worker")
 
 
-def _job_cells(job: "Job") -> tuple[str, ...]:
-    counts = (format_count(number) for number in (job.num_done, job.num_failed, job.num_requests))
-    return (str(job.id), str(job.state), *counts, job.task, job.model)
+def _again(retry_at: float | None, now: float) -> str:
+    return "" if retry_at is None else f" (tries again in {format_seconds(max(0.0, retry_at - now))})"

@@ -60,7 +60,7 @@ def _refuse_null(value: object) -> object:
 
 
 def read_template(text: str) -> str:
-    """``@FILE`` as the file's text, anything else as it is.
+    """``@FILE`` as the file's text without the line end that an editor puts at its end; anything else as it is.
 
     Raises:
         FileAbsent, TemplateFault: there is no such file, or it cannot be read as UTF-8.
@@ -69,7 +69,7 @@ def read_template(text: str) -> str:
         return text
     path = Path(text[1:])
     try:
-        return read_small(path, most=_MOST_SOURCE_BYTES).decode("utf-8-sig")
+        return _without_line_end(read_small(path, most=_MOST_SOURCE_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
         raise FileAbsent(f"there is no template file {path} (--prompt {text})") from None
     except Unreadable as error:
@@ -78,6 +78,11 @@ def read_template(text: str) -> str:
         raise TemplateFault(f"the template file {path} is not UTF-8 text; convert it first") from None
     except OSError as error:
         raise TemplateFault(f"the template file {path} cannot be read: {error.strerror}") from error
+
+
+def _without_line_end(text: str) -> str:
+    """Without one; more of them are meant."""
+    return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
 
 
 class PromptTemplate:

@@ -1,7 +1,5 @@
 """`overnight wait`: until the job has ended; the exit code is its outcome."""
 
-import time
-
 import click
 
 from cli.context import App
@@ -23,15 +21,14 @@ def command(app: App, job_id: int) -> None:
     from cli.errors import JobUnfinished
     from cli.progress import follow
     from cli.reports import outcome_of
-    from cli.workers import missing_worker_hint
-    from storage.jobs import get_job
 
-    with app.job_database(job_id) as database:
-        hint = missing_worker_hint(database, get_job(database, job_id), now=time.time())
-        if hint:
-            say(hint)
-        for job in follow(database, job_id):  # noqa: B007
-            pass
+    with app.job_database(job_id, only_look=True) as database:
+        hint: str | None = None
+        for snapshot in follow(database, job_id):
+            if snapshot.attendance.hint not in (None, hint):
+                say(snapshot.attendance.hint)
+            hint = snapshot.attendance.hint
+    job = snapshot.job
     problem = outcome_of(job)
     if problem:
         raise JobUnfinished(problem)

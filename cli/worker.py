@@ -27,7 +27,9 @@ def command(app: App, /, model: str | None, **values: Any) -> None:
       overnight worker --model opt-30b --device-memory 14GiB --host-memory 60GiB --disk-space 200GiB
     """
     from worker.daemon import WorkerOptions, run_worker
+    from worker.scratch import sweep
 
+    sweep()
     placement = Placement.take(values).plan_options()
     trace = os.environ.get(TRACE_VARIABLE)
     options = WorkerOptions(

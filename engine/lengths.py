@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from engine.model.family import ModelShape
 from engine.model.opt_shape import shape_of
 from engine.planner.workload import Workload
 from engine.request import Output, Request
@@ -20,8 +21,16 @@ def workload_of(model_dir: Path, requests: Iterable[Request]) -> Workload | None
     Raises:
         CheckpointError: the model directory is absent or damaged.
     """
-    shape = shape_of(read_manifest(model_dir).config)
-    tokenizer = Tokenizer.of_model(model_dir, shape)
+    return workload_for(shape_of(read_manifest(model_dir).config), model_dir, requests)
+
+
+def workload_for(shape: ModelShape, folder: Path, requests: Iterable[Request]) -> Workload | None:
+    """The same of a model known by its shape alone; ``folder`` holds its tokenizer.
+
+    Raises:
+        CheckpointError: the tokenizer is absent or damaged.
+    """
+    tokenizer = Tokenizer.of_model(folder, shape)
     pairs: list[tuple[int, int]] = []
     for request in requests:
         started = begin(request, tokenizer, shape)

@@ -20,6 +20,7 @@ from storage.errors import (
     StorageError,
     ValueTooBig,
 )
+from storage.reading import connect_for_reading, is_closed_wal
 from storage.schema import HEAD, REVISIONS, alembic_version, metadata
 from storage.sqlite import OLDEST_SQLITE, install_events, prepare_file
 from storage.urls import shown_error, without_password
@@ -61,6 +62,29 @@ class Database:
             raise
         return database
 
+    @classmethod
+    def open_for_reading(cls, url: str, *, busy_timeout_s: float = 10.0) -> "Database":
+        """Open a database where nothing can be written: nothing is made, upgraded or repaired.
+
+        Raises DatabaseReadOnly where that would be needed first, DatabaseUnreachable or one of its other kinds.
+        """
+        parsed = _parse(url)
+        if parsed.get_backend_name() != "sqlite":
+            return cls.open(url, busy_timeout_s=busy_timeout_s)
+        parsed, path = _sqlite_path(parsed, url)
+        immutable = is_closed_wal(path)
+        engine = create_engine(
+            parsed, hide_parameters=True, creator=lambda: connect_for_reading(path, busy_timeout_s, immutable=immutable)
+        )
+        install_events(engine, path, busy_timeout_s=busy_timeout_s, read_only=True)
+        database = cls(parsed, engine, path)
+        try:
+            database._check_schema()
+        except BaseException:
+            database.close()
+            raise
+        return database
+
     @property
     def url(self) -> str:
         """The URL, its password hidden."""
@@ -89,6 +113,12 @@ class Database:
             writer = connection.execution_options(overnight_write=True)
             with writer.begin():
                 yield writer
+
+    @contextmanager
+    def bare(self) -> Iterator[Connection]:
+        """A connection of SQLite outside any transaction, for the statements that allow none."""
+        with self._translated(), self._engine.connect() as connection:
+            yield connection.execution_options(overnight_bare=True)
 
     def close(self) -> None:
         """Close every connection."""
@@ -131,10 +161,7 @@ class Database:
         if version == HEAD:
             return
         if version not in REVISIONS:
-            raise SchemaTooNew(
-                f"The database {self.path or self.url} has schema {version}; this overnight knows up to {HEAD}. "
-                "A newer overnight made it: use that one, or name another database."
-            )
+            raise self._too_new(version)
         from storage.migrations import upgrade  # Alembic, only now
 
         # Rebuilding a table, SQLite's way to alter it, must not trip over foreign keys: its own connection, without.
@@ -147,6 +174,28 @@ class Database:
                     upgrade(writer)
         finally:
             engine.dispose()
+
+    def _check_schema(self) -> None:
+        with self.read() as connection:
+            version = _version(connection)
+        if version is None:
+            raise NotADatabase(
+                f"{self.path} is not a database of overnight. Name another file with --database or OVERNIGHT_DATABASE."
+            )
+        if version not in REVISIONS:
+            raise self._too_new(version)
+        if version != HEAD:
+            raise DatabaseReadOnly(
+                f"The database {self.path} has the older schema {version} and cannot be written, so it cannot be "
+                f"brought to {HEAD}. Run `overnight status` once where it can be written, or name a copy of it with "
+                "--database."
+            )
+
+    def _too_new(self, version: str) -> SchemaTooNew:
+        return SchemaTooNew(
+            f"The database {self.path or self.url} has schema {version}; this overnight knows up to {HEAD}. "
+            "A newer overnight made it: use that one, or name another database."
+        )
 
     def _create_schema(self) -> str:
         """Make all tables and stamp them, in one transaction; another process may have been faster."""
@@ -183,6 +232,11 @@ def translate(error: exc.DBAPIError, place: str, url: str = "") -> StorageError 
         return None
     if code == sqlite3.SQLITE_CANTOPEN:
         return DatabaseUnreachable(f"The database {place} cannot be opened: {error.orig}.")
+    if code == sqlite3.SQLITE_READONLY_ROLLBACK:
+        return DatabaseReadOnly(
+            f"The database {place} was left in the middle of a write, which can be undone only where it can be "
+            "written. Run `overnight status` once there, or name a copy of it and of its -journal with --database."
+        )
     match code & 0xFF:  # the primary code; the rest says more than a person needs
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return DatabaseLocked(

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Text, bindparam, delete, insert, select, upda
 
 from storage.database import Database
 from storage.errors import EmptyJob, LoadLost, StorageError
+from storage.pace import Pace
 from storage.schema import jobs, outputs, requests, to_json
 from storage.states import JobState, OutputStatus, RequestState
 
@@ -99,20 +100,18 @@ def sweep_invisible(db: Database, *, now: float, older_than_s: float) -> int:
     return len(found)
 
 
-def remove_rows(db: Database, job_id: int) -> None:
+def remove_rows(db: Database, job_id: int, pace: Pace | None = None) -> None:
     """Delete an invisible job, its row last, a chunk a transaction. A visible one is left alone."""
+    pace = pace or Pace(1000)
     with db.write() as connection:
         # Should its loader be alive after all, its next chunk fails (_still_loading) instead of filling up again.
         condemned = update(jobs).where(jobs.c.id == job_id, jobs.c.visible.is_(False)).values(state=JobState.CANCELLED)
         if connection.execute(condemned).rowcount != 1:
             return
+    of_job = select(requests.c.index).where(requests.c.job_id == job_id).order_by(requests.c.index)
     while True:
-        with db.write() as connection:
-            page = list(
-                connection.execute(
-                    select(requests.c.index).where(requests.c.job_id == job_id).order_by(requests.c.index).limit(5000)
-                ).scalars()
-            )
+        with pace.step() as rows, db.write() as connection:
+            page = connection.execute(of_job.limit(rows)).scalars().all()
             if not page:
                 connection.execute(delete(jobs).where(jobs.c.id == job_id))
                 return

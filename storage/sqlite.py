@@ -109,7 +109,9 @@ def _check_existing(path: Path) -> None:
             )
 
 
-def install_events(engine: Engine, path: Path, *, busy_timeout_s: float, foreign_keys: bool = True) -> None:
+def install_events(
+    engine: Engine, path: Path, *, busy_timeout_s: float, foreign_keys: bool = True, read_only: bool = False
+) -> None:
     """Set the pragmas on every new connection, and begin transactions ourselves.
 
     sqlite3's legacy mode begins late and never before a SELECT; a transaction that reads first and writes later then
@@ -120,20 +122,29 @@ def install_events(engine: Engine, path: Path, *, busy_timeout_s: float, foreign
     def _connected(raw: Any, _record: object) -> None:
         raw.isolation_level = None
         try:
-            _set_pragmas(raw, path, busy_timeout_s, foreign_keys)
+            if read_only:
+                _set_safe_pragmas(raw, busy_timeout_s)
+            else:
+                _set_pragmas(raw, path, busy_timeout_s, foreign_keys)
         except BaseException:
             raw.close()  # the pool has not taken it yet, and an open connection would keep others from mending it
             raise
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        immediate = connection.get_execution_options().get("overnight_write", False)
+        options = connection.get_execution_options()
+        if options.get("overnight_bare", False):
+            return
+        immediate = options.get("overnight_write", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
 
 def _set_pragmas(raw: sqlite3.Connection, path: Path, busy_timeout_s: float, foreign_keys: bool) -> None:
     wanted = journal_mode_for(sqlite3.sqlite_version_info[:3])
-    raw.execute(f"PRAGMA busy_timeout = {int(busy_timeout_s * 1000)}")
+    _set_safe_pragmas(raw, busy_timeout_s)
+    if path.stat().st_size == 0:
+        # Only an empty file can still be made for giving space back in small pieces (storage.space).
+        raw.execute("PRAGMA auto_vacuum = INCREMENTAL")
     raw.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
     (mode,) = raw.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
     if mode != wanted:
@@ -142,5 +153,10 @@ def _set_pragmas(raw: sqlite3.Connection, path: Path, busy_timeout_s: float, for
             f"that is safe with SQLite {sqlite3.sqlite_version}. Stop the other processes that use it."
         )
     raw.execute("PRAGMA synchronous = FULL")
+
+
+def _set_safe_pragmas(raw: sqlite3.Connection, busy_timeout_s: float) -> None:
+    """Those that are about reading, too, and need no lock."""
+    raw.execute(f"PRAGMA busy_timeout = {int(busy_timeout_s * 1000)}")
     raw.execute("PRAGMA mmap_size = 0")
     raw.execute("PRAGMA trusted_schema = OFF")

@@ -1,8 +1,11 @@
 """What is shipped: the wheel, the pinned versions, the Makefile, the container files."""
 
+import configparser
 import importlib.metadata
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -18,6 +21,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import cli
+from cli import exit_codes
+from tests.namespaces import unshared
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -261,8 +266,59 @@ def test_the_image_runs_as_nobody_in_particular() -> None:
     user = re.search(r"^USER (\S+)$", last_stage, re.MULTILINE)
     assert user
     assert user[1] not in {"root", "0"}
-    assert "HEALTHCHECK" in last_stage
     assert "OVERNIGHT_HOME=/var/lib/overnight" in last_stage
+
+
+HEALTH = """
+import json, os, subprocess, sys, time
+from storage.claims import register_worker, stop_worker
+from storage.database import Database
+from worker.presence import host_name, process_of
+
+check = json.loads(sys.argv[1])
+codes = {}
+
+def ask(name):
+    codes[name] = subprocess.run([sys.executable, *check[1:]], stderr=subprocess.DEVNULL).returncode
+
+def register(pid, lease_s, hostname=None):
+    return register_worker(database, hostname=hostname or host_name(), pid=pid, queue="default", device="cpu",
+                           now=time.time(), lease_s=lease_s, process=process_of(pid))
+
+assert os.getpid() < 5 and "#" in host_name(), "not in a namespace of its own"
+ask("no database")
+with Database.open(os.environ["OVERNIGHT_DATABASE"]) as database:
+    ask("nobody")
+    register(os.getpid(), 60.0, "another-machine")
+    ask("another machine")
+    register(os.getpid(), -1.0)
+    ask("expired")
+    gone = subprocess.Popen(["sleep", "60"])
+    register(gone.pid, 60.0)
+    gone.kill(); gone.wait()
+    ask("killed")
+    number = register(os.getpid(), 60.0)
+    ask("alive")
+    stop_worker(database, number, now=time.time())
+    ask("stopped")
+print(json.dumps(codes))
+"""
+
+
+def test_a_container_is_healthy_while_its_worker_holds_a_lease(tmp_path: Path) -> None:
+    """The image's own command, among process ids of their own, as in a container."""
+    check = re.search(r"^HEALTHCHECK .*\\\n +CMD (\[.+\])$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert check
+    assert json.loads(check[1])[0] == "python"
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OVERNIGHT_DATABASE": str(tmp_path / "overnight.db")}
+    prefix = unshared("--pid", "--fork", "--mount-proc")
+    ran = subprocess.run(
+        [*prefix, sys.executable, "-c", HEALTH, check[1]], capture_output=True, text=True, timeout=120, env=environ
+    )
+    assert ran.returncode == 0, ran.stderr
+    codes = json.loads(ran.stdout)
+    assert {name for name, code in codes.items() if code == 0} == {"alive"}
+    assert set(codes.values()) == {0, 1}
 
 
 def test_the_image_is_built_only_from_what_docker_may_see() -> None:
@@ -272,6 +328,52 @@ def test_the_image_is_built_only_from_what_docker_may_see() -> None:
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert {source for line in copied for source in line.split()} == allowed
     assert [source for source in allowed if not (ROOT / source).exists()] == []
+
+
+# systemd
+
+
+@pytest.fixture(scope="module")
+def unit() -> configparser.RawConfigParser:
+    parser = configparser.RawConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read(ROOT / "examples" / "overnight-worker.service")
+    return parser
+
+
+def test_the_unit_restarts_a_worker_that_failed_and_gives_it_time_to_stop(unit: configparser.RawConfigParser) -> None:
+    service = unit["Service"]
+    assert (service["Restart"], service["RestartSec"]) == ("on-failure", "10")
+    assert service["TimeoutStopSec"] == "3min"
+    assert service["KillMode"] == "mixed"  # SIGTERM for the worker itself; it ends its children in order
+    assert service["ExecStart"].endswith("/overnight worker")
+    assert service["Environment"] == f"OVERNIGHT_HOME=/var/lib/{service['StateDirectory']}"
+    assert service["StateDirectoryMode"] == "0700"
+    assert service["User"] not in {"root", "0"}
+    assert unit["Install"]["WantedBy"] == "multi-user.target"
+    # A mistake that a restart does not mend; an interrupt that somebody meant.
+    assert service["RestartPreventExitStatus"] == str(exit_codes.USAGE)
+    assert service["SuccessExitStatus"] == str(exit_codes.INTERRUPTED)
+
+
+def test_the_unit_keeps_no_gpu_away(unit: configparser.RawConfigParser) -> None:
+    service = unit["Service"]
+    # These hide the devices, ProtectClock by its own list of them; kernels are compiled into memory at run time.
+    harmful = {"PrivateDevices", "DevicePolicy", "DeviceAllow", "ProtectClock", "MemoryDenyWriteExecute"}
+    assert harmful & set(service) == set()
+    assert {service[name] for name in ("NoNewPrivileges", "ProtectHome", "PrivateTmp")} == {"yes"}
+    assert service["ProtectSystem"] == "strict"
+
+
+def test_the_unit_is_accepted_by_systemd(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed here")
+    text = (ROOT / "examples" / "overnight-worker.service").read_text()
+    here = tmp_path / "overnight-worker.service"
+    here.write_text(text.replace("/opt/overnight/bin/overnight", shutil.which("true") or "/bin/true"))
+    ran = subprocess.run(["systemd-analyze", "verify", str(here)], capture_output=True, text=True, timeout=60)
+    complaints = [line for line in ran.stderr.splitlines() if "overnight-worker" in line]
+    assert (ran.returncode, complaints) == (0, [])
 
 
 # Documentation

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ from typing import Self
 
 from worker import children
 from worker.errors import RedisUnavailable, RedisUnreachable
+from worker.scratch import ScratchFolder
 
 __all__ = ["PrivateRedis", "RedisUnavailable", "find_redis_server"]
 
@@ -47,7 +47,7 @@ class PrivateRedis:
 
     def __init__(self, server: Path | None = None) -> None:
         self._server = server
-        self._folder: Path | None = None
+        self._folder: ScratchFolder | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -59,7 +59,7 @@ class PrivateRedis:
     def socket(self) -> Path:
         """The path of the Unix socket."""
         assert self._folder is not None, "not started"
-        return self._folder / "redis.sock"
+        return self._folder.path / "redis.sock"
 
     @property
     def pid(self) -> int:
@@ -75,10 +75,10 @@ class PrivateRedis:
         """
         server = self._server or find_redis_server()
         self._folder = _private_folder()
-        log = self._folder / "redis.log"
+        log = self._folder.path / "redis.log"
         try:
             with log.open("wb") as output:
-                self._process = children.spawn(_command(server, self._folder), stdout=output, stderr=output)
+                self._process = children.spawn(_command(server, self._folder.path), stdout=output, stderr=output)
         except OSError as error:
             self.stop()
             raise RedisUnavailable(f"cannot start {server}: {error}") from error
@@ -97,7 +97,7 @@ class PrivateRedis:
             children.stop(self._process, grace_s=5.0)
             self._process = None
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
             self._folder = None
 
     def _answers(self) -> bool:
@@ -120,11 +120,11 @@ class PrivateRedis:
         self.stop()
 
 
-def _private_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="overnight-"))  # 0700
-    if len(str(folder / "redis.sock")) > _MAX_SOCKET_PATH:
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="overnight-", dir="/tmp"))
+def _private_folder() -> ScratchFolder:
+    folder = ScratchFolder()
+    if len(str(folder.path / "redis.sock")) > _MAX_SOCKET_PATH:
+        folder.remove()
+        folder = ScratchFolder(parent=Path("/tmp"))
     return folder
 
 

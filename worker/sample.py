@@ -1,8 +1,9 @@
 """What waits for a model, from a few of its rows: what a plan is made for."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.request import Request
 from storage.database import Database
@@ -44,11 +45,21 @@ def _told(rows: Sequence[Request], begins: Callable[[RowKey], None]) -> Iterator
         yield row
 
 
+def requests_of(
+    job_id: int,
+    task: str,
+    params: Mapping[str, Any],
+    seed: int,
+    rows: Iterable[tuple[int, int, dict[str, Any] | None]],
+) -> Iterator[Request]:
+    """Rows (index, attempt and payload each) as the engine takes them, without those that it cannot take."""
+    for index, attempt, payload in rows:
+        # What is left out will be an error row.
+        with suppress(ValueError):
+            yield to_request(RowKey(job_id, index, attempt), task, payload, params, seed)
+
+
 def _requests(database: Database, jobs: Sequence[Job]) -> Iterator[Request]:
     each = max(1, ROWS // len(jobs))
     for job in jobs:
-        for index, attempt, payload in peek_requests(database, job.id, each):
-            try:
-                yield to_request(RowKey(job.id, index, attempt), job.task, payload, job.params, job.seed)
-            except ValueError:
-                continue  # it will be an error row
+        yield from requests_of(job.id, job.task, job.params, job.seed, peek_requests(database, job.id, each))

@@ -77,6 +77,28 @@ def test_an_option_that_changes_nothing_is_a_warning(
     assert warning in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("prompt", "task", "warned"),
+    [
+        ("{{ text }}: ", "choose", True),
+        ("@p.txt", "choose", False),
+        ("@two.txt", "choose", True),
+        ("{{ text }}:", "choose", False),
+        ("{{ text }}: ", "generate", False),
+    ],
+)
+def test_white_space_before_choices_is_warned_of(
+    with_redis: Path, run: Run, model: str, prompt: str, task: str, warned: bool
+) -> None:
+    Path("p.txt").write_text("{{ text }}:\n")
+    Path("two.txt").write_text("{{ text }}:\n\n")
+    choices = ("--choices", "a,b") if task == "choose" else ()
+    dataset = write_rows(Path("d.jsonl"), {"text": "x"})
+    done = run("enqueue", dataset, "--model", model, "--task", task, "--prompt", prompt, *choices)
+    assert done.exit_code == 0
+    assert ("warning: the prompt ends in white space" in done.stderr) is warned
+
+
 BAD_NUMBERS = [
     ("--max-new-tokens", "0"), ("--max-new-tokens", "-1"), ("--max-new-tokens", "1.5"), ("--temperature", "-0.1"),
     ("--temperature", "nan"), ("--temperature", "inf"), ("--top-p", "0"), ("--top-p", "1.1"), ("--top-p", "nan"),
@@ -192,6 +214,9 @@ def test_redis_off_means_no_job(home: Path, run: Run, model: str) -> None:
     done = run("enqueue", write_rows(Path("d.jsonl"), {"prompt": "a"}), "--model", model, *GENERATE)
     assert done.exit_code == 4
     assert "Redis" in done.stderr
+    command = "redis-server --daemonize yes --bind 127.0.0.1 --save ''"
+    assert done.stderr.endswith(f"to start one here: {command} --port 1\n")
+    assert f"start one: {command} --port 1" in run("doctor").stdout
     assert not home.exists()
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cli.formats import write_rows
+from cli.formats import format_of, write_rows
 from storage.results import OutputRow
 from storage.states import OutputStatus
 
@@ -116,3 +116,37 @@ def test_csv_has_a_header_even_without_rows_and_errors_in_columns() -> None:
     assert written([], "csv", "choose").startswith("id,index,status,label,logprobs,error_code,error_message")
     (row,) = csv.DictReader(io.StringIO(written([ERROR], "csv", "choose")))
     assert (row["label"], row["error_code"], row["error_message"]) == ("", "too_long", "prompt of 9 tokens")
+
+
+def test_the_choices_of_a_job_have_a_column_each() -> None:
+    output = {"label": "=b", "logprobs": {"a": -2.5, "=b": -0.5}}
+    stream = io.BytesIO()
+    rows = [ok(0, output), ERROR]
+    assert write_rows(rows, stream, file_format="csv", task="choose", choices=["a", "=b"]) == 2
+    first, second = csv.DictReader(io.StringIO(stream.getvalue().decode()))
+    assert (first["label"], first["logprob_a"], first["logprob_=b"]) == ("'=b", "-2.5", "-0.5")
+    assert "logprobs" not in first
+    assert (second["logprob_a"], second["error_code"], second["prompt_tokens"]) == ("", "too_long", "9")
+
+
+def test_rows_with_choices_of_their_own_keep_them_in_one_column() -> None:
+    (row,) = csv.DictReader(io.StringIO(written([ok(0, {"label": "a", "logprobs": {"a": -1.0}})], "csv", "choose")))
+    assert json.loads(row["logprobs"]) == {"a": -1.0}
+
+
+@pytest.mark.parametrize(
+    ("output", "given", "wanted"),
+    [
+        ("x.csv", None, "csv"),
+        ("a.b/X.CSV", None, "csv"),
+        ("x.jsonl", None, "jsonl"),
+        ("x.json", None, "jsonl"),
+        ("x.csv", "jsonl", "jsonl"),
+        ("x.txt", "csv", "csv"),
+        ("x.txt", None, "jsonl"),
+        ("-", None, "jsonl"),
+        (".csv", None, "jsonl"),
+    ],
+)
+def test_the_format_is_as_asked_for_else_as_the_name_ends(output: str, given: str | None, wanted: str) -> None:
+    assert format_of(output, given) == wanted

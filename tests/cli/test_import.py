@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, write_rows
 
 
 def test_a_folder_becomes_a_model_that_is_listed_by_its_name(home: Path, run: Run, checkpoint: Path) -> None:
@@ -61,3 +61,22 @@ def test_a_damaged_model_is_named_beside_the_good_ones(home: Path, run: Run, che
     assert doctor.exit_code == 1
     failed = [check for check in json.loads(doctor.stdout)["checks"] if check["status"] == "fail"]
     assert [(check["name"], "cut" in check["detail"]) for check in failed] == [("models", True)]
+
+
+def test_a_folder_without_a_tokenizer_says_which_files_to_copy(home: Path, run: Run, checkpoint: Path) -> None:
+    shutil.copytree(checkpoint, "mute")
+    Path("mute/tokenizer.json").unlink()
+    done = run("import", "mute")
+    assert done.exit_code == 3
+    assert "copy tokenizer.json, or vocab.json and merges.txt" in done.stderr
+    assert json.loads(run("models", "--json").stdout) == {"models": []}
+    dataset = write_rows(Path("d.jsonl"), {"prompt": "a"})
+    done = run("run", dataset, "--model", "mute", "--task", "generate", "-o", "out")
+    assert done.exit_code == 3
+    assert "copy tokenizer.json" in done.stderr
+    assert not (home / "overnight.db").exists()
+
+
+def test_the_hint_after_an_import_fits_every_model(home: Path, run: Run, checkpoint: Path) -> None:
+    done = run("import", str(checkpoint))
+    assert "--model tiny --task generate|score|choose" in done.stderr

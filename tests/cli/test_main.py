@@ -25,6 +25,7 @@ FROZEN = {
     "fetch": "--output --format --errors",
     "cancel": "",
     "retry": "",
+    "prune": "--older-than --dry-run --compact --json",
     "run": "--output --format --resume --trace JOB-OPTIONS PLACEMENT",
     "demo": "--json",
     "doctor": "--measure --device --json",
@@ -36,7 +37,7 @@ PLACEMENT = (
     "--micro-batches --schedule"
 )
 JOB = (
-    "--model --task --prompt --choices --max-new-tokens --temperature --top-p --top-k --seed --stop --priority "
+    "--model --task --prompt --choices --max-new-tokens --temperature --top-p --top-k --seed --stop --name --priority "
     "--keep-going"
 )
 

@@ -1,7 +1,8 @@
 import pytest
 
-from cli.progress import LineProgress, Pace, Sample, progress_line
+from cli.progress import LineProgress, Pace, Sample, Snapshot, progress_line
 from cli.reports import eta_of, job_document, outcome_of, seconds_of
+from cli.workers import Attendance
 from storage.jobs import Job, JobState
 
 
@@ -18,9 +19,18 @@ def make_job(**changes: object) -> Job:
 def test_a_job_document_has_the_shape_and_the_sums_of_the_contract() -> None:
     assert job_document(make_job(), now=110.0) == {
         "id": 7,
+        "name": None,
         "state": "running",
+        "message": None,
         "model": "m",
         "task": "generate",
+        "dataset": None,
+        "prompt": None,
+        "choices": None,
+        "plan": None,
+        "created_at": 90.0,
+        "started_at": 100.0,
+        "finished_at": None,
         "requests": {"total": 100, "done": 30, "failed": 10},
         "tokens": {"prompt": 400, "generated": 100},
         "seconds": 10.0,
@@ -76,8 +86,8 @@ def test_the_pace_forgets_what_is_long_ago() -> None:
 def test_off_a_terminal_a_line_comes_every_few_seconds_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     progress = LineProgress()
     for now in range(1000, 1012):
-        progress.update(make_job(num_done=now - 1000, num_failed=0), float(now))
-    progress.update(make_job(state=JobState.DONE, num_done=100, num_failed=0), 1012.0)
+        progress.update(Snapshot(make_job(num_done=now - 1000, num_failed=0)), float(now))
+    progress.update(Snapshot(make_job(state=JobState.DONE, num_done=100, num_failed=0)), 1012.0)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert [line.split(" | ")[1] for line in captured.err.splitlines()] == [
@@ -90,6 +100,34 @@ def test_a_progress_line_names_failures_speed_and_time_left() -> None:
     pace = Pace()
     pace.add(Sample(0.0, 0, 0))
     pace.add(Sample(10.0, 40, 500))
-    assert progress_line(make_job(), pace) == (
+    assert progress_line(Snapshot(make_job()), pace) == (
         "job 7 running: 40% | 40/100 requests | 10 failed | 50 tokens/s | 15 s left"
     )
+    assert progress_line(Snapshot(make_job(task="choose")), pace) == (
+        "job 7 running: 40% | 40/100 requests | 10 failed | 4 rows/s | 50 tokens/s | 15 s left"
+    )
+
+
+@pytest.mark.parametrize(
+    ("attended", "words"),
+    [(Attendance(hint="start one"), "no worker is running"), (Attendance(doing="loading the model"), None)],
+)
+def test_a_job_that_stands_still_has_no_speed_and_no_estimate(attended: Attendance, words: str | None) -> None:
+    pace = Pace()
+    pace.add(Sample(0.0, 0, 0))
+    pace.add(Sample(10.0, 40, 500))
+    line = progress_line(Snapshot(make_job(num_failed=0), attended), pace)
+    assert line == f"job 7 running: 30% | 30/100 requests | {words or 'loading the model'}"
+    assert job_document(make_job(), now=110.0, is_attended=False)["eta_s"] is None
+
+
+def test_a_standstill_does_not_slow_what_comes_after_it(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = LineProgress()
+    for now, done, hint in [(0, 0, None), (10, 10, None), (11, 10, "x"), (20, 10, "x"), (21, 10, None)]:
+        progress.update(Snapshot(make_job(num_done=done, num_failed=0), Attendance(hint=hint)), float(now))
+    progress.update(Snapshot(make_job(num_done=20, num_failed=0), Attendance()), 31.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" | ")[2:] for line in lines[:4]] == [
+        [], ["1 min 30 s left"], ["no worker is running"], [],
+    ]  # fmt: skip
+    assert lines[-1].split(" | ")[2:] == ["1 min 28 s left"]

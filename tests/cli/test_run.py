@@ -2,21 +2,28 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from cli.main import main
+from cli.progress import LineProgress, Snapshot
+from cli.serving import OwnWorker
 from storage.database import Database
 from storage.jobs import Job, list_jobs
 from storage.results import list_passes
 from tests.cli.conftest import ROOT, Command, Run, write_rows
+from worker.errors import RedisUnavailable
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -111,6 +118,11 @@ def test_a_dataset_goes_in_and_a_file_comes_out(home: Path, command: Command, mo
     assert [(row["index"], row["id"], row["status"]) for row in rows] == [(i, f"r{i}", "ok") for i in range(9)]
     assert all(row["usage"]["completion_tokens"] <= 5 for row in rows)
     assert "done: 100%" in done.stderr
+    plan = r"^tiny: all 2 layers in memory; KV cache up to \S+ MiB in memory; float32; 1 x 2,048 tokens a pass$"
+    assert re.search(plan, done.stderr, re.MULTILINE)
+    assert re.search(
+        r"^job 1: \S+ tokens/s generated, \S+ tokens/s in all, bound by [a-z_]+$", done.stderr, re.MULTILINE
+    )
     assert "\x1b" not in done.stderr
     job = only_job(home)
     assert job is not None
@@ -149,12 +161,60 @@ def test_a_damaged_model_is_named_and_no_output_is_touched(
     assert Path("out.jsonl").read_text() == "old"
 
 
-def test_a_plan_that_does_not_fit_says_what_to_change(home: Path, command: Command, model: str) -> None:
+def test_a_plan_that_does_not_fit_is_refused_before_there_is_a_job(home: Path, command: Command, model: str) -> None:
     dataset = write_rows(Path("d.jsonl"), {"prompt": "a"})
-    done = command("run", dataset, "--model", model, "--task", "generate", "--device-memory", "1KiB", "-o", "out")
-    assert done.returncode == 1
-    assert "--device-memory" in done.stderr
+    words = ("--model", model, "--task", "generate", "--device", "cpu", "--device-memory", "1KiB", "-o", "out")
+    done = command("run", dataset, *words, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the plan does not fit: it needs ")
+    assert "the smallest that fits: --device-memory " in done.stderr
     assert not Path("out").exists()
+    assert only_job(home) is None
+
+
+def test_a_plan_that_fits_costs_no_import_of_torch(
+    home: Path, run: Run, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = []
+    monkeypatch.setattr("cli.fitting._exact_facts", exact.append)
+    monkeypatch.setattr("cli.serving.work_off", lambda database, settings, job, *_, **__: job)
+    run("run", write_rows(Path("d.jsonl"), {"prompt": "a"}), "--model", model, *GENERATE, "-o", "out")
+    assert only_job(home) is not None
+    assert exact == []
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--model", "other"), "--model"),
+        (("--task", "score", "--prompt", "x"), "--task, --prompt"),
+        (("--name", "n"), "--name"),
+        (("--max-new-tokens", "5", "--stop", "x"), "--max-new-tokens, --stop"),
+        (("--priority", "0"), "--priority"),  # its default, but given
+        (("--keep-going",), "--keep-going"),
+        (("--choices", "a,b", "--seed", "0"), "--choices, --seed"),
+    ],
+)
+def test_what_a_job_keeps_cannot_be_given_to_go_on_with_it(
+    home: Path, run: Run, words: tuple[str, ...], named: str
+) -> None:
+    done = run("run", "--resume", "1", *words, "-o", "out")
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"error: {named} cannot be changed with --resume")
+    assert run("run", "--resume", "1", "--device", "cpu", "-o", "out").exit_code == 3  # only the job is missing
+
+
+def test_a_resumed_job_whose_plan_does_not_fit_stays_as_it_is(
+    home: Path, run: Run, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("cli.serving.work_off", lambda database, settings, job, *_, **__: job)
+        run("run", write_rows(Path("d.jsonl"), {"prompt": "a"}), "--model", model, *GENERATE, "-o", "out")
+    done = run("run", "--resume", "1", "--device", "cpu", "--device-memory", "1KiB", "-o", "out")
+    assert (done.exit_code, "does not fit" in done.stderr) == (2, True)
+    job = only_job(home)
+    assert job is not None
+    assert job.state == "queued"
 
 
 def test_the_dataset_is_refused_as_output_before_anything_starts(home: Path, run: Run, model: str) -> None:
@@ -186,7 +246,75 @@ def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(
     assert [json.loads(line)["id"] for line in Path("out.jsonl").read_text().splitlines()] == list(range(300))
 
 
-def test_redis_and_worker_end_with_their_owner_on_kill_9(home: Path, start: Start, model: str) -> None:
+MEASURING = """
+import os, signal, sys, time
+from storage.claims import Doing, heartbeat, register_worker, stop_worker
+from storage.database import Database
+from storage.jobs import fail_job
+from worker.presence import host_name, process_of
+
+database = Database.open(os.environ["OVERNIGHT_DATABASE"])
+
+def stop(*_):
+    if sys.argv[2] == "fails":
+        fail_job(database, 1, "the disk is gone", now=time.time())
+    stop_worker(database, number, now=time.time())
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, stop)
+number = register_worker(database, hostname=host_name(), pid=os.getpid(), queue=sys.argv[1], device="cpu",
+                         now=time.time(), lease_s=60.0, process=process_of(os.getpid()))
+heartbeat(database, number, now=time.time(), lease_s=60.0, doing=Doing("measuring"))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["stops", "fails"])
+def test_ctrl_c_while_the_machine_is_measured_ends_it_and_says_what_is_left(
+    home: Path, run: Run, model: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(worker: OwnWorker, redis_url: str) -> list[str]:
+        return [sys.executable, "-c", MEASURING, worker._queue, how]
+
+    monkeypatch.setattr(OwnWorker, "_command", fake)
+    told = threading.Event()
+
+    class Told(LineProgress):
+        def update(self, snapshot: Snapshot, now: float) -> None:
+            super().update(snapshot, now)
+            if snapshot.standstill == "measuring this machine, once":
+                told.set()
+
+    monkeypatch.setattr("cli.progress.LineProgress", Told)
+
+    def interrupt() -> None:
+        if told.wait(60):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    done = run("run", write_rows(Path("d.jsonl"), {"prompt": "a"}), "--model", model, *GENERATE, "-o", "out")
+    thread.join()
+    assert done.exit_code == 130
+    assert "job 1 queued: 0% | 0/1 requests | measuring this machine, once\nstopping: " in done.stderr
+    last = "job 1 failed: the disk is gone; when that is mended: overnight retry 1"
+    if how == "stops":
+        last = "job 1 keeps the outputs it has; go on with: overnight run --resume 1 -o out"
+    assert done.stderr.split("\n")[-4:] == [last, "", "error: interrupted", ""]  # the empty one is click's
+
+
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where temporary folders are made; its path is short enough for a socket."""
+    with tempfile.TemporaryDirectory(prefix="o") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+def test_redis_and_worker_end_with_their_owner_on_kill_9_and_the_next_run_sweeps(
+    home: Path, run: Run, start: Start, model: str, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = write_rows(Path("d.jsonl"), *({"prompt": "ab"} for _ in range(300)))
     process = start("run", dataset, "--model", model, *GENERATE, *SLOW, "-o", "out.jsonl")
     with job_begun(home):
@@ -195,6 +323,14 @@ def test_redis_and_worker_end_with_their_owner_on_kill_9(home: Path, start: Star
     assert len(family) == 2
     process.communicate(timeout=PATIENCE_S)
     until("the children to end", lambda: not any(map(is_running, family)))
+    assert len(list(scratch.glob("overnight-*"))) == 2
+
+    def no_server() -> NoReturn:
+        raise RedisUnavailable("none here")
+
+    monkeypatch.setattr("worker.private_redis.find_redis_server", no_server)
+    assert run("run", "--resume", "1", *GENERATE[2:], "-o", "out.jsonl").exit_code == 4
+    assert list(scratch.glob("overnight-*")) == []
 
 
 def test_a_worker_that_is_killed_ends_the_run_and_says_how_to_go_on(home: Path, start: Start, model: str) -> None:

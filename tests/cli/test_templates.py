@@ -81,11 +81,29 @@ def test_an_unknown_filter_is_refused_before_any_row() -> None:
         PromptTemplate("{{ text | shout }}")
 
 
-def test_a_template_file_is_read_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "template"),
+    [
+        ("\ufeffé {{ text }}", "é {{ text }}"),
+        ("a\n", "a"),
+        ("a\r\n", "a"),
+        ("a\n\n", "a\n"),
+        ("a\r\n\r\n", "a\r\n"),
+        ("a\n ", "a\n "),
+        ("a\r", "a\r"),
+        ("\n", ""),
+    ],
+)
+def test_one_line_end_at_the_end_of_a_template_file_is_no_part_of_it(
+    tmp_path: Path, content: str, template: str
+) -> None:
     path = tmp_path / "prompt.txt"
-    path.write_bytes("\ufeffé {{ text }}\n".encode())
-    assert read_template(f"@{path}") == "é {{ text }}\n"
-    assert read_template("plain @ text") == "plain @ text"
+    path.write_bytes(content.encode())
+    assert read_template(f"@{path}") == template
+
+
+def test_a_template_on_the_command_line_is_taken_as_it_is() -> None:
+    assert read_template("plain @ text\n") == "plain @ text\n"
 
 
 def test_a_template_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tokenizers.models import BPE
 
 from engine.errors import CheckpointError
 from engine.tokenizer import Tokenizer as EncodingTokenizer
+from engine.weights.importers.tokenizer_present import check_tokenizer
 from engine.weights.manifest import TOKENIZER_NAME
 
 _COPIED = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -29,17 +30,13 @@ def tokenizer_files(source: Path) -> dict[str, bytes]:
     Raises:
         CheckpointError: there is no tokenizer, or it is damaged.
     """
+    check_tokenizer(source)
     files = {name: (source / name).read_bytes() for name in _COPIED if (source / name).is_file()}
     path = source / TOKENIZER_NAME
     if path.is_file():
         files[TOKENIZER_NAME] = _with_special_tokens(source, path)
-    elif (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
-        files[TOKENIZER_NAME] = from_vocab_and_merges(source).to_str(pretty=True).encode()
     else:
-        raise CheckpointError(
-            f"{source} has no tokenizer; copy tokenizer.json, or vocab.json and merges.txt, into it from where the "
-            "checkpoint comes from"
-        )
+        files[TOKENIZER_NAME] = from_vocab_and_merges(source).to_str(pretty=True).encode()
     return files
 
 

@@ -1,0 +1,82 @@
+"""How large a model is, without its weights: what every plan is made from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.display import say
+
+if TYPE_CHECKING:
+    from engine.model.family import ModelShape
+    from engine.planner.default import StoredWeights
+    from worker.models import ModelRef
+    from worker.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is known of a model without its weights."""
+
+    shape: "ModelShape"
+    stored: "StoredWeights"
+    folder: Path | None
+    """Where its tokenizer may lie."""
+
+
+def sizes_of(ref: "ModelRef", settings: "Settings") -> Sizes:
+    """Of a model that is here; of a Hugging Face folder, as its import stores it.
+
+    Raises:
+        CheckpointError: it is damaged, or of a kind that cannot be planned for.
+    """
+    from engine.weights.manifest import is_model_dir
+    from worker.models import model_dir_for
+
+    model_dir = model_dir_for(ref, settings)
+    return _of_model_dir(model_dir) if is_model_dir(model_dir) else _of_checkpoint(ref.path)
+
+
+def _of_model_dir(model_dir: Path) -> Sizes:
+    from engine.model.opt_shape import OPTSizes
+    from engine.planner.default import StoredWeights
+    from engine.weights.manifest import read_manifest
+
+    manifest = read_manifest(model_dir)
+    sizes = OPTSizes.from_config(_checked_type(manifest.config))
+    stored = StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units})
+    return Sizes(sizes.shape, stored, model_dir)
+
+
+def _of_checkpoint(folder: Path) -> Sizes:
+    """A Hugging Face folder, as `overnight import` would store it."""
+    import json
+
+    from engine.errors import CheckpointError
+    from engine.model.opt_shape import OPTSizes
+    from engine.planner.default import StoredWeights
+    from engine.planner.plan import DTYPE_BYTES
+    from engine.weights.writer import UnitLayout
+
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); get the checkpoint again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object; get the checkpoint again")
+    sizes = OPTSizes.from_config(_checked_type(config))
+    named = str(config.get("torch_dtype") or config.get("dtype") or "").removeprefix("torch.")
+    dtype = named if named in DTYPE_BYTES else "float16"
+    if dtype != named:
+        say(f"{path} does not say how the weights are stored: taking {dtype}")
+    unit_bytes = {unit.name: UnitLayout.of(unit, dtype).num_bytes for unit in sizes.units()}
+    return Sizes(sizes.shape, StoredWeights(dtype, unit_bytes), folder)
+
+
+def _checked_type(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    from engine.errors import CheckpointError
+
+    if config.get("model_type") != "opt":
+        raise CheckpointError(f"model_type {config.get('model_type')!r} cannot be planned for; only 'opt' can")
+    return config

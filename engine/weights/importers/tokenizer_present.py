@@ -1,0 +1,23 @@
+"""Whether a Hugging Face folder has a tokenizer at all; loads no library."""
+
+from pathlib import Path
+
+from engine.errors import CheckpointError
+from engine.weights.manifest import TOKENIZER_NAME
+
+IN_PARTS = ("vocab.json", "merges.txt")
+"""From which one is built, in folders of the first OPT releases."""
+
+
+def check_tokenizer(source: Path) -> None:
+    """Return if the files are there.
+
+    Raises:
+        CheckpointError: they are not; the sentence names those to copy.
+    """
+    if (source / TOKENIZER_NAME).is_file() or all((source / name).is_file() for name in IN_PARTS):
+        return
+    raise CheckpointError(
+        f"{source} has no tokenizer; copy tokenizer.json, or vocab.json and merges.txt, of the same model into it, "
+        "with tokenizer_config.json and special_tokens_map.json where there are any"
+    )
