@@ -140,7 +140,7 @@ def measure(models: Path, rows: int) -> dict[str, float]:
             probe = Probe(status)
             quiet = figures["small_status_s"]
             with probe.beside():
-                figures["prune_s"] = command(environ, "prune", "--older-than", "0s").seconds
+                figures["prune_s"] = command(environ, "prune", "--older-than", "0m").seconds
             figures["blocked_s"] = max(probe.seconds) - quiet
             figures["file_left"] = path.stat().st_size / before
         finally:

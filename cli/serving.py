@@ -27,10 +27,15 @@ if TYPE_CHECKING:
 _GRACE_S = 30.0
 """How long a worker may take to finish a pass and give back what it holds."""
 _LAST_LINES = 5
+_DEATHS = 12
+"""Deaths of the worker without a row that ended in between, after which nobody starts it again."""
 
 
 class OwnWorker:
-    """A worker process on a private Redis. Use as a context manager; start it from the main thread."""
+    """A worker process on a private Redis. Use as a context manager; start it from the main thread.
+
+    It is its own supervisor: a worker that was killed is started again, and finds the row that killed it.
+    """
 
     def __init__(self, settings: "Settings", queue: str, placement: Placement, trace: Path | None = None) -> None:
         self._settings = settings
@@ -40,21 +45,20 @@ class OwnWorker:
         self._stack = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
         self._log = Path()
+        self._redis_url = ""
+        self._deaths = 0
+        self._ended = 0
 
     def __enter__(self) -> "OwnWorker":
-        from worker.children import spawn
         from worker.private_redis import PrivateRedis
         from worker.scratch import scratch_folder, sweep
 
         sweep()
         with self._stack as stack:
-            redis = stack.enter_context(PrivateRedis())
+            self._redis_url = stack.enter_context(PrivateRedis()).url
             folder = stack.enter_context(scratch_folder("log-"))
             self._log = folder / "worker.log"
-            output = stack.enter_context(self._log.open("wb"))
-            self._process = spawn(
-                self._command(redis.url), environ=self._environment(), stdout=output, stderr=subprocess.STDOUT
-            )
+            self._process = self._start()
             self._stack = stack.pop_all()
         return self
 
@@ -76,23 +80,40 @@ class OwnWorker:
         assert self._process is not None
         return self._process.pid
 
-    def check(self) -> None:
-        """Returns while the worker lives.
+    def check(self, ended: int) -> str | None:
+        """Returns while the worker lives. One that was killed is started again, and a sentence about it returned.
+
+        ``ended``: how many rows have an outcome by now.
 
         Raises:
             WorkerDied: with its last error, and its own exit code where that says more than "it failed".
         """
         assert self._process is not None
+        if ended > self._ended:
+            self._ended, self._deaths = ended, 0
         code = self._process.poll()
-        if code is not None:
-            how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        if code is None:
+            return None
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        self._deaths += 1
+        if code >= 0 or self._deaths >= _DEATHS:
             raise WorkerDied(f"the worker {how}: {self.last_words()}", code)
+        self._process = self._start()
+        return f"the worker {how}; it is started again, and runs the rows that it had in hand apart from others"
 
     def last_words(self) -> str:
         """Its last error sentence, or else its last lines."""
         lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         return errors[-1] if errors else "\n".join(lines[-_LAST_LINES:]) or "it said nothing"
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        from worker.children import spawn
+
+        with self._log.open("ab") as output:
+            return spawn(
+                self._command(self._redis_url), environ=self._environment(), stdout=output, stderr=subprocess.STDOUT
+            )
 
     def _command(self, redis_url: str) -> list[str]:
         # -P: a folder named `cli` where the user happens to be must not be taken for ours.
@@ -157,7 +178,14 @@ def work_off(
 def _watched(database: "Database", job: "Job", worker: OwnWorker, progress: Progress) -> Snapshot:
     """Shows a job until it has ended, and each plan that its rows are computed under."""
     shown: dict[str, Any] | None = None
-    for snapshot in follow(database, job.id, watch=worker.check):
+    ended = 0
+
+    def tend() -> None:
+        if (sentence := worker.check(ended)) is not None:
+            progress.note(sentence)
+
+    for snapshot in follow(database, job.id, watch=tend):
+        ended = snapshot.job.num_done + snapshot.job.num_failed
         plan = snapshot.job.plan
         if plan is not None and plan != shown and snapshot.standstill is None:
             progress.note(f"{model_name(job.model)}: {plan_in_words(plan)}")

@@ -16,7 +16,9 @@ from typing import NoReturn
 
 import pytest
 
+from cli.errors import WorkerDied
 from cli.main import main
+from cli.placement import Placement
 from cli.progress import LineProgress, Snapshot
 from cli.serving import OwnWorker
 from storage.database import Database
@@ -24,6 +26,7 @@ from storage.jobs import Job, list_jobs
 from storage.results import list_passes
 from tests.cli.conftest import ROOT, Command, Run, write_rows
 from worker.errors import RedisUnavailable
+from worker.settings import Settings
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -333,17 +336,31 @@ def test_redis_and_worker_end_with_their_owner_on_kill_9_and_the_next_run_sweeps
     assert list(scratch.glob("overnight-*")) == []
 
 
-def test_a_worker_that_is_killed_ends_the_run_and_says_how_to_go_on(home: Path, start: Start, model: str) -> None:
-    dataset = write_rows(Path("d.jsonl"), *({"prompt": "ab"} for _ in range(300)))
+def test_a_worker_that_is_killed_is_started_again(home: Path, start: Start, model: str) -> None:
+    dataset = write_rows(Path("d.jsonl"), *({"prompt": "ab"} for _ in range(120)))
     process = start("run", dataset, "--model", model, *GENERATE, *SLOW, "-o", "out.jsonl", "--trace", "trace.json")
     until("a pass", lambda: Path("trace.json").exists() and '"pass 1"' in Path("trace.json").read_text())
     with job_begun(home):
         os.kill(worker_of(process.pid), signal.SIGKILL)
     _, stderr = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 1
-    assert "signal 9" in stderr
-    assert "--resume 1" in stderr
+    assert process.returncode == 0, stderr
+    assert "signal 9; it is started again" in stderr
+    assert [json.loads(line)["status"] for line in Path("out.jsonl").read_text().splitlines()] == ["ok"] * 120
     assert len(json.loads(Path("trace.json").read_text())) > 20, "a whole array, as far as it has come"
+
+
+def test_a_worker_that_only_dies_is_not_started_for_ever(settings: Settings) -> None:
+    class Doomed(OwnWorker):
+        def _command(self, redis_url: str) -> list[str]:
+            return [sys.executable, "-c", "import os; print('error: no luck'); os.kill(os.getpid(), 9)"]
+
+    with Doomed(settings, "run-x", Placement()) as worker:
+        for _ in range(11):
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+            assert "started again" in str(worker.check(ended=1))
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(WorkerDied, match="signal 9: no luck"):
+            worker.check(ended=1)
 
 
 def test_a_trace_tells_what_lanes_and_passes_did(home: Path, command: Command, model: str) -> None:
