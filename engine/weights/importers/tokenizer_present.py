@@ -18,6 +18,6 @@ def check_tokenizer(source: Path) -> None:
     if (source / TOKENIZER_NAME).is_file() or all((source / name).is_file() for name in IN_PARTS):
         return
     raise CheckpointError(
-        f"{source} has no tokenizer; copy tokenizer.json, or vocab.json and merges.txt, of the same model into it, "
-        "with tokenizer_config.json and special_tokens_map.json where there are any"
+        f"{source} has no tokenizer; copy tokenizer.json, or vocab.json and merges.txt, into it from where the "
+        "checkpoint comes from"
     )
