@@ -384,7 +384,9 @@ def run_undisturbed(models: Path, load: Load) -> Outputs:
         return quiet.outputs()
 
 
-def run_round(models: Path, seed: int, load: Load, undisturbed: Outputs, *, faults: int) -> tuple[float, Counter[str]]:
+def run_round(
+    models: Path, seed: int, load: Load, undisturbed: Outputs, *, faults: int, patience_s: float = PATIENCE_S
+) -> tuple[float, Counter[str]]:
     """One round; returns the seconds from its last fault to its end, and how often each fault came.
 
     Raises:
@@ -392,7 +394,7 @@ def run_round(models: Path, seed: int, load: Load, undisturbed: Outputs, *, faul
     """
     with chaos_round(models, seed, load) as one:
         one.befall(faults)
-        seconds = one.wait()
+        seconds = one.wait(patience_s)
         one.check(undisturbed)
     return seconds, one.counts
 

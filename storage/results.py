@@ -12,7 +12,7 @@ from sqlalchemy import Insert as AnyInsert
 from storage.claims import hold_worker
 from storage.database import Database
 from storage.jobs import get_job
-from storage.schema import jobs, outputs, passes, requests
+from storage.schema import jobs, outputs, passes, requests, value_of
 from storage.states import JobState, OutputStatus, RequestState, jobs_before
 
 _IN_LIST = 500  # SQLite's oldest limit of parameters is 999
@@ -195,7 +195,7 @@ def _stream(db: Database, job_id: int, errors_only: bool, page_rows: int) -> Ite
     query = (
         select(
             outputs.c.index,
-            requests.c.row_id,
+            type_coerce(requests.c.row_id, Text),
             outputs.c.status,
             type_coerce(outputs.c.output, Text),  # parsed one row at a time, below
             outputs.c.error_code,
@@ -215,8 +215,9 @@ def _stream(db: Database, job_id: int, errors_only: bool, page_rows: int) -> Ite
     while True:
         with db.read() as connection:
             page = connection.execute(query.where(outputs.c.index > last)).all()
-        for index, row_id, status, output, *rest in page:
-            yield OutputRow(index, row_id, status, None if output is None else json.loads(output), *rest)
+        for index, row_id, status, output, code, message, prompt, completion, finished_at in page:
+            made = None if output is None else json.loads(output)
+            yield OutputRow(index, value_of(row_id), status, made, code, message, prompt, completion, finished_at)
         if len(page) < page_rows:
             return
         last = page[-1][0]

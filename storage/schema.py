@@ -55,12 +55,17 @@ def to_json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def object_of(text: str | None) -> dict[str, Any] | None:
-    """A JSON object as it was stored; None for anything else, so that one damaged row costs nothing but itself."""
+def value_of(text: str | None) -> Any:
+    """A JSON value as it was stored; None where it cannot be read, so that one damaged row costs nothing but itself."""
     try:
-        value = json.loads(text or "null")
+        return json.loads(text or "null")
     except (ValueError, RecursionError):
         return None
+
+
+def object_of(text: str | None) -> dict[str, Any] | None:
+    """A JSON object as it was stored; None for anything else."""
+    value = value_of(text)
     return value if isinstance(value, dict) else None
 
 
