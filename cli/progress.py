@@ -203,12 +203,13 @@ def follow(database: "Database", job_id: int, *, watch: Callable[[], None] | Non
     ``watch`` is called between two looks and may raise to end the waiting. With it the worker is our own: one that is
     not there yet is about to come.
     """
+    from storage.clock import time_of
     from storage.jobs import get_job
 
     pause = _POLL_S
     while True:
         job = get_job(database, job_id)
-        attending = attendance(database, job, now=time.time())
+        attending = attendance(database, job, now=time_of(database))
         if watch is not None and attending.hint:
             attending = Attendance(doing="its worker is starting")
         yield Snapshot(job, attending)

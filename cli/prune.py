@@ -75,12 +75,13 @@ def command(app: App, older_than: float, dry_run: bool, compact: bool, as_json: 
 
 def _give_back(database: "Database", compact: bool) -> None:
     from storage.claims import list_workers
+    from storage.clock import time_of
     from storage.space import give_back, rewrite, space_of
 
     space = space_of(database)
     if space is None:
         return
-    is_quiet = not list_workers(database, time.time())
+    is_quiet = not list_workers(database, time_of(database))
     if compact or (not space.is_incremental and space.free and space.is_little and is_quiet):
         rewrite(database)
     else:

@@ -68,7 +68,7 @@ def job_document(job: "Job", now: float, *, is_attended: bool = True) -> dict[st
 
 
 def worker_document(worker: "Worker", *, crashes: int = 0) -> dict[str, Any]:
-    """A live worker; times are unix seconds. ``crashes``: faults of its machine that ended a process."""
+    """A live worker; times are unix seconds. ``crashes``: faults of its machine since all went well."""
     return {
         "id": worker.id,
         "hostname": worker.hostname,

@@ -16,13 +16,14 @@ from cli.options import job_argument, settings_options
 def command(app: App, job_id: int) -> None:
     """Queue the failed and cancelled requests of JOB again; good outputs stay as they are."""
     from cli.workers import missing_worker_hint
+    from storage.clock import time_of
     from storage.jobs import retry_job
     from worker.doorbell import ring
     from worker.errors import RedisUnreachable
 
     with app.job_database(job_id) as database:
         job = retry_job(database, job_id, now=time.time())
-        hint = missing_worker_hint(database, job, now=time.time())
+        hint = missing_worker_hint(database, job, now=time_of(database))
     remaining = job.num_requests - job.num_done - job.num_failed
     say(f"job {job.id} is {job.state} again with {format_count(remaining)} requests to do")
     if hint:

@@ -1,6 +1,7 @@
 """`overnight status`: what is in the queue, how far it is, and who works on it."""
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
@@ -57,6 +58,7 @@ def _newest_unfinished(database: "Database") -> int | None:
 
 def _show_job(database: "Database", job_id: int, *, watch: bool, as_json: bool) -> None:
     from cli.workers import missing_worker_hint
+    from storage.clock import time_of
     from storage.jobs import get_job
 
     job = get_job(database, job_id)
@@ -65,7 +67,7 @@ def _show_job(database: "Database", job_id: int, *, watch: bool, as_json: bool) 
             job = _watch(database, job)
         except KeyboardInterrupt:  # looking ends, and nothing else does
             raise click.exceptions.Exit(exit_codes.INTERRUPTED) from None
-    now = time.time()
+    now = time_of(database)
     hint = missing_worker_hint(database, job, now=now)
     if as_json:
         emit_json(job_document(job, now, is_attended=hint is None))
@@ -93,15 +95,20 @@ def _watch(database: "Database", job: "Job") -> "Job":
 def _show_all(database: "Database", *, as_json: bool) -> None:
     from cli.workers import living_workers
     from storage.claims import list_workers
+    from storage.clock import time_of
+    from storage.faults import list_faults
     from storage.jobs import list_jobs
 
-    now = time.time()
+    now = time_of(database)
     jobs = list_jobs(database, limit=None if as_json else _SHOWN_JOBS + 1)
     workers = list_workers(database, now)
     if as_json:
         served = {worker.queue for worker in living_workers(database, now)}
         documents = [job_document(job, now, is_attended=job.queue in served) for job in jobs]
-        emit_json({"jobs": documents, "workers": [worker_document(w) for w in workers]})
+        faults = Counter[str]()
+        for fault in list_faults(database):
+            faults[fault.machine] += fault.count
+        emit_json({"jobs": documents, "workers": [worker_document(w, crashes=faults[w.hostname]) for w in workers]})
         return
     if jobs:
         emit_table(*jobs_table(jobs[:_SHOWN_JOBS], now))

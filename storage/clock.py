@@ -28,13 +28,13 @@ class DatabaseClock:
     def sync(self) -> None:
         """Ask the database. Raises DatabaseUnreachable."""
         before = self._monotonic()
-        there = self._ask()
+        there = time_of(self._db)
         self._offset_s = there - (before + self._monotonic()) / 2
 
-    def _ask(self) -> float:
-        if self._db.dialect != "postgresql":
-            return time.time()
-        with self._db.read() as connection:
-            return float(
-                connection.execute(select(cast(extract("epoch", func.clock_timestamp()), Double))).scalar_one()
-            )
+
+def time_of(db: Database) -> float:
+    """Unix seconds by the database, for one look at leases. Raises DatabaseUnreachable."""
+    if db.dialect != "postgresql":
+        return time.time()
+    with db.read() as connection:
+        return float(connection.execute(select(cast(extract("epoch", func.clock_timestamp()), Double))).scalar_one())
