@@ -14,6 +14,7 @@ import pytest
 from cli.plans import plan_in_words
 from storage.claims import Doing, heartbeat, register_worker, stop_worker
 from storage.database import Database
+from storage.faults import note_fault
 from storage.jobs import fail_job, note_plan
 from tests.cli.conftest import ROOT, Command, Run, work, write_rows
 from worker.presence import host_name, process_of
@@ -97,12 +98,15 @@ def test_a_worker_says_what_it_waits_for(run: Run, worker: tuple[Database, int])
     database, number = worker
     doing = Doing("waiting", "m", "the model 'm' is not here", time.time() + 250.5)
     heartbeat(database, number, now=time.time(), lease_s=600.0, doing=doing)
+    for _ in range(2):
+        note_fault(database, host_name(), "m", "no room", now=time.time(), waits_s=[60.0])
+    note_fault(database, "another machine", "m", "no room", now=time.time(), waits_s=[60.0])
     (document,) = json.loads(run("status", "--json").stdout)["workers"]
     assert list(document) == [
         "id", "hostname", "pid", "queue", "device", "model", "state", "message", "retry_at", "crashes", "started_at",
         "heartbeat_at",
     ]  # fmt: skip
-    assert (document["message"], document["retry_at"], document["crashes"]) == (doing.message, doing.retry_at, 0)
+    assert (document["message"], document["retry_at"], document["crashes"]) == (doing.message, doing.retry_at, 2)
     assert f"worker {number}: the model 'm' is not here (tries again in 4 min 10 s)" in run("status").stdout
 
 
