@@ -6,7 +6,6 @@ cancel and prune cost, themselves and for others. Each figure stands beside its 
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -58,14 +57,25 @@ def command(environ: dict[str, str], *words: str, stdin: Path | None = None) -> 
         child = subprocess.Popen(
             [sys.executable, "-m", "cli", *words], env=environ, cwd=ROOT, stdin=source, stdout=out, stderr=err
         )
-        _, status, usage = os.wait4(child.pid, 0)
+        peak = 0
+        while child.poll() is None:
+            peak = max(peak, _peak_kib(child.pid))
+            time.sleep(0.01)
         seconds = time.monotonic() - began
-        child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
         if child.returncode != 0:
             raise RuntimeError(f"overnight {' '.join(words)}: {err.read().decode(errors='replace')[-500:]}")
-        return Ran(seconds, usage.ru_maxrss / 1024, out.read().decode())
+        return Ran(seconds, peak / 1024, out.read().decode())
+
+
+def _peak_kib(pid: int) -> int:
+    """The most memory that a process had so far. (What the kernel tells at its end begins with its parent's.)"""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 @dataclass(slots=True)
