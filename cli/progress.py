@@ -20,6 +20,8 @@ _WINDOW_S = 30.0
 _LINE_EVERY_S = 5.0
 _POLL_S = 0.25
 _SLOWEST_POLL_S = 2.0
+_PATIENCE_S = 4 * 3600.0
+"""How long a database that is locked or away is waited for; a worker waits as long, unless it is told otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,19 +207,27 @@ def follow(database: "Database", job_id: int, *, watch: Callable[[], None] | Non
     """
     from storage.clock import time_of
     from storage.jobs import get_job
+    from worker.patience import Patience
 
+    def look() -> tuple["Job", Attendance]:
+        job = get_job(database, job_id)
+        return job, attendance(database, job, now=time_of(database))
+
+    def rest(seconds: float) -> None:
+        if watch is not None:
+            watch()
+        time.sleep(seconds)
+
+    patience = Patience(_PATIENCE_S, rest, say=say)
     pause = _POLL_S
     while True:
-        job = get_job(database, job_id)
-        attending = attendance(database, job, now=time_of(database))
+        job, attending = patience(look)
         if watch is not None and attending.hint:
             attending = Attendance(doing="its worker is starting")
         yield Snapshot(job, attending)
         if job.state in FINISHED:
             return
-        if watch is not None:
-            watch()
-        time.sleep(pause)
+        rest(pause)
         pause = min(_SLOWEST_POLL_S if watch is None else 4 * _POLL_S, pause * 1.2)
 
 

@@ -156,6 +156,13 @@ def claim_suspects(db: Database, worker_id: int, job_ids: Sequence[int], *, now:
     return _claimed(taken)
 
 
+def served_jobs(db: Database, *, but: int) -> set[int]:
+    """The jobs of which some worker other than `but` holds requests."""
+    held = select(requests.c.job_id).where(requests.c.worker_id.is_not(None), requests.c.worker_id != but).distinct()
+    with db.read() as connection:
+        return set(connection.execute(held).scalars())
+
+
 def held_claims(db: Database, worker_id: int) -> set[tuple[int, int, int]]:
     """What the database thinks that a worker runs: job, index and attempt of each claimed request."""
     held = select(requests.c.job_id, requests.c.index, requests.c.attempt).where(
@@ -237,8 +244,8 @@ def expire(db: Database, *, now: float, is_dead: Callable[[Worker], bool] | None
     if not suspects:
         return 0  # the usual case takes no write lock
     returned = 0
-    with db.write() as connection:
-        for worker_id in suspects:
+    for worker_id in suspects:
+        with db.write() as connection:
             # A heartbeat may have come since the list was read: only a proven death outweighs it.
             over = or_(workers.c.lease_until < now, workers.c.id.in_(proven))
             ended = update(workers).where(workers.c.id == worker_id, workers.c.stopped_at.is_(None), over)
@@ -249,13 +256,10 @@ def expire(db: Database, *, now: float, is_dead: Callable[[Worker], bool] | None
 
 def stop_worker(db: Database, worker_id: int, *, now: float) -> None:
     """The orderly end of a worker: gives back what it holds and marks it stopped. A second time changes nothing."""
+    mine = update(workers).where(workers.c.id == worker_id, workers.c.stopped_at.is_(None))
     with db.write() as connection:
+        connection.execute(mine.values(stopped_at=now, state="stopped"))
         _release(connection, worker_id)
-        connection.execute(
-            update(workers)
-            .where(workers.c.id == worker_id, workers.c.stopped_at.is_(None))
-            .values(stopped_at=now, state="stopped")
-        )
 
 
 def _release_statement(worker_id: int) -> Any:

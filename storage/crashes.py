@@ -10,14 +10,15 @@ from collections.abc import Collection, Iterable, Iterator
 from sqlalchemy import Connection, and_, func, or_, select, update
 
 from storage.claims import lock_jobs
-from storage.database import Database
+from storage.database import Database, one_at_a_time
 from storage.schema import requests
 from storage.states import RequestState
 
 FOUND_GUILTY = 0
-"""The group of rows that run no more; every other group is above, or, after a retry, below."""
+"""The group of rows that run no more; every other group is above."""
 LEAST_CRASHES = 3
 """Before that, a crash may well have been somebody's kill -9."""
+_NUMBERING = 0x6F766E67  # PostgreSQL's name for "one transaction makes groups"
 _IN_LIST = 500  # SQLite's oldest limit of parameters is 999
 
 
@@ -36,8 +37,8 @@ def count_crash(db: Database, worker_id: int, rows: Iterable[tuple[int, int, int
             for index, crashes in _blamable(connection, worker_id, job_id, [row for row in running if row[0] == job_id])
         ]
         guilty = len(running) == 1 and len(found) == 1 and found[0][2] + 1 >= LEAST_CRASHES
-        last = connection.execute(select(func.max(requests.c.crash_group))).scalar_one() or FOUND_GUILTY
-        groups = (max(last, FOUND_GUILTY) + 1, max(last, FOUND_GUILTY) + 2)
+        group = new_group(connection)
+        groups = (group, group + 1)
         middle = (len(found) + 1) // 2
         for number, (job_id, index, _) in enumerate(sorted(found)):
             row = (requests.c.job_id == job_id, requests.c.index == index)
@@ -69,13 +70,22 @@ def _blamable(
                 yield index, crashes
 
 
+def new_group(connection: Connection) -> int:
+    """Within a write transaction: a number from which on no group has been made."""
+    one_at_a_time(connection, _NUMBERING)
+    # Named for the index of the few rows that have a group: without the condition all rows would be looked at.
+    last = select(func.max(requests.c.crash_group)).where(requests.c.crash_group.is_not(None))
+    return max(connection.execute(last).scalar_one() or FOUND_GUILTY, FOUND_GUILTY) + 1
+
+
 def only_suspects(db: Database, job_ids: Collection[int]) -> set[int]:
     """Those of these jobs whose every pending row was in a crash, so that it must run apart."""
     pending = requests.c.state == RequestState.PENDING
     suspects = select(requests.c.job_id).where(requests.c.crash_group.is_not(None), pending).distinct()
     with db.read() as connection:
         found = set(connection.execute(suspects).scalars()) & set(job_ids)
-        if not found:
-            return found  # nearly always, and by one look into a small index
-        plain = select(requests.c.job_id).where(requests.c.job_id.in_(found), pending, requests.c.crash_group.is_(None))
-        return found - set(connection.execute(plain.distinct()).scalars())
+        for job_id in sorted(found):  # nearly always none, found by one look into a small index
+            plain = (requests.c.job_id == job_id, pending, requests.c.crash_group.is_(None))
+            if connection.execute(select(requests.c.index).where(*plain).limit(1)).first() is not None:
+                found.discard(job_id)
+    return found

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from sqlalchemy import URL, Connection, Engine, create_engine, exc, func, inspect, select
+from sqlalchemy import URL, Connection, Engine, Insert, Table, create_engine, exc, func, inspect, select
 from sqlalchemy.engine import make_url
 
 from storage.errors import (
@@ -26,6 +26,7 @@ from storage.sqlite import OLDEST_SQLITE, install_events, prepare_file
 from storage.urls import shown_error, without_password
 
 _REFUSALS = ("password authentication failed", "no password supplied", '" does not exist')  # PostgreSQL's words
+_READ_ONLY = "25006"
 _ADVISORY_LOCK = 0x6F766E74  # "ovnt": PostgreSQL's name for "one process creates or upgrades the schema"
 
 
@@ -170,7 +171,7 @@ class Database:
             with self._translated(), engine.connect() as connection:
                 writer = connection.execution_options(overnight_write=True)
                 with writer.begin():
-                    _serialise(writer)
+                    one_at_a_time(writer, _ADVISORY_LOCK)
                     upgrade(writer)
         finally:
             engine.dispose()
@@ -200,7 +201,7 @@ class Database:
     def _create_schema(self) -> str:
         """Make all tables and stamp them, in one transaction; another process may have been faster."""
         with self.write() as connection:
-            _serialise(connection)
+            one_at_a_time(connection, _ADVISORY_LOCK)
             version = _version(connection)
             if version is not None:
                 return version
@@ -227,6 +228,8 @@ def translate(error: exc.DBAPIError, place: str, url: str = "") -> StorageError 
         # libpq gives no code for a connection that was refused, only a text.
         if any(words in str(error.orig) for words in _REFUSALS):
             return DatabaseMisnamed(f"The database {place} does not let us in: {said}")
+        if getattr(error.orig, "sqlstate", None) == _READ_ONLY:  # a fail-over, or a full disk: it may pass
+            return DatabaseUnreachable(f"The database {place} takes no writes: {said}")
         if isinstance(error, exc.OperationalError | exc.InterfaceError):
             return DatabaseUnreachable(f"Cannot reach the database {place}: {said}")
         return None
@@ -322,7 +325,21 @@ def _version(connection: Connection) -> str | None:
     return connection.execute(select(alembic_version.c.version_num)).scalar_one_or_none()
 
 
-def _serialise(connection: Connection) -> None:
-    """SQLite's write lock already lets only one in; PostgreSQL needs to be asked."""
+def insert_once(connection: Connection, table: Table) -> Insert:
+    """INSERT .. ON CONFLICT DO NOTHING, in the database's own words."""
     if connection.dialect.name == "postgresql":
-        connection.execute(select(func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
+        from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+
+        return postgresql_insert(table).on_conflict_do_nothing()
+    from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+    return sqlite_insert(table).on_conflict_do_nothing()
+
+
+def one_at_a_time(connection: Connection, what: int) -> None:
+    """Within a write transaction: nobody else is past this call with the same number until it ends.
+
+    SQLite's write lock already lets only one in; PostgreSQL needs to be asked.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(what)))

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, select, update
 
-from storage.database import Database
+from storage.database import Database, insert_once
 from storage.schema import faults
 
 
@@ -15,6 +15,7 @@ class Fault:
 
     machine: str
     model: str  # as the job names it
+    kind: str  # what was done when it went wrong
     count: int  # in a row
     message: str
     happened_at: float
@@ -26,23 +27,35 @@ class Fault:
         return self.retry_at - self.happened_at
 
 
+def wait_after(count: int, waits_s: Sequence[float], spared: int = 0) -> float:
+    """Seconds to leave a model alone after so many faults in a row: none after the first `spared`, then `waits_s` one
+    after the other, the last again and again."""
+    turn = count - 1 - spared
+    return waits_s[min(turn, len(waits_s) - 1)] if turn >= 0 else 0.0
+
+
 def note_fault(
-    db: Database, machine: str, model: str, message: str, *, now: float, waits_s: Sequence[float], spared: int = 0
+    db: Database,
+    machine: str,
+    model: str,
+    message: str,
+    *,
+    now: float,
+    waits_s: Sequence[float],
+    kind: str = "loading",
+    spared: int = 0,
 ) -> Fault:
-    """One fault more. The model is left alone for `waits_s[0]` seconds, the next time for `waits_s[1]`, the last again
-    and again; the first `spared` faults in a row cost no waiting."""
-    key = (faults.c.machine == machine, faults.c.model == model)
+    """One fault more; see `wait_after` for how long the model is left alone."""
+    key = (faults.c.machine == machine, faults.c.model == model, faults.c.kind == kind)
+    first = {"machine": machine, "model": model, "kind": kind, "count": 0, "message": message}
     with db.write() as connection:
-        before = connection.execute(select(faults.c.count).where(*key).with_for_update()).scalar_one_or_none() or 0
-        turn = before - spared
-        wait_s = waits_s[min(turn, len(waits_s) - 1)] if turn >= 0 else 0.0
-        fault = Fault(machine, model, before + 1, message, now, now + wait_s)
-        values = {"count": fault.count, "message": message, "happened_at": now, "retry_at": fault.retry_at}
-        if before:
-            connection.execute(update(faults).where(*key).values(values))
-        else:
-            connection.execute(insert(faults).values(machine=machine, model=model, **values))
-    return fault
+        # There before it is counted: a row that is not there cannot be locked, and another may be as quick.
+        connection.execute(insert_once(connection, faults).values(**first, happened_at=now, retry_at=now))
+        count = connection.execute(select(faults.c.count).where(*key).with_for_update()).scalar_one() + 1
+        wait_s = wait_after(count, waits_s, spared)
+        values = {"count": count, "message": message, "happened_at": now, "retry_at": now + wait_s}
+        connection.execute(update(faults).where(*key).values(values))
+    return Fault(machine, model, kind, count, message, now, now + wait_s)
 
 
 def clear_fault(db: Database, machine: str, model: str) -> None:
@@ -53,7 +66,9 @@ def clear_fault(db: Database, machine: str, model: str) -> None:
 
 def list_faults(db: Database, machine: str | None = None) -> list[Fault]:
     """The faults of one machine, or of all."""
-    query = select(*(faults.c[name] for name in Fault.__dataclass_fields__)).order_by(faults.c.machine, faults.c.model)
+    query = select(*(faults.c[name] for name in Fault.__dataclass_fields__)).order_by(
+        faults.c.machine, faults.c.model, faults.c.kind
+    )
     if machine is not None:
         query = query.where(faults.c.machine == machine)
     with db.read() as connection:

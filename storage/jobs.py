@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Select, Text, and_, case, delete, func, select, type_coerce, update
+from sqlalchemy import Connection, Select, Text, and_, delete, func, select, type_coerce, update
 
-from storage.crashes import FOUND_GUILTY
+from storage.crashes import FOUND_GUILTY, new_group
 from storage.database import Database
 from storage.errors import InvalidTransition, JobNotFound, NothingToRetry
 from storage.loading import NewJob, NewRequest, create_job, remove_rows, sweep_invisible
@@ -198,10 +198,12 @@ def retry_job(db: Database, job_id: int, *, now: float) -> Job:  # noqa: ARG001 
             ).where(errors)
         ).one()
         connection.execute(delete(outputs).where(errors))
-        # A row that was found to end its worker gets another chance, still apart from all others.
-        apart = case((requests.c.crash_group == FOUND_GUILTY, -1 - requests.c.index), else_=requests.c.crash_group)
-        values = {"state": RequestState.PENDING, "crash_group": apart}
-        queued = connection.execute(update(requests).where(again).values(values)).rowcount
+        guilty = select(requests.c.index).where(again, requests.c.crash_group == FOUND_GUILTY)
+        for index in connection.execute(guilty.order_by(requests.c.index)).scalars().all():
+            # One that was found to end its worker gets another chance, apart from all others.
+            alone = update(requests).where(requests.c.job_id == job_id, requests.c.index == index)
+            connection.execute(alone.values(crash_group=new_group(connection)))
+        queued = connection.execute(update(requests).where(again).values(state=RequestState.PENDING)).rowcount
         if queued == 0:
             raise NothingToRetry(_why_nothing(job))
         connection.execute(
@@ -236,5 +238,5 @@ def purge_job(db: Database, job_id: int) -> None:
         job = _job(connection, job_id, lock=True)
         if not job.is_finished:
             raise InvalidTransition(f"Job {job_id} is still {job.state}; cancel it before it is purged.")
-        connection.execute(update(jobs).where(jobs.c.id == job_id).values(visible=False, loaded_at=0.0))
+        connection.execute(update(jobs).where(jobs.c.id == job_id).values(visible=False))
     remove_rows(db, job_id)

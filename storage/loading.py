@@ -5,7 +5,7 @@ Between two chunks the write lock is free: a worker goes on committing while a l
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -90,17 +90,24 @@ def create_job(db: Database, new: NewJob, rows: Iterable[NewRequest], *, now: fl
     return job_id
 
 
-def sweep_invisible(db: Database, *, now: float, older_than_s: float) -> int:
-    """Remove what killed enqueues and purges left: jobs whose last chunk is older than this. Returns how many."""
+def sweep_invisible(
+    db: Database, *, now: float, older_than_s: float, is_over: Callable[[], bool] = lambda: False
+) -> int:
+    """Remove what killed enqueues and purges left: jobs whose last chunk is older than this. Returns how many.
+
+    `is_over`: asked between two chunks, whether to leave the rest to the next one.
+    """
     stale = select(jobs.c.id).where(jobs.c.visible.is_(False), jobs.c.loaded_at < now - older_than_s)
     with db.read() as connection:
         found = list(connection.execute(stale).scalars())
     for job_id in found:
-        remove_rows(db, job_id)
+        remove_rows(db, job_id, is_over=is_over)
     return len(found)
 
 
-def remove_rows(db: Database, job_id: int, pace: Pace | None = None) -> None:
+def remove_rows(
+    db: Database, job_id: int, pace: Pace | None = None, *, is_over: Callable[[], bool] = lambda: False
+) -> None:
     """Delete an invisible job, its row last, a chunk a transaction. A visible one is left alone."""
     pace = pace or Pace(1000)
     with db.write() as connection:
@@ -109,7 +116,7 @@ def remove_rows(db: Database, job_id: int, pace: Pace | None = None) -> None:
         if connection.execute(condemned).rowcount != 1:
             return
     of_job = select(requests.c.index).where(requests.c.job_id == job_id).order_by(requests.c.index)
-    while True:
+    while not is_over():
         with pace.step() as rows, db.write() as connection:
             page = connection.execute(of_job.limit(rows)).scalars().all()
             if not page:

@@ -4,6 +4,7 @@ No transaction takes longer than a moment (`storage.pace`). One that is killed l
 their rows, and the next one ends what it began.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -58,8 +59,8 @@ def prune(db: Database, *, before: float, pace: Pace | None = None) -> Pruned:
     with db.read() as connection:
         old = connection.execute(select(jobs.c.id).where(_old(before)).order_by(jobs.c.id)).scalars().all()
         # What an earlier one left when it was killed.
-        begun = connection.execute(select(jobs.c.id).where(jobs.c.visible.is_(False), jobs.c.loaded_at == 0.0))
-        left = list(begun.scalars())
+        is_begun = and_(jobs.c.visible.is_(False), jobs.c.state.not_in(OPEN_JOBS))
+        left = list(connection.execute(select(jobs.c.id).where(is_begun)).scalars())
     gone, num_requests = [], 0
     for job_id in old:
         # Looked at again: somebody may have retried it since.
@@ -67,7 +68,8 @@ def prune(db: Database, *, before: float, pace: Pace | None = None) -> Pruned:
         with db.write() as connection:
             row = connection.execute(select(jobs.c.num_requests).where(mine)).one_or_none()
             if row is not None:
-                connection.execute(update(jobs).where(mine).values(visible=False, loaded_at=0.0))
+                # As old as it is now: no worker's sweep shall take part while this goes on.
+                connection.execute(update(jobs).where(mine).values(visible=False, loaded_at=time.time()))
         if row is not None:
             remove_rows(db, job_id, pace)
             gone.append(job_id)

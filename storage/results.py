@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Text, insert, select, type_coerce, update
-from sqlalchemy import Insert as AnyInsert
 
 from storage.claims import hold_worker
-from storage.database import Database
+from storage.database import Database, insert_once
 from storage.jobs import get_job
 from storage.schema import jobs, outputs, passes, requests, value_of
 from storage.states import JobState, OutputStatus, RequestState, jobs_before
@@ -111,7 +110,7 @@ def _record_job(
             these = requests.c.index.in_(some[start : start + _IN_LIST])
             statement = update(requests).where(requests.c.job_id == job_id, these)
             connection.execute(statement.values(state=state, worker_id=None))
-    connection.execute(_insert_once(connection), [_output_values(result, now) for result in mine])
+    connection.execute(insert_once(connection, outputs), [_output_values(result, now) for result in mine])
     num_failed = sum(result.error is not None for result in mine)
     connection.execute(
         update(jobs)
@@ -153,17 +152,6 @@ def _held(connection: Connection, worker_id: int, job_id: int, indexes: list[int
     return held
 
 
-def _insert_once(connection: Connection) -> AnyInsert:
-    """INSERT .. ON CONFLICT DO NOTHING: the second belt beside the claim."""
-    if connection.dialect.name == "postgresql":
-        from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-
-        return postgresql_insert(outputs).on_conflict_do_nothing()
-    from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-
-    return sqlite_insert(outputs).on_conflict_do_nothing()
-
-
 def _output_values(result: RequestResult, now: float) -> dict[str, Any]:
     code, message = result.error or (None, None)
     return {
@@ -185,7 +173,8 @@ def stream_outputs(
     """The outputs of a job by index, a page at a time; `errors_only`: those that are errors.
 
     No transaction is open while a row is out: a slow reader never keeps a writer waiting. Rows that are written behind
-    the reader's position meanwhile are not seen. Raises JobNotFound at once, before the first row.
+    the reader's position meanwhile are not seen. Raises JobNotFound at once, before the first row;
+    or at the end, if the job was pruned meanwhile.
     """
     get_job(db, job_id)
     return _stream(db, job_id, errors_only, page_rows)
@@ -219,6 +208,7 @@ def _stream(db: Database, job_id: int, errors_only: bool, page_rows: int) -> Ite
             made = None if output is None else json.loads(output)
             yield OutputRow(index, value_of(row_id), status, made, code, message, prompt, completion, finished_at)
         if len(page) < page_rows:
+            get_job(db, job_id)  # pruned meanwhile? An end that comes too early must not look like the end.
             return
         last = page[-1][0]
 

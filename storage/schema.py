@@ -221,6 +221,7 @@ class _FaultColumns(TypedColumns):
     # Why one machine leaves one model alone for a while; gone once the model has worked there.
     machine: Named[str] = Column(Text, primary_key=True)  # as workers.hostname
     model: Named[str] = Column(Text, primary_key=True)  # as jobs.model
+    kind: Named[str] = Column(Text, primary_key=True)  # what was done: each has a history of its own
     count: Named[int] = Column(Integer)  # faults in a row
     message: Named[str] = Column(MessageText)
     happened_at: Named[float] = Column(Double)

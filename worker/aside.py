@@ -1,19 +1,28 @@
-"""The models that this machine leaves alone for a while, and why; kept in the database, so that a new process knows."""
+"""The models that this worker leaves alone for a while, and why.
+
+What a worker met itself (no such model here, no room within its budgets) it keeps to itself: another one beside it may
+have other folders, budgets and devices. That processes died of a model is kept in the database, for the whole machine,
+so that the next process knows.
+"""
 
 import time
 from collections.abc import Callable, Sequence
 
 from storage.database import Database
-from storage.faults import Fault, clear_fault, list_faults, note_fault
+from storage.faults import Fault, clear_fault, list_faults, note_fault, wait_after
 from worker.patience import Patience
 
+LOADING, RUNNING = "loading", "running"
+"""What was done when it went wrong; each has a history of its own."""
 DEATHS_SPARED = 8
 """Deaths in a pass, with no result between them, that cost the model no waiting: rows are being told apart, and each
 death brings a culprit nearer. Two culprits at once need about five."""
+_Key = tuple[str, str]
+"""Model and kind."""
 
 
 class Aside:
-    """What the workers of one machine know of its faults. ``clock``: unix seconds, by the database."""
+    """The faults that one worker knows of. ``clock``: unix seconds, by the database."""
 
     def __init__(
         self,
@@ -23,41 +32,57 @@ class Aside:
         waits_s: Sequence[float],
         clock: Callable[[], float],
         patience: Patience,
+        is_alone: bool = False,
     ) -> None:
+        """``is_alone``: there are no others to leave anything to, so nothing is left alone."""
         self._database = database
         self._machine = machine
         self._waits_s = waits_s
         self._clock = clock
         self._patience = patience
-        self._faults: dict[str, Fault] = {}
+        self._is_alone = is_alone
+        self._deaths: dict[_Key, Fault] = {}
+        self._own: dict[_Key, Fault] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Read again what other workers of the machine may have noted.
+        """Read again of what models processes died on this machine.
 
         Raises:
             DatabaseUnreachable: for longer than patience lasts; so do the others.
         """
         found = self._patience(lambda: list_faults(self._database, self._machine))
-        self._faults = {fault.model: fault for fault in found}
+        self._deaths = {(fault.model, fault.kind): fault for fault in found}
 
     def now(self) -> list[Fault]:
         """The faults whose models are left alone now, the one that is over first in front."""
+        if self._is_alone:
+            return []
         now = self._clock()
-        return sorted((each for each in self._faults.values() if each.retry_at > now), key=lambda each: each.retry_at)
+        known = [*self._deaths.values(), *self._own.values()]
+        return sorted((each for each in known if each.retry_at > now), key=lambda each: each.retry_at)
 
     @property
     def is_any(self) -> bool:
         """Whether any fault is remembered, also one whose time is over."""
-        return bool(self._faults)
+        return bool(self._deaths or self._own)
 
     def has(self, model: str) -> bool:
         """Whether a model is left alone now."""
-        fault = self._faults.get(model)
-        return fault is not None and fault.retry_at > self._clock()
+        return any(fault.model == model for fault in self.now())
 
-    def note(self, model: str, message: str, *, spared: int = 0) -> Fault:
-        """One fault more of a model; the first ``spared`` in a row cost no waiting."""
+    def note(self, model: str, message: str, kind: str = LOADING, *, spared: int = 0) -> Fault:
+        """A fault that this worker met; the first ``spared`` in a row cost no waiting."""
+        before = self._own.get((model, kind))
+        count = 1 + (before.count if before else 0)
+        now = self._clock()
+        retry_at = now + wait_after(count, self._waits_s, spared)
+        fault = Fault(self._machine, model, kind, count, message, now, retry_at)
+        self._own[model, kind] = fault
+        return fault
+
+    def note_death(self, model: str, message: str, kind: str, *, spared: int = 0) -> Fault:
+        """A process of this machine died of a model, as far as anybody can tell."""
         fault = self._patience(
             lambda: note_fault(
                 self._database,
@@ -66,17 +91,20 @@ class Aside:
                 message,
                 now=self._clock(),
                 waits_s=self._waits_s,
+                kind=kind,
                 spared=spared,
             )
         )
-        self._faults[model] = fault
+        self._deaths[model, kind] = fault
         return fault
 
     def clear(self, model: str) -> None:
         """A model works here."""
-        if model in self._faults:
+        if any(key[0] == model for key in self._deaths):
             self._patience(lambda: clear_fault(self._database, self._machine, model))
-            del self._faults[model]
+        for known in (self._deaths, self._own):
+            for key in [key for key in known if key[0] == model]:
+                del known[key]
 
 
 def sentence_of(faults: Sequence[Fault]) -> str:

@@ -10,8 +10,8 @@ class Bell:
     def __init__(self) -> None:
         self._rung = threading.Event()
         self._stop = threading.Event()
-        self.on_kill: Callable[[], None] = lambda: None
-        """Called when a person ends the process at once, by a second signal; must be quick."""
+        self.on_stop: Callable[[], None] = lambda: None
+        """Called when a person asks for the end, from a signal handler: must be quick."""
 
     @property
     def is_stopping(self) -> bool:

@@ -28,12 +28,14 @@ class Death:
     """The model that it was loading, as its job names it."""
     running: tuple[RowKey, ...]
     """Rows that were in a pass, or on their way into it."""
+    is_alone: bool = False
+    """It was one run's own worker, with that run's budgets: how it loads says nothing of others."""
 
 
 class BlackBox:
     """Records for one worker. Use from the drain's thread; close it at an orderly end, which leaves no file."""
 
-    def __init__(self, home: Path, database_url: str, worker_id: int) -> None:
+    def __init__(self, home: Path, database_url: str, worker_id: int, *, is_alone: bool = False) -> None:
         """Raises OSError."""
         folder = _folder(home)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -45,6 +47,8 @@ class BlackBox:
         unnamed.rename(self._path)
         self._running: dict[RowKey, None] = {}
         self._size = 0
+        self._is_alone = is_alone
+        self._empty()
 
     @property
     def running(self) -> tuple[RowKey, ...]:
@@ -75,6 +79,11 @@ class BlackBox:
         self._running.clear()
         self._empty()
 
+    def forgive(self) -> None:
+        """Somebody asked for the end: however it comes now, it is nobody's crash. Any thread may call it."""
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
     def close(self) -> None:
         """The end was orderly: there is nothing to tell. A second call does nothing."""
         self._running.clear()
@@ -87,6 +96,8 @@ class BlackBox:
         with suppress(OSError):
             os.ftruncate(self._file, 0)
         self._size = 0
+        if self._is_alone:
+            self._write("alone\n")
 
     def _write(self, text: str) -> None:
         # A full disk must not end the work: then nobody will be blamed.
@@ -103,6 +114,7 @@ def deaths(home: Path, database_url: str) -> Iterator[Death]:
         paths = sorted(_folder(home).glob(f"{_mark(database_url)}-*"))
     except OSError:
         return
+    paths = [path for path in paths if _number(path.name.rpartition("-")[2]) is not None]
     for path in paths:
         try:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -122,18 +134,29 @@ def deaths(home: Path, database_url: str) -> Iterator[Death]:
 
 def _read(path: Path, size: int, file: int) -> Death:
     loading: str | None = None
+    is_alone = False
     running: dict[RowKey, None] = {}
     for line in os.pread(file, size, 0).decode(errors="replace").splitlines():
         match line.split(" "):
             case ["load", name]:
                 loading = unquote(name) or None
-            case [("+" | "-") as sign, *numbers] if len(numbers) == 3 and all(map(str.isdecimal, numbers)):
-                key = RowKey(*map(int, numbers))
+            case ["alone"]:
+                is_alone = True
+            case [("+" | "-") as sign, job_id, index, attempt]:
+                numbers = [_number(each) for each in (job_id, index, attempt)]
+                if None in numbers:
+                    continue
+                key = RowKey(*(each or 0 for each in numbers))
                 if sign == "+":
                     running[key] = None
                 else:
                     running.pop(key, None)
-    return Death(int(path.name.rpartition("-")[2]), loading, tuple(running))
+    return Death(_number(path.name.rpartition("-")[2]) or 0, loading, tuple(running), is_alone)
+
+
+def _number(text: str) -> int | None:
+    """As it was written by us: the file is anybody's who may write to the folder."""
+    return int(text) if text.isdecimal() and text.isascii() and len(text) <= 10 else None
 
 
 def _folder(home: Path) -> Path:

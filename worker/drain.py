@@ -4,23 +4,32 @@ Everything here runs on one thread, which also owns the engine. Times are unix s
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
 from engine.request import Request
-from storage.claims import ClaimedRequest, Doing, claim, claim_suspects, give_back, give_back_requests, held_claims
+from storage.claims import (
+    ClaimedRequest,
+    Doing,
+    claim,
+    claim_suspects,
+    give_back,
+    give_back_requests,
+    held_claims,
+    served_jobs,
+)
 from storage.crashes import FOUND_GUILTY, count_crash, only_suspects
 from storage.database import Database
-from storage.errors import ClaimLost, StorageError
+from storage.errors import ClaimLost, JobNotFound, StorageError
 from storage.jobs import Job, cancelled_among, fail_job, get_job, note_plan
 from storage.results import record
-from worker.aside import DEATHS_SPARED, Aside, sentence_of
+from worker.aside import DEATHS_SPARED, LOADING, RUNNING, Aside, sentence_of
 from worker.bell import Bell
 from worker.blackbox import BlackBox
 from worker.fairness import Waiting, choose_model
-from worker.faults import Blame, blame
+from worker.faults import Blame, blame, blame_in_pass
 from worker.feed import Feed
 from worker.joblog import JobLog
 from worker.ledger import Ledger, key_of
@@ -79,7 +88,7 @@ class Drain:
         self._box = box
         self._is_alone = is_alone
         self._log = get_logger({"worker": worker_id})
-        self._joblog = JobLog(self._log, self._job, clock)
+        self._joblog = JobLog(self._log, self._jobs, clock)
 
     def run(self) -> None:
         """Drain until the bell says stop.
@@ -106,6 +115,9 @@ class Drain:
         Raises:
             ModelNotFound, EngineError: it cannot be loaded.
         """
+        if self._aside.has(name):
+            self._log.warning("not loaded now: %s", sentence_of(self._aside.now()), extra={"action": "aside"})
+            return
         ref = resolve_model(name, self._settings)
         self._load(ref, model_dir_for(ref, self._settings), [], name)
 
@@ -123,7 +135,9 @@ class Drain:
         except StorageError:
             raise
         except Exception as error:  # noqa: BLE001 (classified below; a fault of ours is told with its traceback)
-            self._bear(error, jobs, f"its model cannot be loaded: {error}", unknown=Blame.MACHINE)
+            whose = blame(error)
+            whose = Blame.MACHINE if whose is Blame.UNKNOWN else whose
+            self._bear(error, jobs, f"its model cannot be loaded: {error}", whose)
             return True
         suspects = first.job.id in self._patiently(lambda: only_suspects(self._database, [first.job.id]))
         self._run(engine, model, jobs, apart=suspects)
@@ -143,9 +157,11 @@ class Drain:
             held, running = ledger.jobs, self._box.running
             self._salvage(ledger)
             self._unload()
-            if blame(error) is Blame.UNKNOWN:
+            whose = blame_in_pass(error)
+            if whose in (Blame.UNKNOWN, Blame.DEVICE):
+                # The process may well end of it, and a row may well be the reason.
                 self._patiently(lambda: count_crash(self._database, self._worker_id, _claims(running)))
-            self._bear(error, [self._job(job_id) for job_id in sorted(held)] or jobs, str(error))
+            self._bear(error, self._jobs(held) or jobs, str(error), whose)
         except BaseException:
             self._salvage(ledger)
             raise
@@ -252,8 +268,8 @@ class Drain:
         if results or passes:
             self._patiently(lambda: record(self._database, self._worker_id, results, passes, now=self._clock()))
         if passes and self._aside.is_any:
-            for job_id in sorted({result.job_id for result in results}):
-                self._aside.clear(self._job(job_id).model)
+            for job in self._jobs({result.job_id for result in results}):
+                self._aside.clear(job.model)
         self._joblog.committed(ledger.jobs)
 
     def _salvage(self, ledger: Ledger) -> None:
@@ -285,47 +301,53 @@ class Drain:
         self._box.ends(ledger.forget(keys))
         return dropped
 
-    def _bear(self, error: Exception, jobs: Sequence[Job], message: str, *, unknown: Blame = Blame.UNKNOWN) -> None:
-        """After a failure: the jobs fail, or this machine leaves their models alone for a while.
-
-        ``unknown``: who bears what nobody foresaw.
+    def _bear(self, error: Exception, jobs: Sequence[Job], message: str, whose: Blame) -> None:
+        """After a failure: the jobs fail, or this worker leaves their models alone for a while.
 
         Raises:
             DeviceFailed, DeviceUnavailable: ``error`` itself, if the device is lost.
         """
-        whose = blame(error)
         if whose is Blame.DEVICE:
             raise error
         if self._bell.is_stopping:
             return  # what was interrupted proves nothing
-        if whose is Blame.UNKNOWN:
+        if blame(error) is Blame.UNKNOWN:
             self._log.error("%s: %s", type(error).__name__, error, exc_info=error, extra={"action": "fault"})
             message = f"{message} ({type(error).__name__})"
-            whose = unknown
         if whose is Blame.JOB:
             self._fail(jobs, message)
             return
-        spared = DEATHS_SPARED if whose is Blame.UNKNOWN else 0
+        is_unknown = whose is Blame.UNKNOWN
         for model in dict.fromkeys(job.model for job in jobs):
-            fault = self._aside.note(model, message, spared=spared)
+            fault = self._aside.note(
+                model, message, RUNNING if is_unknown else LOADING, spared=DEATHS_SPARED if is_unknown else 0
+            )
             if fault.wait_s and self._is_alone:
                 self._fail([job for job in jobs if job.model == model], message)
             elif fault.wait_s:
                 extra = {"action": "aside", "model": model}
                 self._log.warning("left alone for %.0f s: %s", fault.wait_s, message, extra=extra)
 
-    def _job(self, job_id: int) -> Job:
-        return self._patiently(lambda: get_job(self._database, job_id))
+    def _jobs(self, job_ids: Iterable[int]) -> list[Job]:
+        """Those that are still there: one may have been pruned meanwhile."""
+        found: list[Job] = []
+        for job_id in sorted(job_ids):
+            with suppress(JobNotFound):
+                found.append(self._patiently(lambda job_id=job_id: get_job(self._database, job_id)))  # type: ignore[misc]
+        return found
 
     def _prospects(self) -> list[Prospect]:
         def absent(job: Job, error: Exception) -> None:
-            self._bear(error, [job], str(error))
+            self._bear(error, [job], str(error), blame(error))
 
         return self._patiently(
             lambda: prospects(self._database, self._settings, is_aside=self._aside.has, absent=absent)
         )
 
     def _choose(self, waiting: Sequence[Prospect]) -> str | None:
+        if not waiting:
+            return None
+        served = self._patiently(lambda: served_jobs(self._database, but=self._worker_id))
         return choose_model(
             [
                 Waiting(
@@ -333,7 +355,7 @@ class Drain:
                     each.model,
                     each.job.priority,
                     each.job.created_at,
-                    has_started=each.job.started_at is not None,
+                    is_served=each.job.id in served,
                 )
                 for each in waiting
             ],
@@ -390,7 +412,8 @@ class Drain:
 
     def _fail(self, jobs: Iterable[Job], message: str) -> None:
         for job in jobs:
-            self._patiently(lambda job=job: fail_job(self._database, job.id, message, now=self._clock()))  # type: ignore[misc]
+            with suppress(JobNotFound):
+                self._patiently(lambda job=job: fail_job(self._database, job.id, message, now=self._clock()))  # type: ignore[misc]
             self._log.error("job failed: %s", message, extra={"action": "fail", "job": job.id})
 
     def _give_back(self) -> None:

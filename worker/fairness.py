@@ -16,8 +16,8 @@ class Waiting:
     priority: int
     """Higher first."""
     created_at: float
-    has_started: bool
-    """Some worker has claimed requests of it."""
+    is_served: bool
+    """Some other worker holds requests of it."""
 
     @property
     def turn(self) -> tuple[int, float, int]:
@@ -33,7 +33,7 @@ def choose_model(
     The resident model is kept while a job needs it, unless a job of another model has waited for more than
     ``max_wait_s`` seconds. ``left_at`` says when this worker last unloaded a model: its jobs wait only since then, so
     two models with endless work take turns of ``max_wait_s`` instead of throwing each other out. A job that another
-    worker has started is being served and does not count as waiting.
+    worker is at does not count as waiting.
     """
     in_turn = sorted(jobs, key=lambda job: job.turn)
     if not in_turn:
@@ -47,6 +47,4 @@ def choose_model(
 
 
 def _waited_s(job: Waiting, left_at: Mapping[str, float], now: float) -> float:
-    if job.model in left_at:
-        return now - max(job.created_at, left_at[job.model])
-    return 0.0 if job.has_started else now - job.created_at
+    return 0.0 if job.is_served else now - max(job.created_at, left_at.get(job.model, job.created_at))

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-from engine.errors import CheckpointError, DeviceFailed, DeviceUnavailable, EngineError
+from engine.errors import CheckpointError, DeviceFailed, DeviceUnavailable, EngineError, TierFull
 from worker.errors import ModelNotFound
 
 
@@ -17,6 +17,14 @@ class Blame(StrEnum):
     """The device is lost: this process can do nothing more."""
     UNKNOWN = "unknown"
     """A fault of ours, or a row that nobody foresaw."""
+
+
+def blame_in_pass(error: Exception) -> Blame:
+    """Who has to bear ``error``, which ended a pass.
+
+    A plan promises that there is room for each pass: where there was none, nobody foresaw a row of it.
+    """
+    return Blame.UNKNOWN if isinstance(error, TierFull) else blame(error)
 
 
 def blame(error: Exception) -> Blame:

@@ -1,6 +1,6 @@
 """``python -m worker.health``: exit code 0 while a worker of this container holds its lease, else 1 and a sentence.
 
-A lease is prolonged only while the work goes on, so this says more than that a process is there.
+That it holds its lease says that its process lives and reaches the database; not how quickly its rows move.
 """
 
 import os

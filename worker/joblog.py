@@ -9,9 +9,11 @@ _EVERY_S = 60.0
 
 
 class JobLog:
-    """Lines about the jobs that one worker works on. ``read`` gives a job as it stands now."""
+    """Lines about the jobs that one worker works on. ``read`` gives those of some jobs that are still there."""
 
-    def __init__(self, log: BoundLogger, read: Callable[[int], Job], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, log: BoundLogger, read: Callable[[Iterable[int]], list[Job]], clock: Callable[[], float]
+    ) -> None:
         self._log = log
         self._read = read
         self._clock = clock
@@ -31,7 +33,11 @@ class JobLog:
         for job_id, said_at in list(self._said_at.items()):
             if job_id in held and now - said_at < _EVERY_S:
                 continue
-            job = self._read(job_id)
+            found = self._read([job_id])
+            if not found:
+                del self._said_at[job_id]
+                continue
+            (job,) = found
             if job.is_finished or now - said_at >= _EVERY_S:
                 self._log.info("%s", sentence_of(job, now), extra={"action": "job", "job": job_id})
                 self._said_at[job_id] = now

@@ -51,10 +51,10 @@ class Stop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            with contextlib.suppress(Exception):
-                self.bell.on_kill()
             os._exit(128 + number)
         self.signal = number
         self.bell.stop()
+        with contextlib.suppress(Exception):
+            self.bell.on_stop()
         with contextlib.suppress(OSError, ValueError, AttributeError):  # the terminal may be what has gone
             os.write(sys.stderr.fileno(), b"stopping after this pass; once more to stop at once\n")

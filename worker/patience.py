@@ -23,12 +23,15 @@ class Patience:
         *,
         is_over: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
+        say: Callable[[str], None] | None = None,
     ) -> None:
-        """``limit_s``: how long one call may be repeated; ``is_over``: nobody waits any longer, as when stopping."""
+        """``limit_s``: how long one call may be repeated; ``is_over``: nobody waits any longer, as when stopping;
+        ``say``: told once a minute what is waited for (default: the log)."""
         self._limit_s = limit_s
         self._pause = pause
         self._is_over = is_over
         self._clock = clock
+        self._say = say or (lambda text: get_logger().warning("%s", text, extra={"action": "wait"}))
 
     def __call__(self, act: Callable[[], Result]) -> Result:
         """What ``act`` returns, once it can.
@@ -48,6 +51,6 @@ class Patience:
                     raise
                 if said is None or now - said >= _SAY_EVERY_S:
                     said = now
-                    get_logger().warning("waiting for the database: %s", error, extra={"action": "wait"})
+                    self._say(f"waiting for the database: {error}")
                 self._pause(wait_s)
                 wait_s = min(2 * wait_s, _LONGEST_S)

@@ -9,7 +9,7 @@ from storage.crashes import count_crash
 from storage.database import Database
 from storage.errors import ClaimLost, DatabaseUnreachable, JobNotFound
 from storage.jobs import get_job, sweep_invisible
-from worker.aside import DEATHS_SPARED, Aside
+from worker.aside import DEATHS_SPARED, LOADING, RUNNING, Aside
 from worker.bell import Bell
 from worker.blackbox import BlackBox, Death, deaths
 from worker.drain import Drain
@@ -82,10 +82,10 @@ def _serve_once(
     )
     lease = Lease(database=database, worker_id=worker_id, lease_s=settings.lease_s, clock=clock, on_lost=bell.ring)
     waits_s = [settings.backoff_s * times for times in _BACKOFFS]
-    aside = Aside(database, host_name(), waits_s=waits_s, clock=clock, patience=patience)
-    box = BlackBox(settings.home, settings.database_url, worker_id)
-    bell.on_kill = box.close  # an end that a person asked for is nobody's crash
-    keeper = _Housekeeper(database, settings, clock, aside, get_logger({"worker": worker_id}))
+    aside = Aside(database, host_name(), waits_s=waits_s, clock=clock, patience=patience, is_alone=is_alone)
+    box = BlackBox(settings.home, settings.database_url, worker_id, is_alone=is_alone)
+    bell.on_stop = box.forgive
+    keeper = _Housekeeper(database, settings, clock, aside, bell, get_logger({"worker": worker_id}))
 
     def reap() -> None:
         # First our own lease: after a night of sleep it may be over, and we are not dead.
@@ -110,6 +110,7 @@ def _serve_once(
     )
     lease.start()
     try:
+        reap()
         if preload is not None:
             drain.preload(preload)
         drain.run()
@@ -126,40 +127,60 @@ class _Housekeeper:
     """Looks after what others left: claims of the dead, the rows they died with, enqueues that were killed."""
 
     def __init__(
-        self, database: Database, settings: Settings, clock: DatabaseClock, aside: Aside, log: BoundLogger
+        self,
+        database: Database,
+        settings: Settings,
+        clock: DatabaseClock,
+        aside: Aside,
+        bell: Bell,
+        log: BoundLogger,
     ) -> None:
         self._database = database
         self._settings = settings
         self._clock = clock
         self._aside = aside
+        self._bell = bell
         self._log = log
         self._sweep_at = 0.0
 
     def look(self) -> None:
         """Raises DatabaseUnreachable."""
         now = self._clock()
-        if returned := expire(self._database, now=now, is_dead=_is_gone):
-            self._log.info("took back %d rows of workers that are gone", returned, extra={"action": "expire"})
+        # Before their claims come back: another worker would take these rows first, and together with others.
+        loading: set[str] = set()
+        running: set[str] = set()
         for death in deaths(self._settings.home, self._settings.database_url):
             self._learn(death)
+            if death.is_alone:
+                continue  # its budgets were its run's own
+            running |= self._models({key.job_id for key in death.running})
+            if death.loading is not None and not death.running:
+                loading.add(death.loading)
+        # Several deaths that are found at once are one fault: nobody has waited in between.
+        for model in sorted(loading):
+            self._aside.note_death(model, "the worker died while it loaded the model", LOADING)
+        for model in sorted(running):
+            message = "workers die while they compute with the model"
+            self._aside.note_death(model, message, RUNNING, spared=DEATHS_SPARED)
+        if returned := expire(self._database, now=now, is_dead=_is_gone):
+            self._log.info("took back %d rows of workers that are gone", returned, extra={"action": "expire"})
         if now >= self._sweep_at:
             self._sweep_at = now + _SWEEP_S
-            sweep_invisible(self._database, now=now, older_than_s=_DEAD_ENQUEUE_S)
+            sweep_invisible(
+                self._database, now=now, older_than_s=_DEAD_ENQUEUE_S, is_over=lambda: self._bell.is_stopping
+            )
 
     def _learn(self, death: Death) -> None:
-        if death.loading is not None and not death.running:  # else it died of a row that it looked into
-            self._aside.note(death.loading, "the worker died while it loaded the model")
         if not death.running:
             return
-        count_crash(self._database, death.worker_id, [(key.job_id, key.index, key.attempt) for key in death.running])
+        rows = [(key.job_id, key.index, key.attempt) for key in death.running]
+        count_crash(self._database, death.worker_id, rows)
         self._log.warning(
             "worker %d died; rows that it had in hand, which will run apart from others: %d",
             death.worker_id,
-            len(death.running),
+            len(rows),
             extra={"action": "crash"},
         )
-        for model in sorted(self._models({key.job_id for key in death.running})):
-            self._aside.note(model, "workers die while they compute with the model", spared=DEATHS_SPARED)
 
     def _models(self, job_ids: set[int]) -> set[str]:
         found = set()

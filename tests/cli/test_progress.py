@@ -1,9 +1,13 @@
+import sqlite3
+from pathlib import Path
+
 import pytest
 
-from cli.progress import LineProgress, Pace, Sample, Snapshot, progress_line
+from cli.progress import LineProgress, Pace, Sample, Snapshot, follow, progress_line
 from cli.reports import eta_of, job_document, outcome_of, seconds_of
 from cli.workers import Attendance
-from storage.jobs import Job, JobState
+from storage.database import Database
+from storage.jobs import Job, JobState, NewJob, NewRequest, create_job
 
 
 def make_job(**changes: object) -> Job:
@@ -131,3 +135,21 @@ def test_a_standstill_does_not_slow_what_comes_after_it(capsys: pytest.CaptureFi
         [], ["1 min 30 s left"], ["no worker is running"], [],
     ]  # fmt: skip
     assert lines[-1].split(" | ")[2:] == ["1 min 28 s left"]
+
+
+def test_following_a_job_waits_for_a_database_that_is_locked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "overnight.db"
+    with Database.open(str(path), busy_timeout_s=0.01) as database:
+        new = NewJob("m", "generate", {}, seed=0, priority=0, queue="default")
+        job_id = create_job(database, new, [NewRequest(0, None, None, ("bad_line", "no"))], now=1.0)
+        other = sqlite3.connect(path, check_same_thread=False)
+        other.execute("BEGIN EXCLUSIVE")
+
+        def unlock() -> None:  # asked between two tries
+            other.close()
+
+        (snapshot,) = follow(database, job_id, watch=unlock)
+    assert snapshot.job.state == "done"
+    assert "waiting for the database" in capsys.readouterr().err

@@ -19,7 +19,7 @@ POSTGRES = os.environ.get("OVERNIGHT_TEST_POSTGRES")
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Twice, where there are two databases and the test does not care which."""
-    if "db" in metafunc.fixturenames:
+    if {"db", "empty"} & set(metafunc.fixturenames):
         both = POSTGRES is not None and "path" not in metafunc.fixturenames
         metafunc.parametrize("dialect", ["sqlite", "postgresql"] if both else ["sqlite"])
 
@@ -30,16 +30,21 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def db(dialect: str, tmp_path: Path) -> Iterator[Database]:
-    url = str(tmp_path / "home" / "overnight.db")
-    if dialect == "postgresql":
-        assert POSTGRES is not None
-        url = POSTGRES
-        emptied = create_engine(url)
-        with emptied.begin() as connection:
-            connection.exec_driver_sql("DROP SCHEMA public CASCADE")
-            connection.exec_driver_sql("CREATE SCHEMA public")
-        emptied.dispose()
-    with Database.open(url, busy_timeout_s=5.0) as database:
+def empty(dialect: str, tmp_path: Path) -> str:
+    """The URL or path of an empty database."""
+    if dialect == "sqlite":
+        return str(tmp_path / "home" / "overnight.db")
+    assert POSTGRES is not None
+    emptied = create_engine(POSTGRES)
+    with emptied.begin() as connection:
+        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+        connection.exec_driver_sql("CREATE SCHEMA public")
+    emptied.dispose()
+    return POSTGRES
+
+
+@pytest.fixture
+def db(empty: str) -> Iterator[Database]:
+    with Database.open(empty, busy_timeout_s=5.0) as database:
         yield database
         check_integrity(database)

@@ -5,7 +5,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -54,20 +53,32 @@ def test_create_all_and_the_migrations_agree(tmp_path: Path) -> None:
     assert schema(tmp_path / "made.db") == schema(migrated(tmp_path / "migrated.db"))
 
 
-def test_a_database_of_the_first_version_keeps_its_jobs(tmp_path: Path) -> None:
-    path = migrated(tmp_path / "old.db", to="0001")
-    params = json.dumps({"max_new_tokens": 7, "dataset": "/data/reviews.jsonl"})
-    with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute(
-            "INSERT INTO jobs VALUES (7, 1.0, 2.0, NULL, 1.0, 'running', 1, 'opt', 'generate', ?, 3, 0, 'default', "
-            "2, 1, 0, 5, 6, NULL)",
-            (params,),
-        )
-        connection.execute("INSERT INTO workers VALUES (4, 'here', 1, 'default', 'cpu', NULL, 1, 1, 61, NULL, 'idle')")
-        connection.execute("INSERT INTO requests VALUES (7, 0, '\"a\"', '{\"prompt\":\"x\"}', 'done', NULL, 1)")
-        connection.execute("INSERT INTO requests VALUES (7, 1, NULL, '{\"prompt\":\"y\"}', 'claimed', 4, 2)")
-        connection.execute("INSERT INTO outputs VALUES (7, 0, 'ok', '{\"text\":\"z\"}', NULL, NULL, 5, 6, 3.0)")
-    with Database.open(str(path)) as db:
+FIRST_VERSION = (
+    "INSERT INTO jobs VALUES (7, 1.0, 2.0, NULL, 1.0, 'running', TRUE, 'opt', 'generate', "
+    '\'{"max_new_tokens":7,"dataset":"/data/reviews.jsonl"}\', 3, 0, \'default\', 2, 1, 0, 5, 6, NULL)',
+    "INSERT INTO workers VALUES (4, 'here', 1, 'default', 'cpu', NULL, 1, 1, 61, NULL, 'idle')",
+    "INSERT INTO requests VALUES (7, 0, '\"a\"', '{\"prompt\":\"x\"}', 'done', NULL, 1)",
+    "INSERT INTO requests VALUES (7, 1, NULL, '{\"prompt\":\"y\"}', 'claimed', 4, 2)",
+    "INSERT INTO outputs VALUES (7, 0, 'ok', '{\"text\":\"z\"}', NULL, NULL, 5, 6, 3.0)",
+)
+"""A job in the middle, as that version stored it."""
+
+
+def test_a_database_of_the_first_version_keeps_its_jobs(empty: str) -> None:
+    if "://" in empty:
+        engine = create_engine(empty)
+    else:
+        Path(empty).parent.mkdir()
+        engine = create_engine(f"sqlite:///{migrated(Path(empty), to='0001')}")
+    with engine.begin() as connection:
+        if "://" in empty:
+            upgrade(connection, "0001")
+        for statement in FIRST_VERSION:
+            connection.exec_driver_sql(statement)
+        if "://" in empty:
+            connection.exec_driver_sql("SELECT setval('workers_id_seq', 4)")
+    engine.dispose()
+    with Database.open(empty) as db:
         job = get_job(db, 7)
         assert (job.params, job.origin) == ({"max_new_tokens": 7}, {"dataset": "/data/reviews.jsonl"})
         assert (job.plan, job.name, job.num_done) == (None, None, 1)

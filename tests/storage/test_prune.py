@@ -36,7 +36,7 @@ def counts(db: Database) -> dict[str, int]:
 
 
 def fault(db: Database, model: str, happened_at: float) -> None:
-    values = {"machine": "box", "model": model, "count": 1, "message": "", "retry_at": happened_at}
+    values = {"machine": "box", "model": model, "kind": "loading", "count": 1, "message": "", "retry_at": happened_at}
     with db.write() as connection:
         connection.execute(insert(faults).values(happened_at=happened_at, **values))
 

@@ -107,7 +107,7 @@ def test_a_database_url_that_cannot_be_used_is_one_sentence_and_makes_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_value_that_is_too_big_for_the_database_is_a_sentence(db: Database) -> None:
+def test_a_value_that_is_too_big_for_the_database_is_a_sentence(db: Database, path: Path) -> None:
     def store_more_than(limit: int) -> None:
         with db.write() as connection:
             raw = connection.connection.driver_connection

@@ -66,6 +66,27 @@ def test_who_is_interrupted_while_it_learns_is_told_again(tmp_path: Path) -> Non
     assert [death.worker_id for death in deaths(tmp_path, DATABASE)] == [7]
 
 
+def test_an_end_that_somebody_asked_for_is_nobodys_crash(tmp_path: Path) -> None:
+    killed(tmp_path, "box.begins(RowKey(1, 0, 1)); box.forgive(); box.begins(RowKey(1, 1, 1))")
+    assert list(deaths(tmp_path, DATABASE)) == []
+
+
+def test_a_runs_own_worker_is_told_apart(tmp_path: Path) -> None:
+    killed(tmp_path, "box.close(); box = BlackBox(Path(sys.argv[1]), sys.argv[2], 8, is_alone=True); box.loads('m')")
+    assert list(deaths(tmp_path, DATABASE)) == [Death(8, "m", (), is_alone=True)]
+
+
+def test_files_of_others_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+    killed(tmp_path, "box.begins(RowKey(1, 3, 1))")
+    (path,) = (tmp_path / "inflight").iterdir()
+    strays = [path.with_name(path.name + end) for end in (".bak", "x", "9" * 40)]
+    for stray in strays:
+        stray.write_bytes(b"+ 1 99999999999999999999 1")
+    path.write_bytes(path.read_bytes() + b"+ 1 99999999999999999999 1")
+    assert [death.running for death in deaths(tmp_path, DATABASE)] == [(RowKey(1, 3, 1),)]
+    assert sorted((tmp_path / "inflight").iterdir()) == sorted(strays)
+
+
 def test_an_orderly_end_leaves_nothing(tmp_path: Path) -> None:
     box = BlackBox(tmp_path, DATABASE, 7)
     box.begins(RowKey(1, 0, 1))

@@ -1,5 +1,6 @@
 """The drain with the real engine on a tiny model, in one thread; only the clock is the test's."""
 
+import contextlib
 import itertools
 import logging
 import shutil
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 from engine import DiskFull, Engine, LaneFailed, PassReport, PlanOptions, Request, Shares
-from engine.errors import DeviceFailed
+from engine.errors import DeviceFailed, TierFull
 from storage.claims import Doing, claim, expire, list_workers, register_worker, stop_worker
 from storage.database import Database
-from storage.errors import ClaimLost
+from storage.errors import ClaimLost, JobNotFound
 from storage.jobs import Job, NewJob, NewRequest, cancel_job, create_job, get_job, retry_job
+from storage.prune import prune
 from storage.results import OutputRow, list_passes, stream_outputs
 from worker.aside import DEATHS_SPARED, Aside
 from worker.bell import Bell
@@ -299,9 +301,8 @@ def test_a_model_that_is_not_here_is_left_to_others_and_tried_again_later(
 
     shutil.rmtree(elsewhere, ignore_errors=True)
     shutil.copytree(tiny_model, elsewhere)
-    bench.new_worker()
     bench.drain_all()
-    assert bench.job(job_id).state == "queued", "also a new process knows that it is not time yet"
+    assert bench.job(job_id).state == "queued", "it is not time yet"
     bench.clock.now += 61.0
     bench.drain_all()
     assert bench.job(job_id).state == "done"
@@ -588,14 +589,55 @@ def test_a_device_that_is_lost_ends_the_worker_and_loses_nothing(bench: Bench, t
     mend(bench)
     bench.drain_all()
     assert (bench.job(job_id).state, bench.job(job_id).num_done) == ("done", 100)
-    assert bench.crashes(job_id) == set()
+
+
+@pytest.mark.parametrize("fault", [DeviceFailed("an illegal memory access"), TierFull("no room for a pass")])
+def test_a_row_that_breaks_the_device_is_found_by_the_processes_that_die_of_it(
+    bench: Bench, tiny_model: Path, fault: Exception
+) -> None:
+    def load(model_dir: Path, sample: Sample, tell: Tell) -> FaultyEngine:
+        engine = Engine.load(model_dir, replace(bench.placement, disk_dir=bench.settings.home))
+        return PoisonedEngine(engine, {17}, fault)
+
+    job_id = bench.enqueue(tiny_model, prompts(40))
+    processes = 0
+    while not bench.job(job_id).is_finished:
+        processes += 1
+        assert processes < 15
+        bench.residency = Residency(load, bench.clock)
+        bench.new_worker()
+        with contextlib.suppress(DeviceFailed):
+            bench.drain_all()
+        bench.residency.unload()
+
+    assert [(row.index, row.error_code) for row in bench.outputs(job_id) if row.status == "error"] == [(17, "crashed")]
+    assert bench.job(job_id).num_done == 39
+
+
+def test_a_job_that_is_pruned_under_a_worker_ends_nothing(bench: Bench, tiny_model: Path) -> None:
+    bench.clock.step_s = 1.5
+    doomed = bench.enqueue(tiny_model, prompts(100))
+    good = bench.enqueue(tiny_model, prompts(40))
+
+    def prune_it() -> None:
+        cancel_job(bench.database, doomed, now=bench.clock.now)
+        prune(bench.database, before=bench.clock.now + 1)
+
+    bench.clock.after(10, prune_it)
+
+    bench.drain_all()
+
+    assert bench.clock.actions == []
+    assert bench.job(good).num_done == 40
+    with pytest.raises(JobNotFound):
+        bench.job(doomed)
 
 
 class PoisonedEngine(FaultyEngine):
     """The real engine, which breaks in any pass that has a certain row in it."""
 
-    def __init__(self, engine: Engine, poison: set[int]) -> None:
-        super().__init__(engine, -1, RuntimeError("a row that nobody foresaw"))
+    def __init__(self, engine: Engine, poison: set[int], fault: Exception | None = None) -> None:
+        super().__init__(engine, -1, fault or RuntimeError("a row that nobody foresaw"))
         self._poison = poison
 
     def passes(self, requests: Iterator[Request | None]) -> Iterator[PassReport]:

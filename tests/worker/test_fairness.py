@@ -7,8 +7,8 @@ NOW = 10_000.0
 MAX_WAIT_S = 1800.0
 
 
-def job(model: str, *, job_id: int = 1, priority: int = 0, age_s: float = 0.0, has_started: bool = False) -> Waiting:
-    return Waiting(job_id, model, priority, NOW - age_s, has_started)
+def job(model: str, *, job_id: int = 1, priority: int = 0, age_s: float = 0.0, is_served: bool = False) -> Waiting:
+    return Waiting(job_id, model, priority, NOW - age_s, is_served)
 
 
 def choose(*jobs: Waiting, resident: str | None = None, left_at: dict[str, float] | None = None) -> str | None:
@@ -38,15 +38,17 @@ def test_a_resident_model_without_work_holds_nobody_up() -> None:
 
 
 def test_a_job_that_another_worker_serves_is_not_waiting() -> None:
-    assert choose(job("a"), job("b", age_s=9_000, has_started=True), resident="a") == "a"
+    assert choose(job("a"), job("b", age_s=9_000, is_served=True), resident="a") == "a"
 
 
 def test_two_models_with_endless_work_take_turns() -> None:
-    endless = (job("a", age_s=9_000, has_started=True), job("b", age_s=9_000, has_started=True))
+    endless = (job("a", age_s=9_000), job("b", age_s=9_000))
 
     assert choose(*endless, resident="a", left_at={"b": NOW - MAX_WAIT_S - 1}) == "b"
     assert choose(*endless, resident="b", left_at={"a": NOW - 60}) == "b"
     assert choose(*endless, resident="b", left_at={"a": NOW - MAX_WAIT_S - 1}) == "a"
+    served = (job("a", age_s=9_000, is_served=True), job("b", age_s=9_000))
+    assert choose(*served, resident="b", left_at={"a": NOW - MAX_WAIT_S - 1}) == "b", "another worker is at it"
 
 
 jobs = st.lists(
@@ -88,5 +90,5 @@ def test_leaving_the_resident_model_needs_someone_who_waited_too_long(waiting: l
 
     if choice != resident and any(each.model == resident for each in waiting):
         assert any(
-            each.model == choice and not each.has_started and NOW - each.created_at > MAX_WAIT_S for each in waiting
+            each.model == choice and not each.is_served and NOW - each.created_at > MAX_WAIT_S for each in waiting
         )

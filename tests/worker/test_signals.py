@@ -8,10 +8,10 @@ from worker.lifecycle import Stop
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
 bell = Bell()
 stop = Stop(bell)
+bell.on_stop = lambda: print("asked", flush=True)
 stop.install()
 os.kill(os.getpid(), signal.{first})
 print(bell.is_stopping, stop.signal, flush=True)
-bell.on_kill = lambda: print("killed", flush=True)
 os.kill(os.getpid(), signal.{second})
 print("not reached", flush=True)
 """
@@ -25,7 +25,7 @@ def run(first: str, second: str) -> "subprocess.CompletedProcess[str]":
 def test_the_first_signal_asks_and_the_second_ends_the_process() -> None:
     ran = run("SIGTERM", "SIGINT")
 
-    assert ran.stdout.split() == ["True", "15", "killed"]
+    assert ran.stdout.split() == ["asked", "True", "15"]
     assert ran.returncode == 130
     assert "once more" in ran.stderr
 
@@ -33,5 +33,5 @@ def test_the_first_signal_asks_and_the_second_ends_the_process() -> None:
 def test_a_closed_terminal_is_a_polite_stop() -> None:
     ran = run("SIGHUP", "SIGTERM")
 
-    assert ran.stdout.split() == ["True", "1", "killed"]
+    assert ran.stdout.split() == ["asked", "True", "1"]
     assert ran.returncode == 143

@@ -1,6 +1,7 @@
 """Jobs with a name and an origin; rows that were in a crash; machines that leave a model alone."""
 
 import json
+from typing import Literal
 
 import sqlalchemy as sa
 from alembic import op
@@ -13,14 +14,16 @@ depends_on = None
 
 def upgrade() -> None:
     """Add the columns and the table; where a job's rows came from moves out of its sampling parameters."""
-    with op.batch_alter_table("jobs", recreate="always", table_kwargs={"sqlite_autoincrement": True}) as batch:
+    # SQLite alone can, and must, rebuild a table so that it looks as if it had been made this way.
+    rebuild: Literal["always", "never"] = "always" if op.get_bind().dialect.name == "sqlite" else "never"
+    with op.batch_alter_table("jobs", recreate=rebuild, table_kwargs={"sqlite_autoincrement": True}) as batch:
         batch.add_column(sa.Column("name", sa.Text(), nullable=True))
         batch.add_column(sa.Column("origin", sa.Text(), nullable=True))
-    with op.batch_alter_table("workers", recreate="always", table_kwargs={"sqlite_autoincrement": True}) as batch:
+    with op.batch_alter_table("workers", recreate=rebuild, table_kwargs={"sqlite_autoincrement": True}) as batch:
         batch.add_column(sa.Column("process", sa.Text(), nullable=True))
         batch.add_column(sa.Column("message", sa.Text(), nullable=True))
         batch.add_column(sa.Column("retry_at", sa.Double(), nullable=True))
-    with op.batch_alter_table("requests", recreate="always") as batch:
+    with op.batch_alter_table("requests", recreate=rebuild) as batch:
         batch.add_column(sa.Column("crashes", sa.Integer(), server_default="0", nullable=False))
         batch.add_column(sa.Column("crash_group", sa.Integer(), nullable=True))
     suspected = sa.text("crash_group IS NOT NULL")
@@ -29,11 +32,12 @@ def upgrade() -> None:
         "faults",
         sa.Column("machine", sa.Text(), nullable=False),
         sa.Column("model", sa.Text(), nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
         sa.Column("count", sa.Integer(), nullable=False),
         sa.Column("message", sa.Text(), nullable=False),
         sa.Column("happened_at", sa.Double(), nullable=False),
         sa.Column("retry_at", sa.Double(), nullable=False),
-        sa.PrimaryKeyConstraint("machine", "model", name="pk_faults"),
+        sa.PrimaryKeyConstraint("machine", "model", "kind", name="pk_faults"),
     )
     _move_origins(op.get_bind())
 
