@@ -1,5 +1,8 @@
 """How long a machine leaves a model alone, and that its next process knows."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 from storage.clock import DatabaseClock
 from storage.database import Database
 from storage.faults import clear_fault, list_faults, note_fault
@@ -37,3 +40,25 @@ def test_the_databases_clock_goes_on_by_the_monotonic_one(db: Database) -> None:
     assert clock() == first + 7.5
     clock.sync()
     assert abs(clock() - first) < 7.0, "asked again, it knows that no such time has passed"
+
+
+def test_workers_that_note_the_same_fault_at_once_are_all_counted(db: Database) -> None:
+    together = threading.Barrier(8)
+
+    def note(_: int) -> int:
+        together.wait()
+        return note_fault(db, "box", "opt", "died", now=0.0, waits_s=WAITS).count
+
+    with ThreadPoolExecutor(8) as pool:
+        counts = list(pool.map(note, range(8)))
+    assert sorted(counts) == list(range(1, 9))
+
+
+def test_deaths_of_two_kinds_have_histories_of_their_own(db: Database) -> None:
+    for _ in range(4):
+        note_fault(db, "box", "opt", "died", now=0.0, waits_s=WAITS, kind="running", spared=8)
+    assert note_fault(db, "box", "opt", "died", now=0.0, waits_s=WAITS, kind="loading").wait_s == 60.0
+    assert note_fault(db, "box", "opt", "died", now=10.0, waits_s=WAITS, kind="running", spared=8).wait_s == 0.0
+    assert max(fault.retry_at for fault in list_faults(db)) == 60.0, "a death that is spared forgives no other"
+    clear_fault(db, "box", "opt")
+    assert list_faults(db) == []

@@ -13,7 +13,7 @@ from storage.errors import JobNotFound
 from storage.jobs import cancel_job, get_job, list_jobs, retry_job
 from storage.pace import GAP_S, Pace
 from storage.prune import look, prune
-from storage.results import list_passes, record
+from storage.results import list_passes, record, stream_outputs
 from storage.schema import faults, jobs, outputs, requests, workers
 from storage.space import Space, give_back, rewrite, space_of
 from tests.storage.factories import make_job, make_worker, pass_totals, result_of
@@ -196,3 +196,13 @@ def test_an_old_file_is_written_anew_once(path: Path) -> None:
         assert space_of(db) == Space(path.stat().st_size, 0, is_incremental=True)
         assert path.stat().st_size < full / 3
         make_job(db, 2)  # still of use
+
+
+def test_outputs_that_are_pruned_while_they_are_read_end_in_an_error(db: Database) -> None:
+    job_id = make_job(db, 50)
+    finish(db, job_id, now=100.0)
+    rows = stream_outputs(db, job_id, page_rows=10)
+    next(rows)
+    prune(db, before=200.0)
+    with pytest.raises(JobNotFound):
+        list(rows)

@@ -18,6 +18,7 @@ from engine.errors import DeviceFailed, TierFull
 from storage.claims import Doing, claim, expire, list_workers, register_worker, stop_worker
 from storage.database import Database
 from storage.errors import ClaimLost, JobNotFound
+from storage.faults import list_faults
 from storage.jobs import Job, NewJob, NewRequest, cancel_job, create_job, get_job, retry_job
 from storage.prune import prune
 from storage.results import OutputRow, list_passes, stream_outputs
@@ -88,7 +89,14 @@ class Bench:
         if self.box is not None:
             self.box.close()
         self.box = BlackBox(self.settings.home, self.settings.database_url, self.worker_id)
-        self.aside = Aside(self.database, "here", waits_s=(60.0, 300.0), clock=self.clock, patience=patience)
+        self.aside = Aside(
+            self.database,
+            "here",
+            waits_s=(60.0, 300.0),
+            clock=self.clock,
+            patience=patience,
+            is_alone=self.is_alone,
+        )
         self.told: list[Doing] = []
         self.drain = Drain(
             database=self.database,
@@ -760,3 +768,37 @@ def test_the_log_says_that_jobs_start_and_how_they_end(
     assert lines[0] == "job starts: generate, 5 rows"
     assert lines[-1].startswith("job done: 5 of 5 rows, 1 failed, in 0 s: ")
     assert len(lines) == 2
+
+
+def test_a_model_that_processes_died_of_is_not_preloaded_while_it_is_left_alone(bench: Bench, tiny_model: Path) -> None:
+    bench.aside.note_death(str(tiny_model), "the worker died while it loaded the model", "loading")
+    bench.drain.preload(str(tiny_model))
+    assert bench.loaded == []
+    bench.clock.now += 61.0
+    bench.drain.preload(str(tiny_model))
+    assert bench.loaded == [tiny_model]
+
+
+def test_a_worker_that_is_alone_leaves_nothing_alone(bench: Bench, tiny_model: Path) -> None:
+    """Neither for what others died of, nor so that others would."""
+    bench.aside.note_death(str(tiny_model), "the worker died while it loaded the model", "loading")
+    bench.is_alone = True
+    bench.new_worker()
+    job_id = bench.enqueue(tiny_model, prompts(3))
+    absent = bench.enqueue("no-such-model", prompts(3))
+    bench.drain_all()
+    assert bench.job(job_id).state == "done"
+    assert bench.job(absent).state == "failed"
+    assert list_faults(bench.database) == []
+
+
+def test_what_a_worker_meets_itself_is_no_reason_for_others_beside_it(bench: Bench, tiny_model: Path) -> None:
+    roomy = bench.placement
+    bench.placement = replace(roomy, device_memory=1000)
+    job_id = bench.enqueue(tiny_model, prompts(3))
+    bench.drain_all()
+    assert bench.job(job_id).state == "queued"
+    bench.placement = roomy
+    bench.new_worker()
+    bench.drain_all()
+    assert bench.job(job_id).state == "done"

@@ -1,5 +1,6 @@
 """One process's whole life as a worker, in a thread: registering, losing its lease, signing off."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,13 +11,16 @@ import pytest
 
 from engine import Engine, PlanOptions
 from engine.errors import CheckpointError
-from storage.claims import Worker, expire, list_workers, register_worker
+from storage.claims import Worker, claim, expire, list_workers, register_worker
 from storage.database import Database
+from storage.faults import list_faults
 from storage.jobs import NewJob, NewRequest, create_job, get_job
 from worker.bell import Bell
+from worker.blackbox import BlackBox
 from worker.models import known_models, model_dir_for, resolve_model
 from worker.presence import host_name
 from worker.residency import Residency, Sample, Tell
+from worker.rows import RowKey
 from worker.session import prepare_model, serve
 from worker.settings import Settings
 
@@ -147,3 +151,37 @@ def test_a_checkpoint_that_cannot_be_imported_is_an_error(settings: Settings, tm
 
     with pytest.raises(CheckpointError):
         prepare_model(ref, model_dir_for(ref, settings))
+
+
+def test_deaths_that_are_found_at_once_are_one_fault_and_come_before_their_claims(
+    database: Database, settings: Settings, tiny_model: Path
+) -> None:
+    new = NewJob(str(tiny_model), "generate", {"max_new_tokens": 2}, seed=0, priority=0, queue="default")
+    job_id = create_job(database, new, [NewRequest(i, None, {"prompt": "ab"}) for i in range(4)], now=time.time())
+    dead = [
+        register_worker(
+            database, hostname="elsewhere", pid=1, queue="default", device="cpu", now=time.time(), lease_s=3600
+        )
+        for _ in range(3)
+    ]
+    folder = settings.home / "inflight"
+    for worker_id in dead[:2]:
+        box = BlackBox(settings.home, settings.database_url, worker_id)
+        box.loads("m")
+        os.close(box._file)  # as the kernel does for a process that was killed
+    held = claim(database, dead[2], job_id, 2, now=time.time())
+    box = BlackBox(settings.home, settings.database_url, dead[2])
+    for each in held:
+        box.begins(RowKey(each.job_id, each.index, each.attempt))
+    os.close(box._file)
+
+    running = Running(database, settings)
+    wait_until(lambda: get_job(database, job_id).num_done == 2)
+    running.stop()
+
+    assert [(fault.model, fault.kind, fault.count) for fault in list_faults(database)] == [("m", "loading", 1)]
+    assert list(folder.iterdir()) == []
+    with database.read() as connection:
+        blamed = connection.exec_driver_sql('SELECT "index", state FROM requests WHERE crashes = 1').all()
+    # Their worker is another host's, so its lease decides when they come back; they are marked by then.
+    assert sorted(blamed) == [(0, "claimed"), (1, "claimed")]
