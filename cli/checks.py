@@ -99,7 +99,7 @@ def check_database(app: App) -> Check:
 def check_redis(redis_url: str) -> Check:
     """The doorbell; only `enqueue` and `worker` need it, `run` and `demo` bring their own."""
     from worker.doorbell import ping
-    from worker.errors import RedisUnavailable, RedisUnreachable
+    from worker.errors import RedisRefused, RedisUnavailable, RedisUnreachable
     from worker.private_redis import find_redis_server
     from worker.redis_hint import start_command
     from worker.settings import without_password
@@ -112,6 +112,8 @@ def check_redis(redis_url: str) -> Check:
         missing = str(error)
     try:
         ping(redis_url)
+    except RedisRefused as error:
+        return Check("redis", "warn", str(error), "mend OVERNIGHT_REDIS; `enqueue` and `worker` need it")
     except RedisUnreachable:
         detail = f"nothing answers at {shown}; `enqueue` and `worker` need it{server}"
         command = start_command(redis_url)

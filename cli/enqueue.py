@@ -72,11 +72,13 @@ def _ping(redis_url: str) -> None:
         RedisUnreachable: no answer; the sentence ends with the command that starts one, if that is so easy.
     """
     from worker.doorbell import ping
-    from worker.errors import RedisUnreachable
+    from worker.errors import RedisRefused, RedisUnreachable
     from worker.redis_hint import start_command
 
     try:
         ping(redis_url)
+    except RedisRefused:
+        raise
     except RedisUnreachable as error:
         command = start_command(redis_url)
         raise (RedisUnreachable(f"{error}; to start one here: {command}") if command else error) from error

@@ -40,9 +40,13 @@ def _no_empty_stop(ctx: click.Context, param: click.Parameter, value: tuple[str,
     return value
 
 
+_LONGEST_NAME = 80
+"""`status` shows it in a table, and never shortens a cell."""
+
+
 def _no_blank_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    if value is not None and (not value.strip() or not value.isprintable()):
-        raise click.BadParameter("a name is one line of text", ctx, param)
+    if value is not None and (not value.strip() or not value.isprintable() or len(value) > _LONGEST_NAME):
+        raise click.BadParameter(f"a name is one line of at most {_LONGEST_NAME} characters", ctx, param)
     return value
 
 

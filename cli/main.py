@@ -119,7 +119,7 @@ def _refusal(error: Exception) -> str | None:
 
 def _sentence(error: click.ClickException) -> str:
     """click's message, in the form of ours: no capital, no full stop."""
-    text = error.format_message().strip().removesuffix(".")
+    text = " ".join(error.format_message().split()).removesuffix(".")
     return text[:1].lower() + text[1:]
 
 

@@ -153,6 +153,7 @@ def work_off(
         WorkerDied, RedisUnavailable: the job stays as far as it has come.
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the worker has given back what it held.
     """
+    from storage.errors import DatabaseUnreachable
     from storage.jobs import get_job
 
     if job.state in FINISHED:
@@ -165,6 +166,9 @@ def work_off(
             except KeyboardInterrupt:
                 say("stopping: the worker ends its pass and gives back the rest (Ctrl-C again: at once)")
                 raise
+    except DatabaseUnreachable:
+        say(f"job {job.id} keeps the outputs it has; go on with: {resume}")
+        raise
     except (KeyboardInterrupt, WorkerDied):
         left = get_job(database, job.id)
         ended = outcome_of(left) if left.state in FINISHED else None

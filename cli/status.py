@@ -93,7 +93,7 @@ def _watch(database: "Database", job: "Job") -> "Job":
 
 
 def _show_all(database: "Database", *, as_json: bool) -> None:
-    from cli.workers import living_workers
+    from cli.workers import living_workers, missing_worker_hint
     from storage.claims import list_workers
     from storage.clock import time_of
     from storage.faults import list_faults
@@ -123,8 +123,11 @@ def _show_all(database: "Database", *, as_json: bool) -> None:
         for worker in workers:
             if worker.message:
                 emit(f"worker {worker.id}: {worker.message}{_again(worker.retry_at, now)}")
-    elif any(job.state not in FINISHED for job in jobs):
-        say("no worker is running; start one in another terminal: overnight worker")
+    else:
+        for job in jobs:
+            if hint := missing_worker_hint(database, job, now=now):
+                say(hint)  # of the newest that waits; the others may well wait for the same
+                break
 
 
 def _again(retry_at: float | None, now: float) -> str:

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.datasets import Dataset
@@ -48,18 +49,23 @@ class Submission:
     dataset: Dataset
     prompt: str
     """The template itself, also where it was given as a file."""
+    template: PromptTemplate
     rows: RowsAhead
     """Read once, as it is stored."""
 
     def warnings(self) -> list[str]:
         """What a person should know before the job is stored."""
-        if self.options.task != "choose" or self.prompt == self.prompt.rstrip():
-            return []
+        sentences = []
+        if not self.template.names:
+            file = f"; the file of that name is meant by --prompt @{self.prompt}" if _is_file(self.prompt) else ""
+            sentences.append(f"the prompt names no field of the rows, so it is the same for all of them{file}")
         end = self.prompt[len(self.prompt.rstrip()) :]
-        return [
-            f"the prompt ends in white space ({end!r}), so the choices follow it without the space that else stands "
-            "before them; labels may get worse: leave it out unless the model was made for it"
-        ]
+        if self.options.task == "choose" and end:
+            sentences.append(
+                f"the prompt ends in white space ({end!r}), so the choices follow it without the space that else "
+                "stands before them; labels may get worse: leave it out unless the model was made for it"
+            )
+        return sentences
 
     def workload(self, sizes: Sizes) -> "Workload | None":
         """Lengths of the first rows, as the job's worker will see them; ``None``: of none.
@@ -106,6 +112,13 @@ class Submission:
         return create_job(database, job, _then(iter(self.rows), before_commit), now=time.time())
 
 
+def _is_file(text: str) -> bool:
+    try:
+        return bool(text) and Path(text).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Submission:
     """Checks template, model and the dataset up to its first row; nothing is stored.
 
@@ -122,7 +135,8 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
     dataset = Dataset(dataset_name, limits)
     dataset.check()
     prompt = read_template(options.prompt)
-    spec = TaskSpec(options.task, PromptTemplate(prompt, limits), options.choices or (), limits)
+    template = PromptTemplate(prompt, limits)
+    spec = TaskSpec(options.task, template, options.choices or (), limits)
     model = resolve_model(options.model, settings)
     if model.is_imported:
         check_units(read_manifest(model.path), model.path)  # the tokenizer takes longer: the worker looks at it
@@ -131,7 +145,7 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
     rows = requests(dataset.rows(), spec, label=dataset.label, keep_going=options.keep_going)
     ahead = RowsAhead(rows)
     ahead.peek(1)
-    return Submission(options, model, dataset, prompt, ahead)
+    return Submission(options, model, dataset, prompt, template, ahead)
 
 
 def _then(rows: "Iterator[NewRequest]", last: Callable[[], None] | None) -> "Iterator[NewRequest]":

@@ -4,6 +4,7 @@ A field that a row lacks, or has as null, is an error instead of an empty or "No
 absence is meant.
 """
 
+import re
 from pathlib import Path
 
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError, meta
@@ -19,6 +20,8 @@ DEFAULT = "{{ prompt }}"
 _MOST_SOURCE_BYTES = MIB
 _LEAST_MEMORY = 256 * MIB
 """What a template may take while it is rendered, or 16 times the longest prompt, if that is more."""
+_DEEPEST = 90
+"""Brackets and blocks within each other."""
 _TOLD = 200
 """Characters of a library's sentence; it may quote a row."""
 
@@ -103,6 +106,8 @@ class PromptTemplate:
             finalize=_refuse_null,
         )
         self._bounds = Bounds(seconds=limits.render_s, memory=max(_LEAST_MEMORY, 16 * limits.prompt_bytes))
+        if _is_deep(source):
+            raise TemplateFault("the prompt template is nested too deep, or too large; make it simpler")
         try:
             # Constant expressions are computed here already.
             self._names, self._template = self._bounds.run(lambda: self._compiled(source))
@@ -116,6 +121,11 @@ class PromptTemplate:
             raise TemplateFault(f"the prompt template takes too long: {limits.told('render_s')}") from None
         except Exception as error:  # noqa: BLE001  whatever else it was, the template made it happen
             raise TemplateFault(f"the prompt template cannot be used: {_told(error)}") from None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The fields that it reads, or ``row``."""
+        return frozenset(self._names)
 
     def render(self, fields: dict[str, object]) -> str:
         """The prompt of one row; the whole row is also there as ``row``.
@@ -164,6 +174,21 @@ class PromptTemplate:
         if len(text.encode()) > self._limits.prompt_bytes:
             raise _TooLong
         return text
+
+
+def _is_deep(source: str) -> bool:
+    """Whether its brackets or blocks are nested deeper than anybody means; a parser would run out of stack on them."""
+    return _depth(re.findall(r"[][(){}]", source), "([{") > _DEEPEST or (
+        _depth(re.findall(r"{%[-+]?\s*(end)?(?:if|for|macro|call|filter|with|block)\b", source), ("",)) > _DEEPEST
+    )
+
+
+def _depth(signs: list[str], opening: str | tuple[str, ...]) -> int:
+    depth = deepest = 0
+    for sign in signs:
+        depth += 1 if sign in opening else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _told(error: Exception) -> str:

@@ -160,10 +160,11 @@ class _Client:
         assert self._client is not None
         self._client.close()
         denials = (redis.AuthenticationError, redis.exceptions.NoPermissionError)
-        if isinstance(error, denials) or (isinstance(error, redis.RedisError) and "NOAUTH" in str(error)):
+        is_denied = any(words in str(error) for words in ("NOAUTH", "already authenticated", "DB index"))
+        if isinstance(error, denials) or (isinstance(error, redis.RedisError) and is_denied):
             raise RedisRefused(
                 f"Redis at {without_password(self._redis_url)} does not let us in "
-                f"({shown_error(error, self._redis_url)}); say the password with OVERNIGHT_REDIS"
+                f"({shown_error(error, self._redis_url)}); say the right password and database with OVERNIGHT_REDIS"
             ) from error
         if isinstance(error, redis.RedisError | OSError):
             raise RedisUnreachable(

@@ -60,3 +60,6 @@ def configure(level: str) -> None:
     handler.setFormatter(SentenceFormatter(tracebacks=level == "debug"))
     logging.basicConfig(level=logging.WARNING if level != "debug" else logging.DEBUG, handlers=[handler], force=True)
     logging.getLogger(LOGGER).setLevel(level.upper())
+    if level != "debug":
+        # Each try to reach a Redis that is away is an error to Celery. The worker has said once that it does without.
+        logging.getLogger("celery.worker.consumer.consumer").setLevel(logging.CRITICAL)

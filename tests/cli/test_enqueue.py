@@ -257,3 +257,15 @@ def test_no_traceback_and_no_heavy_module_in_a_real_process(with_redis: Path, co
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
     assert "storage.loading" in imported
     assert imported & {"torch", "transformers", "numpy", "celery", "tokenizers", "rich", "alembic", "pydantic"} == set()
+
+
+@pytest.mark.parametrize("prompt", ["", "prompt.txt", "no field"])
+def test_a_prompt_that_is_the_same_for_all_rows_is_a_warning(
+    with_redis: Path, run: Run, model: str, prompt: str
+) -> None:
+    Path("prompt.txt").write_text("Review: {{ text }}")
+    dataset = write_rows(Path("d.jsonl"), {"prompt": "a"})
+    done = run("enqueue", dataset, "--model", model, *GENERATE, "--prompt", prompt)
+    assert done.exit_code == 0
+    assert "names no field" in done.stderr
+    assert ("--prompt @prompt.txt" in done.stderr) == (prompt == "prompt.txt")
