@@ -132,6 +132,10 @@ class Workplace(RuleBasedStateMachine):
         running = [(c.job_id, c.index, c.attempt) for c in other[1]]
         assert count_crash(self.db, worker, running) in (0, 1)
         assert count_crash(self.db, worker, running) == 0, "a death counts once"
+        for job_id, index, attempt in running:
+            if self.holder.get((job_id, index)) == (worker, attempt):
+                # Still its claim until somebody takes it back, under a new epoch: what it sends late is refused.
+                self.holder[job_id, index] = (worker, attempt + 1)
 
     @rule(seconds=st.floats(0.5, 12.0))
     def time_passes(self, seconds: float) -> None:
