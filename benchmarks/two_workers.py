@@ -21,7 +21,7 @@ from storage.results import list_passes
 
 
 def run(models: Path, model: str, num_workers: int, rows: int, new_tokens: int) -> dict[str, Any]:
-    """One job with so many workers; seconds, outputs, and tokens as the engines counted them."""
+    """One job with ``num_workers`` workers: seconds, outputs, and tokens as the engines counted them."""
     with tempfile.TemporaryDirectory(prefix="two-workers-") as folder:
         place = Round(Path(folder), models, Random(0))
         place.begin_empty()
