@@ -9,6 +9,9 @@ STAMP := $(VENV)/.installed
 # Tried in this order; name one yourself with `make venv PYTHON=/path/to/python`.
 PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
+# As many tests at once as there are cores; more than four gain little beside the longest files.
+# One after another, as a debugger needs them: `make test PARALLEL=`.
+PARALLEL ?= -n logical --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .PHONY: help venv demo test lint format coverage
@@ -23,7 +26,7 @@ demo: venv ## label 500 movie reviews with the shipped model, through the real q
 	@$(BIN)/overnight demo
 
 test: lint ## lint, then the whole test suite
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q $(PARALLEL)
 
 lint: venv ## style, types, import arrows
 	@$(BIN)/ruff check .
@@ -36,7 +39,7 @@ format: venv ## mend what ruff can mend
 	@$(BIN)/ruff format .
 
 coverage: venv ## the test suite with branch coverage
-	@$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered
+	@$(BIN)/python -m pytest -q $(PARALLEL) --cov --cov-report=term:skip-covered
 
 # A command that exists may still not run (version managers leave such shims), so each candidate is
 # asked, also for `venv` and `ensurepip`, which Debian packages apart.
