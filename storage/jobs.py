@@ -1,4 +1,4 @@
-"""Jobs: looked up, cancelled, retried, failed and purged. (`create_job` lives in storage.loading.)"""
+"""Jobs: looked up, cancelled, retried and failed. (`create_job` lives in storage.loading.)"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Select, Text, and_, delete, func, select, typ
 from storage.crashes import FOUND_GUILTY, new_group
 from storage.database import Database
 from storage.errors import InvalidTransition, JobNotFound, NothingToRetry
-from storage.loading import NewJob, NewRequest, create_job, remove_rows, sweep_invisible
+from storage.loading import NewJob, NewRequest, create_job, sweep_invisible
 from storage.schema import jobs, object_of, outputs, requests
 from storage.states import OPEN_JOBS, JobState, OutputStatus, RequestState, jobs_before, requests_before
 
@@ -26,7 +26,6 @@ __all__ = [
     "list_jobs",
     "note_plan",
     "peek_requests",
-    "purge_job",
     "retry_job",
     "runnable_jobs",
     "sweep_invisible",
@@ -131,7 +130,7 @@ def note_plan(db: Database, job_id: int, plan: dict[str, Any]) -> None:
 
 
 def cancelled_among(db: Database, job_ids: Iterable[int]) -> set[int]:
-    """Those of these jobs whose claimed requests are no longer wanted: cancelled, failed as a whole, or purged."""
+    """Those of these jobs whose claimed requests are no longer wanted: cancelled, failed as a whole, or pruned."""
     wanted = set(job_ids)
     if not wanted:
         return set()
@@ -230,13 +229,3 @@ def _why_nothing(job: Job) -> str:
     if job.num_failed:
         return f"Job {job.id} has nothing to retry: its {job.num_failed} failed rows were refused when it was enqueued."
     return f"Job {job.id} has nothing to retry: no request of it failed or was cancelled."
-
-
-def purge_job(db: Database, job_id: int) -> None:
-    """Delete a finished job with its requests and outputs. Raises JobNotFound, or InvalidTransition if it may run."""
-    with db.write() as connection:
-        job = _job(connection, job_id, lock=True)
-        if not job.is_finished:
-            raise InvalidTransition(f"Job {job_id} is still {job.state}; cancel it before it is purged.")
-        connection.execute(update(jobs).where(jobs.c.id == job_id).values(visible=False))
-    remove_rows(db, job_id)

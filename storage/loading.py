@@ -93,7 +93,7 @@ def create_job(db: Database, new: NewJob, rows: Iterable[NewRequest], *, now: fl
 def sweep_invisible(
     db: Database, *, now: float, older_than_s: float, is_over: Callable[[], bool] = lambda: False
 ) -> int:
-    """Remove what killed enqueues and purges left: jobs whose last chunk is older than this. Returns how many.
+    """Remove what killed enqueues and prunes left: jobs whose last chunk is older than this. Returns how many.
 
     `is_over`: asked between two chunks, whether to leave the rest to the next one.
     """

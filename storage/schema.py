@@ -108,7 +108,7 @@ class _JobColumns(TypedColumns):
     finished_at: Named[float | None] = Column(Double)
     loaded_at: Named[float] = Column(Double)  # when the last rows arrived: tells a dead enqueue from a slow one
     state: Named[JobState] = Column(_state(JobState))
-    visible: Named[bool] = Column(Boolean)  # false while loaded or purged: no query shows it
+    visible: Named[bool] = Column(Boolean)  # false while loaded or pruned: no query shows it
     model: Named[str] = Column(Text)  # absolute path, or name
     task: Named[str] = Column(Text)
     params: Named[dict[str, Any]] = Column(JsonText)

@@ -1,10 +1,10 @@
-"""Listing, choosing, cancelling, retrying, failing and purging jobs."""
+"""Listing, choosing, cancelling, retrying and failing jobs."""
 
 import pytest
 
 from storage.claims import claim
 from storage.database import Database
-from storage.errors import InvalidTransition, JobNotFound, NothingToRetry
+from storage.errors import JobNotFound, NothingToRetry
 from storage.jobs import (
     JobState,
     cancel_job,
@@ -12,22 +12,21 @@ from storage.jobs import (
     fail_job,
     get_job,
     list_jobs,
-    purge_job,
     retry_job,
     runnable_jobs,
 )
+from storage.prune import prune
 from storage.results import record, stream_outputs
 from tests.storage.factories import make_job, make_worker, result_of
 
 
-@pytest.mark.parametrize("verb", ["get", "cancel", "retry", "fail", "purge", "stream"])
+@pytest.mark.parametrize("verb", ["get", "cancel", "retry", "fail", "stream"])
 def test_an_unknown_job_is_named(db: Database, verb: str) -> None:
     verbs = {
         "get": lambda: get_job(db, 77),
         "cancel": lambda: cancel_job(db, 77, now=1.0),
         "retry": lambda: retry_job(db, 77, now=1.0),
         "fail": lambda: fail_job(db, 77, "x", now=1.0),
-        "purge": lambda: purge_job(db, 77),
         "stream": lambda: stream_outputs(db, 77),  # at once, not at the first row
     }
     with pytest.raises(JobNotFound, match="no job 77"):
@@ -64,12 +63,12 @@ def test_cancel_keeps_outputs_and_stops_the_rest(db: Database) -> None:
 
 
 def test_cancelled_among_names_what_is_not_wanted(db: Database) -> None:
-    running, cancelled, failed, purged = (make_job(db) for _ in range(4))
-    cancel_job(db, cancelled, now=2.0)
-    fail_job(db, failed, "no model", now=2.0)
-    cancel_job(db, purged, now=2.0)
-    purge_job(db, purged)
-    assert cancelled_among(db, [running, cancelled, failed, purged]) == {cancelled, failed, purged}
+    running, cancelled, failed, pruned = (make_job(db) for _ in range(4))
+    cancel_job(db, pruned, now=2.0)
+    prune(db, before=3.0)
+    cancel_job(db, cancelled, now=3.0)
+    fail_job(db, failed, "no model", now=3.0)
+    assert cancelled_among(db, [running, cancelled, failed, pruned]) == {cancelled, failed, pruned}
     assert cancelled_among(db, []) == set()
 
 
@@ -125,14 +124,3 @@ def test_nothing_to_retry_says_why(db: Database) -> None:
         retry_job(db, refused, now=2.0)
     assert get_job(db, refused).num_failed == 2
     assert len(list(stream_outputs(db, refused))) == 2
-
-
-def test_purge_deletes_only_what_is_finished(db: Database) -> None:
-    job_id, kept, worker = make_job(db, 3), make_job(db, 2), make_worker(db)
-    with pytest.raises(InvalidTransition, match="still queued"):
-        purge_job(db, job_id)
-    record(db, worker, [result_of(c) for c in claim(db, worker, job_id, 3, now=2.0)], None, now=3.0)
-    purge_job(db, job_id)
-    assert [job.id for job in list_jobs(db)] == [kept]
-    with pytest.raises(JobNotFound):
-        stream_outputs(db, job_id)

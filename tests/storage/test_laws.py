@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from storage.claims import (
     ClaimedRequest,
@@ -20,9 +20,10 @@ from storage.claims import (
 )
 from storage.crashes import count_crash, only_suspects
 from storage.database import Database
-from storage.errors import ClaimLost, InvalidTransition
+from storage.errors import ClaimLost, InvalidTransition, JobNotFound
 from storage.integrity import check_integrity
-from storage.jobs import cancel_job, fail_job, get_job, list_jobs, purge_job, retry_job, runnable_jobs
+from storage.jobs import cancel_job, fail_job, get_job, list_jobs, retry_job, runnable_jobs
+from storage.prune import look, prune
 from storage.results import RequestResult, record, stream_outputs
 from tests.storage.factories import make_job, make_worker, result_of
 
@@ -45,6 +46,7 @@ class Workplace(RuleBasedStateMachine):
         self.lease: dict[int, float] = {}  # of the workers that nobody ended
         self.holder: dict[Key, tuple[int, int]] = {}  # request -> (worker, attempt) of its living claim
         self.accepted: dict[Key, str] = {}  # request -> text of the output that must be there
+        self.pruned: set[int] = set()  # jobs
 
     def teardown(self) -> None:
         if hasattr(self, "db"):
@@ -166,6 +168,10 @@ class Workplace(RuleBasedStateMachine):
 
     @rule(job=jobs, whole=st.booleans())
     def end(self, job: int, whole: bool) -> None:
+        if job in self.pruned:
+            with pytest.raises(JobNotFound):
+                cancel_job(self.db, job, now=self.now)
+            return
         finished = get_job(self.db, job).is_finished
         if whole:
             fail_job(self.db, job, "no model", now=self.now)
@@ -183,16 +189,22 @@ class Workplace(RuleBasedStateMachine):
             retry_job(self.db, job, now=self.now)
         except InvalidTransition:
             return
+        except JobNotFound:
+            assert job in self.pruned
+            return
         errors = {o.index for o in stream_outputs(self.db, job, errors_only=True)}
         ok = {o.index for o in stream_outputs(self.db, job)} - errors
         assert all(self.accepted[job, i] == "missing_field" for i in errors)
         self.accepted = {(j, i): text for (j, i), text in self.accepted.items() if j != job or i in ok | errors}
 
-    @rule(job=consumes(jobs))
-    def purge(self, job: int) -> None:
-        if get_job(self.db, job).is_finished:
-            purge_job(self.db, job)
-            self.accepted = {key: text for key, text in self.accepted.items() if key[0] != job}
+    @rule(age=st.floats(0.0, 20.0))
+    def prune_what_is_older(self, age: float) -> None:
+        before = self.now - age
+        old = [job.id for job in list_jobs(self.db) if job.finished_at is not None and job.finished_at < before]
+        assert list(look(self.db, before=before).jobs) == sorted(old)
+        assert list(prune(self.db, before=before).jobs) == sorted(old)
+        self.pruned |= set(old)
+        self.accepted = {key: text for key, text in self.accepted.items() if key[0] not in self.pruned}
 
     @invariant()
     def the_outputs_are_the_accepted_ones_and_the_laws_hold(self) -> None:
