@@ -55,7 +55,11 @@ def check_python() -> Check:
 
 def check_home(home: Path) -> Check:
     """The folder that holds all state, and who may read it."""
-    if not home.exists():
+    there = next(folder for folder in (home, *home.absolute().parents) if folder.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        remedy = "choose another by OVERNIGHT_HOME; without it, only status, fetch and wait work"
+        return Check("home", "fail", f"{there} cannot be written", remedy)
+    if there != home:
         return Check("home", "ok", f"{home} will be made on first use")
     mode = home.stat().st_mode & 0o777
     if mode & 0o077:

@@ -4,7 +4,7 @@ CliError
 ├── DatasetFault        the dataset cannot be read: encoding, emptiness, or the line that is at fault
 ├── TemplateFault       the prompt template has a syntax error, or fails on the first row
 ├── FileAbsent          a file or folder that was named does not exist
-├── OutputRefused       the output would overwrite the dataset, the database or a model
+├── OutputRefused       the output would overwrite what a job needs, or is of a format that is not written
 ├── OutputNotWritten    the output could not be written (disk full, no permission)
 ├── JobUnfinished       the job failed, was cancelled or has failed requests
 └── WorkerDied          the worker that `run` or `demo` had started ended before its job

@@ -30,6 +30,7 @@ def command(app: App, job_id: int, output: str, file_format: str | None, errors:
     from storage.jobs import get_job
     from storage.results import stream_outputs
 
+    file_format = format_of(output, file_format)
     with app.job_database(job_id, only_look=True) as database:
         job = get_job(database, job_id)
         check_output(output, keep=app.files_to_keep(job.origin))
@@ -38,7 +39,7 @@ def command(app: App, job_id: int, output: str, file_format: str | None, errors:
             count = write_rows(
                 rows,
                 stream,
-                file_format=format_of(output, file_format),
+                file_format=file_format,
                 task=job.task,
                 choices=(job.origin or {}).get("choices"),
             )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from cli.errors import OutputRefused
 from cli.json_text import finite, json_text
 
 if TYPE_CHECKING:
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 FORMATS = ("jsonl", "csv")
 _SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl"}
+_NOT_WRITTEN = {
+    *(".parquet", ".pq", ".arrow", ".feather", ".tsv", ".xlsx", ".xls", ".ods"),
+    *(".gz", ".bz2", ".xz", ".zst", ".zip"),
+}
+"""Suffixes that promise a reader what we do not write."""
 
 _COLUMNS = {
     "generate": ("text", "finish_reason"),
@@ -28,8 +34,17 @@ _FORMULA = re.compile(r"[\t\r\n]|[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*[=+\-@ï¼
 
 
 def format_of(output: str, given: str | None) -> str:
-    """The format asked for, else that of the output's suffix, else JSON lines."""
-    return given or _SUFFIXES.get(PurePath(output).suffix.lower(), "jsonl")
+    """The format asked for, else that of the output's suffix, else JSON lines.
+
+    Raises:
+        OutputRefused: the suffix is that of a format which is not written.
+    """
+    suffix = PurePath(output).suffix
+    if given is None and suffix.lower() in _NOT_WRITTEN:
+        raise OutputRefused(
+            f"-o {output}: {suffix} is not written; name a file that ends in .jsonl or .csv, or say --format"
+        )
+    return given or _SUFFIXES.get(suffix.lower(), "jsonl")
 
 
 def output_document(row: "OutputRow") -> dict[str, Any]:

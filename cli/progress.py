@@ -136,25 +136,38 @@ def progress_line(snapshot: Snapshot, pace: Pace) -> str:
     ]
     if job.num_failed:
         parts.append(f"{format_count(job.num_failed)} failed")
-    return " | ".join([*parts, *_speed_and_left(snapshot, pace)])
+    parts += _why_it_stands(snapshot) or [*_speed(snapshot, pace), *_left(snapshot, pace)]
+    return " | ".join(parts)
 
 
-def _speed_and_left(snapshot: Snapshot, pace: Pace) -> list[str]:
-    """Of an unfinished job: why it stands still, or how fast it is and how long that will take."""
+def _detail(snapshot: Snapshot, pace: Pace) -> str:
+    """What stands behind a bar: the most telling first, since a narrow terminal cuts the end."""
     job = snapshot.job
-    if job.state in FINISHED:
+    parts = [str(job.state)]
+    if job.num_failed:
+        parts.append(f"{format_count(job.num_failed)} failed")
+    parts += _why_it_stands(snapshot) or [*_left(snapshot, pace), *_speed(snapshot, pace)]
+    return printable(" · ".join(parts))
+
+
+def _why_it_stands(snapshot: Snapshot) -> list[str]:
+    return [snapshot.standstill] if snapshot.standstill and snapshot.job.state not in FINISHED else []
+
+
+def _speed(snapshot: Snapshot, pace: Pace) -> list[str]:
+    if snapshot.job.state in FINISHED:
         return []
-    if snapshot.standstill:
-        return [snapshot.standstill]
     parts = []
-    if pace.rows_per_s and job.task != "generate":
+    if pace.rows_per_s and snapshot.job.task != "generate":
         parts.append(format_rows(pace.rows_per_s))
     if pace.tokens_per_s:
         parts.append(format_rate(pace.tokens_per_s))
-    eta = pace.eta_s(job.num_requests)
-    if eta is not None:
-        parts.append(f"{format_seconds(eta)} left")
     return parts
+
+
+def _left(snapshot: Snapshot, pace: Pace) -> list[str]:
+    eta = None if snapshot.job.state in FINISHED else pace.eta_s(snapshot.job.num_requests)
+    return [] if eta is None else [f"{format_seconds(eta)} left"]
 
 
 def _take(pace: Pace, snapshot: Snapshot, now: float) -> None:
@@ -170,28 +183,30 @@ def job_progress(title: str) -> "Iterator[Progress]":
         yield LineProgress()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bars
+    from rich.table import Column
 
+    console = Console(stderr=True, no_color=not colour_wanted())
+    # On a narrow terminal the bar is short, then the detail is cut; the count never is.
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[detail]}", markup=False),
+        BarColumn(bar_width=max(5, min(40, console.width - 100))),
+        TextColumn("{task.fields[rows]}", markup=False),
+        TextColumn("{task.fields[detail]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
     )
-    console = Console(stderr=True, no_color=not colour_wanted())
-    with Bars(*columns, console=console, refresh_per_second=4) as bars:
-        task = bars.add_task(title, total=None, detail="")
+    with Bars(*columns, console=console, refresh_per_second=4, expand=True) as bars:
+        task = bars.add_task(title, total=None, rows="", detail="")
         pace = Pace()
 
         class BarProgress:
             def update(self, snapshot: Snapshot, now: float) -> None:
                 _take(pace, snapshot, now)
                 job = snapshot.job
-                failed = [f"{format_count(job.num_failed)} failed"] if job.num_failed else []
-                detail = " · ".join([str(job.state), *_speed_and_left(snapshot, pace), *failed])
                 ended = job.num_done + job.num_failed
-                bars.update(task, total=job.num_requests, completed=ended, detail=printable(detail))
+                rows = f"{format_count(ended)}/{format_count(job.num_requests)}"
+                detail = _detail(snapshot, pace)
+                bars.update(task, total=job.num_requests, completed=ended, rows=rows, detail=detail)
 
             def note(self, text: str) -> None:
                 console.print(printable(text), markup=False, highlight=False, soft_wrap=True)

@@ -47,7 +47,7 @@ def command(app: App, older_than: float, dry_run: bool, compact: bool, as_json: 
     database: such a file is written anew where it is small and no worker is alive, or with --compact.
     """
     before = time.time() - older_than
-    existing = app.open_existing_database()
+    existing = app.open_for_reading() if dry_run else app.open_existing_database()
     if existing is None:
         if as_json:
             emit_json(_document(None, None, None, before, dry_run))

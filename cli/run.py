@@ -78,6 +78,7 @@ def command(
     from cli.reports import outcome_of
     from cli.serving import work_off
 
+    file_format = format_of(output, file_format)
     placement = Placement.take(values)
     with _job(app, dataset, output, trace, resume, placement, values) as (database, submitted):
         again = f"overnight run --resume {submitted.id} -o {shlex.quote(output)}"
@@ -85,7 +86,7 @@ def command(
         if job.num_done or job.num_failed:
             say(_how_fast(database, job))
         if job.state == "done" or job.num_done:
-            _write(database, job, output, format_of(output, file_format))
+            _write(database, job, output, file_format)
     if trace is not None and trace.exists():
         say(f"trace in {trace}; open it with https://ui.perfetto.dev or chrome://tracing")
     problem = outcome_of(job)

@@ -65,6 +65,7 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_
         SettingsError: names the flag, variable or key, and what it should look like.
     """
     here = Path.cwd()
+    _check_names(environ)
     home = _home(flags, environ, here)
     given = _from_toml(toml_path or home / TOML_NAME)
     for key in KEYS:
@@ -91,6 +92,17 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_
         log_level=given["log_level"].log_level() if "log_level" in given else default.log_level,
         limits=_limits(given),
     )
+
+
+def _check_names(environ: Mapping[str, str]) -> None:
+    """A slip in a variable's name must not be without effect in silence; one that is like none may be another's."""
+    known = {f"OVERNIGHT_{key.upper()}" for key in (*KEYS, "home")}
+    for name in environ:
+        if name.startswith("OVERNIGHT_") and name not in known:
+            import difflib
+
+            if near := difflib.get_close_matches(name, known, n=1, cutoff=0.9):
+                raise SettingsError(f"{name} is not a setting; did you mean {near[0]}?")
 
 
 def _limits(given: Mapping[str, Given]) -> Limits:

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from cli.formats import format_of, write_rows
 from storage.results import OutputRow
 from storage.states import OutputStatus
+from tests.cli.conftest import Run
 
 
 def ok(index: int, output: dict[str, Any], row_id: object = None) -> OutputRow:
@@ -150,3 +152,12 @@ def test_rows_with_choices_of_their_own_keep_them_in_one_column() -> None:
 )
 def test_the_format_is_as_asked_for_else_as_the_name_ends(output: str, given: str | None, wanted: str) -> None:
     assert format_of(output, given) == wanted
+
+
+@pytest.mark.parametrize("command", ["fetch", "run"])
+def test_a_format_that_is_not_written_is_refused_before_any_work(command: str, run: Run, tmp_path: Path) -> None:
+    words = ["fetch", "1"] if command == "fetch" else ["run", "absent.jsonl", "--model", "m", "--task", "generate"]
+    done = run(*words, "-o", str(tmp_path / "labels.Parquet"))
+    assert done.exit_code == 2
+    assert ".Parquet is not written; name a file that ends in .jsonl or .csv, or say --format" in done.stderr
+    assert format_of("labels.parquet", "csv") == "csv"

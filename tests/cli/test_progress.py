@@ -1,9 +1,12 @@
+import io
+import re
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
 
-from cli.progress import LineProgress, Pace, Sample, Snapshot, follow, progress_line
+from cli.progress import LineProgress, Pace, Sample, Snapshot, follow, job_progress, progress_line
 from cli.reports import eta_of, job_document, outcome_of, seconds_of
 from cli.workers import Attendance
 from storage.database import Database
@@ -110,6 +113,27 @@ def test_a_progress_line_names_failures_speed_and_time_left() -> None:
     assert progress_line(Snapshot(make_job(task="choose")), pace) == (
         "job 7 running: 40% | 40/100 requests | 10 failed | 4 rows/s | 50 tokens/s | 15 s left"
     )
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 200])
+def test_a_bar_never_cuts_the_count_of_rows(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for name, value in (("COLUMNS", str(columns)), ("TERM", "xterm"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    with job_progress("job 7") as progress:
+        for now, done in ((0.0, 0), (10.0, 345_678)):
+            progress.update(Snapshot(make_job(task="choose", num_requests=1_000_000, num_done=done)), now)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n")
+    last = [line for line in shown.splitlines() if line.strip()][-1]
+    assert last.startswith("job 7 ")
+    assert " 345,688/1,000,000 running · 10 failed" in last
+    assert len(last) <= columns
+    assert ("19 s left · 34,568 rows/s" in last) == (columns >= 80)
 
 
 @pytest.mark.parametrize(

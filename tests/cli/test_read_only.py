@@ -21,7 +21,7 @@ def test_what_is_there_can_be_looked_at_where_nothing_can_be_written(with_redis:
     script = f"""
         mount --bind {folder} {folder} && mount -o remount,ro,bind {folder} || exit 99
         touch {folder}/x 2>&- && exit 98
-        for words in "status --json" "fetch 1" "wait 1" "cancel 1"; do
+        for words in "status --json" "fetch 1" "wait 1" "prune --dry-run --older-than 0m" "doctor" "cancel 1"; do
             {python} $words
             echo "code $?"
         done
@@ -34,11 +34,13 @@ def test_what_is_there_can_be_looked_at_where_nothing_can_be_written(with_redis:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    status, fetched, waited, cancelled = done.stdout.split("code ")[:4]
+    status, fetched, waited, pruned, doctor, _ = done.stdout.split("code ")[:6]
     assert [job["state"] for job in json.loads(status)["jobs"]] == ["done"]
     code, *rows = fetched.splitlines()
     assert code == "0"
     assert [json.loads(row)["index"] for row in rows] == [0, 1]
-    assert (waited, cancelled) == ("0\n", "0\n")
+    assert (waited, pruned) == ("0\n", "0\n")
+    assert "would prune 1 job" in done.stderr
+    assert f"{home} cannot be written" in doctor
     assert done.stdout.endswith("code 4\n")
     assert "cannot be written" in done.stderr.splitlines()[-1]

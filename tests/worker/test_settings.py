@@ -184,3 +184,13 @@ def test_a_limit_says_where_it_is_set() -> None:
 
 def test_home_comes_from_the_platform_when_nobody_says() -> None:
     assert load_settings({}, {"HOME": os.environ.get("HOME", "/")}).home.name == "overnight"
+
+
+@pytest.mark.parametrize(("name", "meant"), [("DATABSE", "DATABASE"), ("LEASE", "LEASE_S"), ("DB", None)])
+def test_a_variable_with_a_slip_in_its_name_is_refused(tmp_path: Path, name: str, meant: str | None) -> None:
+    environ = {"OVERNIGHT_HOME": str(tmp_path), f"OVERNIGHT_{name}": "x"}
+    if meant is None:
+        assert load_settings({}, environ).home == tmp_path
+        return
+    with pytest.raises(SettingsError, match=f"OVERNIGHT_{name} is not a setting; did you mean OVERNIGHT_{meant}"):
+        load_settings({}, environ)
