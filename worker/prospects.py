@@ -1,13 +1,18 @@
-"""Which jobs this worker could run now: those of its queue whose model is here and not left alone for a while."""
+"""Which jobs this worker could run now, and which model it should turn to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.database import Database
-from storage.jobs import Job, runnable_jobs
+from storage.jobs import Job
+from worker.aside import Aside
 from worker.errors import ModelNotFound
+from worker.fairness import Waiting, choose_model
+from worker.fault_policy import FaultPolicy
+from worker.faults import blame
+from worker.job_store import JobStore
 from worker.models import ModelRef, model_dir_for, resolve_model
+from worker.residency import Residency
 from worker.settings import Settings
 
 
@@ -25,27 +30,59 @@ class Prospect:
         return str(self.model_dir)
 
 
-def prospects(
-    database: Database,
-    settings: Settings,
-    *,
-    is_aside: Callable[[str], bool],
-    absent: Callable[[Job, Exception], None],
-) -> list[Prospect]:
-    """The jobs with rows to claim, in turn.
+class Prospects:
+    """The jobs of one queue, as far as this worker can run them. ``clock``: unix seconds."""
 
-    ``is_aside``: whether a model is left alone for now; ``absent`` is told of a job whose model is not here.
+    def __init__(
+        self,
+        store: JobStore,
+        settings: Settings,
+        residency: Residency,
+        aside: Aside,
+        policy: FaultPolicy,
+        clock: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._residency = residency
+        self._aside = aside
+        self._policy = policy
+        self._clock = clock
 
-    Raises:
-        DatabaseUnreachable: nothing can be read.
-    """
-    found: list[Prospect] = []
-    for job in runnable_jobs(database, settings.queue):
-        if is_aside(job.model):
-            continue
-        try:
-            ref = resolve_model(job.model, settings)
-            found.append(Prospect(job, ref, model_dir_for(ref, settings)))
-        except (ModelNotFound, OSError) as error:
-            absent(job, error)
-    return found
+    def look(self) -> list[Prospect]:
+        """The jobs with rows to claim whose model is here and not left alone for now, in turn.
+
+        What is absent here is borne as a fault of this machine.
+        """
+        found: list[Prospect] = []
+        for job in self._store.runnable(self._settings.queue):
+            if self._aside.has(job.model):
+                continue
+            try:
+                ref = resolve_model(job.model, self._settings)
+                found.append(Prospect(job, ref, model_dir_for(ref, self._settings)))
+            except (ModelNotFound, OSError) as error:
+                self._policy.bear(error, [job], str(error), blame(error))
+        return found
+
+    def choose(self, waiting: Sequence[Prospect]) -> str | None:
+        """The model to work with now; None where nothing waits."""
+        if not waiting:
+            return None
+        served = self._store.served_by_others()
+        return choose_model(
+            [
+                Waiting(
+                    each.job.id,
+                    each.model,
+                    each.job.priority,
+                    each.job.created_at,
+                    is_served=each.job.id in served,
+                )
+                for each in waiting
+            ],
+            resident=self._residency.model,
+            left_at=self._residency.left_at,
+            now=self._clock(),
+            max_wait_s=self._settings.max_wait_s,
+        )

@@ -55,6 +55,11 @@ class Residency:
         """The model directory of the resident model."""
         return self._model_dir
 
+    @property
+    def model(self) -> str | None:
+        """The same as a text, as jobs are compared by."""
+        return None if self._model_dir is None else str(self._model_dir)
+
     def ensure(self, model_dir: Path, sample: Sample = lambda: None, tell: Tell = lambda _: None) -> Engine:
         """The engine of ``model_dir``, loaded now unless it is resident.
 
