@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -51,6 +53,12 @@ class WorkerProcess:
     @property
     def log(self) -> str:
         return self._log.read_text(errors="replace")
+
+    def stop(self) -> None:
+        """Returns when it stands still, by SIGSTOP."""
+        self.process.send_signal(signal.SIGSTOP)
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        wait_until("the worker to stand still", lambda: stat.read_text().rpartition(") ")[2].startswith("T"))
 
     def signal(self, number: int) -> int:
         """Send a signal and return the exit status."""
@@ -131,6 +139,36 @@ class Station:
             assert states.get("done") != sum(states.values()), "it was too quick to be caught in the middle"
             assert time.monotonic() < deadline, f"waited {PATIENCE_S} s for the job to be in the middle"
             time.sleep(0.02)
+
+    @contextlib.contextmanager
+    def stopped_in_the_middle(self, worker: WorkerProcess, job_id: int) -> Iterator[None]:
+        """While it lasts, the worker stands still with rows of the job claimed, and others can use the database."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            # While we hold the lock for writing, it cannot be stopped with that in its hands.
+            with self.database.write() as connection:
+                states = self._request_states(connection, job_id)
+                is_running = bool(states.get("claimed"))
+                if is_running:
+                    worker.stop()
+            try:
+                if is_running and self._nobody_reads():
+                    yield
+                    return
+            finally:
+                worker.process.send_signal(signal.SIGCONT)
+            assert states.get("done") != sum(states.values()), "it was too quick to be caught in the middle"
+            assert time.monotonic() < deadline, f"waited {PATIENCE_S} s for the job to be in the middle"
+            time.sleep(0.02)
+
+    def _nobody_reads(self) -> bool:
+        with contextlib.closing(sqlite3.connect(str(self.database.path), timeout=0.1)) as connection:
+            try:
+                connection.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError:
+                return False
+            connection.rollback()
+            return True
 
     def texts(self, job_id: int) -> list[tuple[int, Any]]:
         """(index, output) of every output row, duplicates included."""

@@ -78,10 +78,10 @@ def test_cancel_and_retry_at_once_hang_nothing(station: Station, tiny_model: Pat
     job_id = station.enqueue(tiny_model, 240, max_new_tokens=100)
     undisturbed = station.enqueue(tiny_model, 240, max_new_tokens=100)
     worker = station.start_worker(scan_s=0.2)
-    wait_until("rows to be claimed", lambda: station.request_states(job_id).get("claimed", 0) > 0)
     for _ in range(3):
-        assert station.cli("cancel", job_id).returncode == 0
-        assert station.cli("retry", job_id).returncode == 0
+        with station.stopped_in_the_middle(worker, job_id):
+            assert station.cli("cancel", job_id).returncode == 0
+            assert station.cli("retry", job_id).returncode == 0
     assert station.wait_done(job_id).num_done == 240
     assert station.wait_done(undisturbed).num_done == 240
     assert station.texts(job_id) == station.texts(undisturbed)
