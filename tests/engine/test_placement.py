@@ -15,17 +15,7 @@ from engine.weights.importers.huggingface import import_checkpoint
 from engine.weights.manifest import read_manifest
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.like_cuda import LikeCuda
-
-BUDGETS = {"device_memory": 64 * MIB, "host_memory": 64 * MIB, "disk_space": 64 * MIB}
-PLACEMENTS: dict[str, dict[str, object]] = {
-    "all-device": {"weights": "100/0/0", "kv": "100/0/0"},
-    "all-host": {"weights": "0/100/0", "kv": "0/100/0", "activations": "host"},
-    "all-disk": {"weights": "0/0/100", "kv": "0/0/100", "activations": "disk"},
-    "split": {"weights": "20/30/50", "kv": "20/30/50"},
-    "weights-on-disk": {"weights": "0/0/100", "kv": "100/0/0", "activations": "host"},
-    "kv-on-disk": {"weights": "100/0/0", "kv": "0/0/100"},
-    "split-activations-on-disk": {"weights": "50/30/20", "kv": "50/20/30", "activations": "disk"},
-}
+from tests.engine.placements import BUDGETS, PLACEMENTS, options_of, scattered, spills
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +57,6 @@ def about(found: dict[object, object]) -> dict[object, object]:
     return {key: pytest.approx(value, abs=1e-4) if isinstance(value, dict) else value for key, value in found.items()}
 
 
-def options(placement: dict[str, object], **more: object) -> PlanOptions:
-    shares = {name: Shares.parse(str(placement[name])) for name in ("weights", "kv")}
-    return PlanOptions(**{**BUDGETS, **placement, **shares, **more})  # type: ignore[arg-type]
-
-
 def make_device(kind: str) -> Device:
     kinds = {"cpu": HostDevice, "simulated": lambda: SimulatedDevice(delay_s=0.0002), "like-cuda": LikeCuda}
     return kinds[kind]()
@@ -79,7 +64,7 @@ def make_device(kind: str) -> Device:
 
 @pytest.fixture(scope="module")
 def expected(model_dir: Path) -> dict[object, object]:
-    with Engine.load(model_dir, options(PLACEMENTS["all-device"]), device=HostDevice()) as engine:
+    with Engine.load(model_dir, options_of("all-device"), device=HostDevice()) as engine:
         return about(results(engine))
 
 
@@ -88,7 +73,7 @@ def expected(model_dir: Path) -> dict[object, object]:
 def test_outputs_do_not_depend_on_placement(
     name: str, kind: str, model_dir: Path, tmp_path: Path, expected: dict[object, object]
 ) -> None:
-    plan_options = options(PLACEMENTS[name], disk_dir=tmp_path, micro_batch=48, micro_batches=4, extent_tokens=32)
+    plan_options = options_of(name, **scattered(tmp_path))
     with Engine.load(model_dir, plan_options, device=make_device(kind)) as engine:
         assert results(engine) == expected
         engine.check_integrity()
@@ -96,10 +81,7 @@ def test_outputs_do_not_depend_on_placement(
             assert tier.peak <= tier.budget
         if PLACEMENTS[name]["kv"] == "20/30/50":
             assert all(engine.plan.kv_bytes[tier] for tier in TierName)
-        spills = {PLACEMENTS[name].get("activations"), "disk"} == {"disk"} or not str(PLACEMENTS[name]["kv"]).endswith(
-            "/0"
-        )
-        assert (engine.tiers[TierName.DISK].peak > 0) == spills
+        assert (engine.tiers[TierName.DISK].peak > 0) == spills(name)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,7 +94,7 @@ def test_weights_are_cast_as_they_are_staged(name: str, kind: str, tmp_path: Pat
     import_checkpoint(tmp_path / "hf-bf16", tmp_path / "wide", dtype="float32")
     found = []
     for folder in ("narrow", "wide"):
-        chosen = options(PLACEMENTS[name], dtype="float32", disk_dir=tmp_path / "spill")
+        chosen = options_of(name, dtype="float32", disk_dir=tmp_path / "spill")
         with Engine.load(tmp_path / folder, chosen, device=make_device(kind)) as engine:
             found.append(results(engine))
             engine.check_integrity()
@@ -121,8 +103,8 @@ def test_weights_are_cast_as_they_are_staged(name: str, kind: str, tmp_path: Pat
 
 def test_every_kv_tier_is_used_in_its_share(model_dir: Path, tmp_path: Path) -> None:
     """A budget so small that one tier alone could not hold what runs."""
-    chosen = options(
-        {"weights": "0/0/100", "kv": "20/30/50"},
+    chosen = options_of(
+        "split", weights=Shares(0, 0, 100),
         disk_dir=tmp_path, disk_space=1 * MIB, micro_batch=64, micro_batches=2, extent_tokens=32,
     )  # fmt: skip
     with Engine.load(model_dir, chosen, device=SimulatedDevice()) as engine:
@@ -135,7 +117,7 @@ def test_every_kv_tier_is_used_in_its_share(model_dir: Path, tmp_path: Path) -> 
 
 
 def test_resident_weights_are_read_once(model_dir: Path) -> None:
-    with Engine.load(model_dir, options(PLACEMENTS["all-device"])) as engine:
+    with Engine.load(model_dir, options_of("all-device")) as engine:
         first = [report.stats.weight_bytes for report in engine.passes(iter(requests()))]
         second = [report.stats.weight_bytes for report in engine.passes(iter(requests()))]
     assert first[0] > 0
@@ -145,7 +127,7 @@ def test_resident_weights_are_read_once(model_dir: Path) -> None:
 def test_streamed_weights_are_read_every_pass(model_dir: Path) -> None:
     units = {unit.name: unit.num_bytes for unit in read_manifest(model_dir).units}
     layers = [num_bytes for name, num_bytes in units.items() if name.startswith("layer")]
-    with Engine.load(model_dir, options(PLACEMENTS["weights-on-disk"])) as engine:
+    with Engine.load(model_dir, options_of("weights-on-disk")) as engine:
         reports = list(engine.passes(iter(requests())))
         ring_bytes = engine.plan.staging_slots * max(layers)
     assert len(reports) > 2
@@ -173,7 +155,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change(
 
 def test_texts_do_not_depend_on_the_batch(model_dir: Path) -> None:
     """Float32, drawn: alone, together, and in another order."""
-    with Engine.load(model_dir, options(PLACEMENTS["all-device"])) as engine:
+    with Engine.load(model_dir, options_of("all-device")) as engine:
         together = {o.key: o.result.text for o in engine.run(requests()) if isinstance(o.result, Generation)}
         again = {o.key: o.result.text for o in engine.run(requests()[::-1]) if isinstance(o.result, Generation)}
         alone = {}

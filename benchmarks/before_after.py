@@ -1,0 +1,114 @@
+"""``python -m benchmarks.before_after BEFORE``: two commits side by side, each in a tree of its own.
+
+Their outputs (`benchmarks.outputs`) must be equal: ids, texts, labels, finish reasons and usage to the byte,
+log-probabilities to 1e-5. With ``--speed`` they are timed in turn, too (`benchmarks.generate`), as ratios of medians.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.outputs import differences
+
+ROOT = Path(__file__).resolve().parent.parent
+LINE = 0.97
+"""The new commit's speed over the old one's, at least."""
+RUNS: dict[str, tuple[str, ...]] = {
+    "opt-125m in memory, 512 → 32": (
+        *("--shape", "opt-125m", "--requests", "32", "--prompt-len", "512", "--gen-len", "32", "--weights", "device"),
+    ),
+    "opt-1.3b from disk, 512 → 12": (
+        *("--shape", "opt-1.3b", "--requests", "32", "--prompt-len", "512", "--gen-len", "12", "--weights", "disk"),
+        *("--device-memory", "2GiB"),
+    ),
+    "opt-125m in memory, scoring 512 + 4": (
+        *("--shape", "opt-125m", "--requests", "48", "--prompt-len", "512", "--gen-len", "4", "--weights", "device"),
+        *("--task", "score"),
+    ),
+}
+
+
+@contextmanager
+def tree_of(commit: str) -> Iterator[Path]:
+    """A checkout of a commit, gone when the block ends.
+
+    Raises:
+        subprocess.CalledProcessError: git knows no such commit.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        _git("worktree", "add", "--quiet", "--detach", str(tree), commit)
+        try:
+            yield tree
+        finally:
+            _git("worktree", "remove", "--force", str(tree))
+
+
+def run_in(tree: Path, *words: str) -> str:
+    """Run a module of a tree with this interpreter; its standard output.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; what it said is on standard error.
+    """
+    # The tree comes before everything that is installed: `-m` puts the working directory first.
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=tree, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+
+
+def compare_outputs(trees: tuple[Path, Path]) -> list[str]:
+    """Where the outputs of two trees differ."""
+    records: list[Any] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for index, tree in enumerate(trees):
+            file = Path(folder) / f"{index}.json"
+            run_in(tree, "benchmarks.outputs", str(file))
+            records.append(json.loads(file.read_text()))
+    return list(differences(*records))
+
+
+def compare_speed(trees: tuple[Path, Path], repeat: int) -> dict[str, float]:
+    """Tokens per second after, over before: medians of runs in turn."""
+    ratios: dict[str, float] = {}
+    for name, words in RUNS.items():
+        speeds: tuple[list[float], list[float]] = ([], [])
+        for turn in range(repeat):
+            # First one, then the other goes first: a machine that warms up or tires favours neither.
+            for side in (0, 1) if turn % 2 == 0 else (1, 0):
+                report = json.loads(run_in(trees[side], "benchmarks.generate", *words, "--peers", "none", "--json"))
+                speeds[side].append(report["ours"]["tok_s"])
+        ratios[name] = median(speeds[1]) / median(speeds[0])
+        print(f"{name}: {ratios[name]:.3f} ({speeds[0]} before, {speeds[1]} after)", file=sys.stderr, flush=True)
+    return ratios
+
+
+def _git(*words: str) -> None:
+    subprocess.run(["git", "-C", str(ROOT), *words], check=True)
+
+
+def main() -> int:
+    """0 if the outputs are equal and nothing became slower."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.before_after", description=__doc__)
+    parser.add_argument("before", help="a commit")
+    parser.add_argument("after", nargs="?", default="HEAD")
+    parser.add_argument("--speed", action="store_true", help="time both, too")
+    parser.add_argument("--repeat", type=int, default=5, help="of each timing (default: %(default)s)")
+    parser.add_argument("--no-outputs", action="store_true", help="time alone")
+    asked = parser.parse_args()
+    with tree_of(asked.before) as before, tree_of(asked.after) as after:
+        found = [] if asked.no_outputs else compare_outputs((before, after))
+        ratios = compare_speed((before, after), asked.repeat) if asked.speed else {}
+    shown = {"differences": len(found), "first": found[:10], "ratios": ratios, "at_least": LINE}
+    print(json.dumps(shown, indent=1, ensure_ascii=False))
+    return 0 if not found and all(ratio >= LINE for ratio in ratios.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
