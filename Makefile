@@ -14,7 +14,7 @@ CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
 PARALLEL ?= -n logical --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test lint format coverage
+.PHONY: help venv demo test lint claims format coverage
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ lint: venv ## style, types, import arrows
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@PYTHONPATH=. $(BIN)/lint-imports
+
+claims: venv ## measure every figure that the documentation states; `make claims ONLY=name` for one
+	@$(BIN)/python -m benchmarks.claims $(ONLY)
 
 format: venv ## mend what ruff can mend
 	@$(BIN)/ruff check --fix .

@@ -419,7 +419,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="instead of --minutes")
     parser.add_argument("--faults", type=int, default=6, help="a round")
     parser.add_argument("--rows", type=int, default=400, help="of each of the three jobs of a round")
-    parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     load = Load(asked.rows, 24)
     counts: Counter[str] = Counter()
@@ -447,6 +446,7 @@ def main() -> int:
     report = {
         "rounds": seed - asked.seed,
         "broken": failures,
+        "num_broken": len(failures),
         "slowest_s": round(max(taken, default=0.0), 1),
         "faults": {name: count for name, count in sorted(counts.items()) if name not in messages},
         "kinds_of_messages": len(messages),

@@ -84,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
     if asked.json:
-        print(json.dumps(found, indent=1))
+        worst = min(each["ratio"] for each in found.values())
+        print(json.dumps({"worst": worst, "workloads": found}, indent=1))
     else:
         for name, each in found.items():
             print(f"{name}: {each['ratio']:.3f} of the best of {each['plans']} plans (line {LINE})")

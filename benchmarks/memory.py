@@ -1,6 +1,7 @@
 """``python -m benchmarks.memory``: what a process holds whose whole model is on the disk, against what it may hold."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run, print, and return 0 if the process stayed within what it may take."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--shape", default="opt-1.3b", help="at least 1 GiB of weights (default: %(default)s)")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--cache-dir", type=Path, default=default_cache())
     asked = parser.parse_args(arguments)
     try:
@@ -54,6 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (JobFailed, EngineError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
+    if asked.json:
+        found_bytes = {"model_bytes": model_bytes, "idle_bytes": idle, "peak_bytes": peak, "allowed_bytes": allowed}
+        print(json.dumps({**found_bytes, "share": peak / allowed}, indent=1))
+        return 0 if peak <= allowed else 1
     print(f"model                 {format_bytes(model_bytes)}")
     print(f"idle process          {format_bytes(idle)}")
     print(f"peak above idle       {format_bytes(peak)}, {peak / model_bytes:.0%} of the model")

@@ -1,6 +1,7 @@
 """``python -m benchmarks.soak``: does memory grow with the number of requests? 20,000 short ones through one engine."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--shape", default="opt-125m", help="weights are on the disk (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=20_000, metavar="N")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--cache-dir", type=Path, default=default_cache())
     asked = parser.parse_args(arguments)
     if asked.requests <= _SETTLED:
@@ -48,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     settled = sizes[_SETTLED // 1000 - 1]
     growth = max(sizes) - settled
+    if asked.json:
+        print(json.dumps({"settled_bytes": settled, "most_bytes": max(sizes), "growth_mib": growth / MIB}, indent=1))
+        return 0 if growth < LINE else 1
     print(f"resident after {_SETTLED} requests   {format_bytes(settled)}")
     print(f"most after that             {format_bytes(max(sizes))}")
     print(f"growth                      {format_bytes(growth)}, line {format_bytes(LINE)}")

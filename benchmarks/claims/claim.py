@@ -1,0 +1,90 @@
+"""What a claim is: a sentence, the command that measures it, the figure in its report, and the line for the figure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Machine(StrEnum):
+    """The kinds of machine that claims are made for."""
+
+    CUDA = "cuda"
+    AMX = "amx"
+    """A CPU with matrix units, no GPU."""
+    CPU = "cpu"
+    """A CPU without, no GPU."""
+
+
+class Need(StrEnum):
+    """What not every machine has."""
+
+    MEMORY_CAP = "a memory limit that the kernel enforces"
+
+
+@dataclass(frozen=True, slots=True)
+class AtLeast:
+    """A line that a figure must reach."""
+
+    value: float
+
+    def is_met(self, figure: float) -> bool:
+        """Whether it does."""
+        return figure >= self.value
+
+    def __str__(self) -> str:
+        return f"≥ {self.value:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class AtMost:
+    """A line that a figure must not exceed."""
+
+    value: float
+
+    def is_met(self, figure: float) -> bool:
+        """Whether it keeps below."""
+        return figure <= self.value
+
+    def __str__(self) -> str:
+        return f"≤ {self.value:g}"
+
+
+Line = AtLeast | AtMost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """One figure."""
+
+    name: str
+    sentence: str
+    """What is claimed, in words; the figure stands behind it."""
+    command: tuple[str, ...]
+    """A module and its arguments, as after ``python -m``; it prints one JSON document."""
+    figure: str
+    """Where the figure is in it: keys joined by full stops. True counts as 1."""
+    line: Line | Mapping[Machine, Line]
+    """For every machine, or by kind; a kind that is absent has no such claim."""
+    needs: frozenset[Need] = frozenset()
+    missed: Mapping[Machine, str] = field(default_factory=dict)
+    """Where the line is known to be missed: what stands in its way."""
+
+    def line_for(self, machine: Machine) -> Line | None:
+        """Its line on a kind of machine; None: the claim is not for it."""
+        return self.line.get(machine) if isinstance(self.line, Mapping) else self.line
+
+    def read(self, document: Mapping[str, Any]) -> float:
+        """The figure in a report.
+
+        Raises:
+            KeyError: it is not there; the key is in the text.
+        """
+        found: Any = document
+        for key in self.figure.split("."):
+            if not isinstance(found, Mapping) or key not in found:
+                raise KeyError(self.figure)
+            found = found[key]
+        if found is None:
+            raise KeyError(self.figure)
+        return float(found)

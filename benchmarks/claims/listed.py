@@ -1,0 +1,187 @@
+"""The claims. A document that states a figure has an entry here; lines by kind of machine where speeds differ so."""
+
+from benchmarks.claims.claim import AtLeast, AtMost, Claim, Machine, Need
+
+_CAP = frozenset({Need.MEMORY_CAP})
+_AMX, _CPU = Machine.AMX, Machine.CPU
+
+
+def _generate(shape: str, requests: int, prompt: str, out: str, *more: str) -> tuple[str, ...]:
+    words = ("--shape", shape, "--requests", str(requests), "--prompt-len", prompt, "--gen-len", out)
+    return ("benchmarks.generate", *words, *more, "--json")
+
+
+_MILLION = ("benchmarks.million",)
+_PREDICTIONS = ("benchmarks.predictions", "--json")
+_TWO_WORKERS = ("benchmarks.two_workers",)
+_MEMORY_125M = _generate("opt-125m", 32, "512", "32", "--weights", "device", "--peer-batches", "8,16", "--repeat", "3")
+_MEMORY_1_3B = _generate("opt-1.3b", 32, "512", "32", "--weights", "device", "--peer-batches", "8")
+_SPREAD_LENGTHS = _generate(
+    *("opt-125m", 64, "32-1024", "8-128"), *("--weights", "device", "--peer-batches", "8,16", "--repeat", "3")
+)
+_FROM_DISK = _generate(
+    *("opt-1.3b", 32, "512", "32"), *("--weights", "disk", "--memory-cap", "3GiB", "--peer-batches", "8")
+)
+_SCORING = _generate(
+    "opt-125m", 64, "512", "4", "--weights", "device", "--task", "score", "--peers", "none", "--repeat", "3"
+)
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        name="demo-accuracy",
+        sentence="the demo labels this share of 500 reviews as people did",
+        command=("cli", "demo", "--json"),
+        figure="accuracy",
+        line=AtLeast(0.75),
+    ),
+    Claim(
+        name="memory-125m",
+        sentence="times as fast as transformers at its best batch, opt-125m in memory, 512 → 32",
+        command=_MEMORY_125M,
+        figure="ratio.transformers",
+        line=AtLeast(1.15),
+    ),
+    Claim(
+        name="memory-1.3b",
+        sentence="times as fast as transformers, opt-1.3b in memory, 512 → 32",
+        command=_MEMORY_1_3B,
+        figure="ratio.transformers",
+        line={_AMX: AtLeast(1.5), _CPU: AtLeast(1.15)},
+    ),
+    Claim(
+        name="memory-1.3b-peak",
+        sentence="of the matrix peak measured in the same run, opt-1.3b in memory, 512 → 32",
+        command=_MEMORY_1_3B,
+        figure="ours.peak_fraction",
+        line={_AMX: AtLeast(0.5), _CPU: AtLeast(0.6)},
+    ),
+    Claim(
+        name="spread-lengths",
+        sentence="times as fast as transformers where prompts have 32 to 1,024 tokens and outputs 8 to 128",
+        command=_SPREAD_LENGTHS,
+        figure="ratio.transformers",
+        line=AtLeast(2.0),
+    ),
+    Claim(
+        name="scoring-peak",
+        sentence="of the matrix peak, scoring 512 + 4 tokens with opt-125m in memory",
+        command=_SCORING,
+        figure="ours.peak_fraction",
+        line=AtLeast(0.55),
+    ),
+    Claim(
+        name="disk-1.3b",
+        sentence="times as fast as accelerate, opt-1.3b from disk under a cap of 3 GiB, 512 → 32",
+        command=_FROM_DISK,
+        figure="ratio.accelerate",
+        line={_AMX: AtLeast(3.0), _CPU: AtLeast(1.5)},
+        needs=_CAP,
+    ),
+    Claim(
+        name="disk-1.3b-bound",
+        sentence="of what disk and processor allow, the same run",
+        command=_FROM_DISK,
+        figure="ours.bound_fraction",
+        line=AtLeast(0.8),
+        needs=_CAP,
+    ),
+    Claim(
+        name="mixed-passes",
+        sentence="times as fast as two phases (FlexGen's schedule), opt-1.3b from disk under a cap of 3 GiB, 512 → 12",
+        command=("benchmarks.schedules",),
+        figure="ratio",
+        line={_AMX: AtLeast(1.3), _CPU: AtLeast(0.95)},
+        needs=_CAP,
+    ),
+    Claim(
+        name="tokens-agree",
+        sentence="greedy tokens are transformers' in float32 (1: all of them)",
+        command=_MEMORY_125M,
+        figure="tokens_agree",
+        line=AtLeast(1),
+    ),
+    Claim(
+        name="disk-memory",
+        sentence="of 35% of the model and 0.3 GiB is the peak of a process whose whole model is on disk",
+        command=("benchmarks.memory", "--json"),
+        figure="share",
+        line=AtMost(1),
+    ),
+    Claim(
+        name="soak-growth",
+        sentence="MiB more resident after 20,000 requests than after 2,000",
+        command=("benchmarks.soak", "--json"),
+        figure="growth_mib",
+        line=AtMost(50),
+    ),
+    Claim(
+        name="overlap",
+        sentence="times as long as its busiest lane takes a pass over throttled links, at worst",
+        command=("benchmarks.overlap", "--json"),
+        figure="worst",
+        line=AtMost(1.15),
+    ),
+    Claim(
+        name="prediction-median",
+        sentence="of the measured speed is the planner's error, in the median of twelve configurations",
+        command=_PREDICTIONS,
+        figure="median",
+        line=AtMost(0.10),
+    ),
+    Claim(
+        name="prediction-worst",
+        sentence="of the measured speed is the planner's error, at worst",
+        command=_PREDICTIONS,
+        figure="worst",
+        line=AtMost(0.25),
+    ),
+    Claim(
+        name="planner-choice",
+        sentence="of the best plan's speed has the one that the planner chooses, in the worse of two workloads",
+        command=("benchmarks.choices", "--json"),
+        figure="worst",
+        line=AtLeast(0.95),
+    ),
+    *(
+        Claim(name=name, sentence=sentence, command=_MILLION, figure=f"{figure}.measured", line=line)
+        for name, sentence, figure, line in (
+            ("status", "seconds for `status` on a small database", "small_status_s", AtMost(0.4)),
+            ("million-status", "seconds for `status` while a million rows are worked off", "status_s", AtMost(0.6)),
+            ("million-enqueue", "seconds to enqueue a million rows", "enqueue_s", AtMost(60)),
+            ("million-memory", "MiB that this takes", "enqueue_mib", AtMost(200)),
+            ("million-first", "seconds from there to the first output", "first_output_s", AtMost(30)),
+            ("million-cancel", "seconds to cancel that job", "cancel_s", AtMost(5)),
+            ("million-prune", "seconds to prune it", "prune_s", AtMost(60)),
+            ("million-blocked", "seconds that others wait for that, at most", "blocked_s", AtMost(1)),
+            ("million-file", "of the file's size is left then", "file_left", AtMost(0.9)),
+        )
+    ),
+    Claim(
+        name="two-workers-equal",
+        sentence="two workers on one job give the outputs of one (1: all of them)",
+        command=_TWO_WORKERS,
+        figure="outputs_equal",
+        line=AtLeast(1),
+    ),
+    Claim(
+        name="two-workers-once",
+        sentence="and compute no token twice (1: none)",
+        command=_TWO_WORKERS,
+        figure="nothing_twice",
+        line=AtLeast(1),
+    ),
+    Claim(
+        name="two-workers-speed",
+        sentence="times as fast with the second, each with one of two cores",
+        command=_TWO_WORKERS,
+        figure="second_is_worth",
+        line=AtLeast(1.3),
+    ),
+    Claim(
+        name="chaos",
+        sentence="rounds of ten minutes of faults broke a promise",
+        command=("benchmarks.chaos", "--minutes", "10"),
+        figure="num_broken",
+        line=AtMost(0),
+    ),
+)
