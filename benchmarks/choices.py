@@ -20,14 +20,16 @@ from benchmarks.inprocess import generated, measured_here
 from benchmarks.workload import Item, Range
 from benchmarks.workload import Workload as Texts
 from engine.errors import EngineError, PlanDoesNotFit
+from engine.kvcache.sizes import kv_bytes_per_token
 from engine.openmp import limit_spinning
 from engine.planner.decide import Question
-from engine.planner.default import StoredWeights, budgets_of, kv_bytes_per_token, resolve_plan
+from engine.planner.default import budgets_of, resolve_plan
 from engine.planner.explain import flags_of
 from engine.planner.hardware import Hardware
-from engine.planner.plan import PlanOptions, Shares
+from engine.planner.plan import PlanOptions
 from engine.planner.profiles import load_hardware
 from engine.planner.workload import Workload
+from engine.tiers import Shares
 from engine.units import MIB
 from engine.weights.manifest import read_manifest
 
@@ -122,7 +124,7 @@ def _question(model_dir: Path, items: Sequence[Item], hardware: Hardware) -> Que
     return Question(
         hardware=hardware,
         shape=shape_of(manifest.config),
-        stored=StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units}),
+        stored=manifest.stored,
         workload=Workload.of((len(item.prompt), len(item.continuation)) for item in items),
         options=options,
         budgets=budgets_of(options, facts, model_dir),

@@ -10,10 +10,12 @@ import torch
 
 from benchmarks.jobs import Job, PeakMemory
 from benchmarks.workload import Item, as_text
+from engine.dtypes import DType
 from engine.engine import Engine
 from engine.passes import PassStats
-from engine.planner.plan import PlanOptions, Shares
+from engine.planner.plan import PlanOptions
 from engine.request import Generate, Generation, Output, Rejection, Request, SamplingParams, Score
+from engine.tiers import Shares
 from engine.tokenizer import Tokenizer
 from engine.units import MIB
 from engine.weights.manifest import read_manifest
@@ -105,7 +107,7 @@ def _options(job: Job, idle_bytes: int) -> PlanOptions:
         device_memory -= host_memory
     return PlanOptions(
         device=job.device,
-        dtype=job.dtype,
+        dtype=DType(job.dtype),
         weights=_SHARES[job.weights],
         device_memory=device_memory,
         host_memory=host_memory,

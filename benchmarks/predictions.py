@@ -20,8 +20,9 @@ from benchmarks.workload import Workload as Texts
 from engine.errors import EngineError
 from engine.openmp import limit_spinning
 from engine.planner.hardware import Hardware
-from engine.planner.plan import PlanOptions, Shares, TierName
+from engine.planner.plan import PlanOptions
 from engine.planner.profiles import load_hardware
+from engine.tiers import Shares, TierName
 from engine.units import GIB, format_bytes
 
 MEDIAN_LINE, WORST_LINE, MEMORY_LINE = 0.10, 0.25, 0.15
@@ -125,14 +126,13 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outco
     from engine.engine import Engine
     from engine.model.opt_shape import shape_of
     from engine.planner.cost import AS_ENGINE
-    from engine.planner.default import StoredWeights
     from engine.planner.predict import bytes_taken, predict
     from engine.planner.workload import Workload
     from engine.weights.manifest import read_manifest
 
     checkpoint = make_checkpoint(configuration.shape, "bfloat16", cache, _say)
     manifest = read_manifest(checkpoint.model_dir)
-    stored = StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units})
+    stored = manifest.stored
     texts = Texts(
         task="generate", prompt=Range(*configuration.prompt), out=Range(*configuration.out), vocabulary=50272, seed=1
     )

@@ -12,8 +12,9 @@ from benchmarks.shapes import shape_of
 from benchmarks.workload import Range, Workload, as_text
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.planner.plan import PlanOptions, Shares
+from engine.planner.plan import PlanOptions
 from engine.request import Generate, Request, SamplingParams, Score
+from engine.tiers import Shares
 from engine.units import GIB, MIB, format_bytes
 
 LINE = 50 * MIB

@@ -110,8 +110,9 @@ def describe_tiers(model_dir: Path) -> dict[str, str]:
     """What the worker's plan puts where: weights in layers, KV cache in bytes, by tier."""
     from engine.devices.open import facts_of, open_device
     from engine.model.registry import family_for
-    from engine.planner.default import StoredWeights, resolve_plan
-    from engine.planner.plan import PlanOptions, TierName
+    from engine.planner.default import resolve_plan
+    from engine.planner.plan import PlanOptions
+    from engine.tiers import TierName
     from engine.units import format_bytes
     from engine.weights.manifest import read_manifest
 
@@ -121,7 +122,7 @@ def describe_tiers(model_dir: Path) -> dict[str, str]:
         plan = resolve_plan(
             PlanOptions(),
             shape=family_for(manifest.config).shape,
-            stored=StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units}),
+            stored=manifest.stored,
             device=device.name,
             facts=facts_of(device),
             disk_dir=model_dir,

@@ -74,13 +74,14 @@ def make_model(app: App, folder: Path, target: Path, dtype: str | None) -> None:
     Raises:
         CheckpointError, DiskFull: nothing is left behind.
     """
+    from engine.dtypes import DType
     from engine.units import format_bytes
     from engine.weights.importers.huggingface import import_checkpoint
 
     app.make_home()
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _bytes_progress(f"importing {folder.name}") as report:
-        manifest = import_checkpoint(folder, target, dtype, report, warn)
+        manifest = import_checkpoint(folder, target, DType(dtype) if dtype else None, report, warn)
     say(f"{folder.name}: {format_bytes(manifest.num_bytes)} of {manifest.dtype} weights in {target}")
 
 

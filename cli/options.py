@@ -77,7 +77,7 @@ class SharesText(ParamType):
     name = "device/host/disk"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from engine.planner.plan import Shares
+        from engine.tiers import Shares
 
         try:
             Shares.parse(value)

@@ -49,7 +49,8 @@ class Placement:
 
     def plan_options(self) -> "PlanOptions":
         """The engine's form of it; sizes in bytes, shares parsed."""
-        from engine.planner.plan import PlanOptions, Shares
+        from engine.planner.plan import PlanOptions
+        from engine.tiers import Shares
 
         values: dict[str, Any] = dict(self.given())
         for name in ("weights", "kv"):

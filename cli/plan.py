@@ -77,8 +77,8 @@ def command(app: App, /, model: str, hardware: str | None, sweep: str | None, as
 
 
 def _emit_sweep(question: "Question", sweep_of: str, as_json: bool) -> None:
-    from engine.planner.plan import TierName
     from engine.planner.sweep import asked_budgets, sweep
+    from engine.tiers import TierName
     from engine.units import format_bytes
 
     tier = TierName(sweep_of.partition("-")[0])
@@ -118,7 +118,7 @@ def _emit_sweep(question: "Question", sweep_of: str, as_json: bool) -> None:
 def _explain(found: "Found", advice: "list[Advice]", question: "Question", model: str) -> None:
     """For people: what is where, how fast that is, why not faster, and what would help."""
     from engine.planner.explain import flags_of, product_ceiling_per_s
-    from engine.planner.plan import TierName
+    from engine.tiers import TierName
     from engine.units import format_bytes
 
     plan, prediction, workload = found.plan, found.prediction, question.workload

@@ -15,6 +15,7 @@ from cli.placement import Placement
 from cli.sizes import Sizes, sizes_of
 
 if TYPE_CHECKING:
+    from engine.dtypes import DType
     from engine.model.family import ModelShape
     from engine.planner.decide import Question
     from engine.planner.hardware import Hardware
@@ -67,12 +68,13 @@ def read_question(
         FileAbsent, DatasetFault, TemplateFault: the dataset or the template cannot be used.
         PlanDoesNotFit: the model is larger than the disk, or every prompt longer than the model.
     """
+    from engine.dtypes import DType
     from engine.planner.decide import Question, budgets_of_machine
     from engine.planner.default import budgets_of
 
     hardware = _read_hardware(app, hardware_name)
-    known_as = "float16" if "float16" in hardware.matmul else next(iter(hardware.matmul))
-    model = _read_model(app, model_name, placement.dtype or known_as)
+    known_as = DType.FLOAT16 if DType.FLOAT16 in hardware.matmul else next(iter(hardware.matmul))
+    model = _read_model(app, model_name, DType(placement.dtype) if placement.dtype else known_as)
     options = placement.plan_options()
     if options.device is not None and options.device.partition(":")[0] != hardware.device:
         raise click.UsageError(
@@ -100,7 +102,7 @@ def _facts_now(hardware: "Hardware") -> Any:
     """What is free on this machine; of a GPU, whose free memory only its driver knows, all that was there when it was
     measured."""
     from engine.planner.machine import MachineFacts, free_host_memory
-    from engine.planner.plan import TierName
+    from engine.tiers import TierName
 
     host_free = free_host_memory()
     if hardware.shares_host_memory:
@@ -108,7 +110,7 @@ def _facts_now(hardware: "Hardware") -> Any:
     return MachineFacts(int(hardware.capacity[TierName.DEVICE].value), host_free, shares_host_memory=False)
 
 
-def _read_model(app: App, name: str, dtype: str) -> Sizes:
+def _read_model(app: App, name: str, dtype: "DType") -> Sizes:
     """A model that is here, else one whose shape is known, as if it were stored in ``dtype``."""
     from engine.planner.shapes import known_model
     from worker.errors import ModelNotFound

@@ -9,7 +9,7 @@ from cli.display import say
 
 if TYPE_CHECKING:
     from engine.model.family import ModelShape
-    from engine.planner.default import StoredWeights
+    from engine.weights.stored import StoredWeights
     from worker.models import ModelRef
     from worker.settings import Settings
 
@@ -39,12 +39,11 @@ def sizes_of(ref: "ModelRef", settings: "Settings") -> Sizes:
 
 def _of_model_dir(model_dir: Path) -> Sizes:
     from engine.model.opt_shape import OPTSizes
-    from engine.planner.default import StoredWeights
     from engine.weights.manifest import read_manifest
 
     manifest = read_manifest(model_dir)
     sizes = OPTSizes.from_config(_checked_type(manifest.config))
-    stored = StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units})
+    stored = manifest.stored
     return Sizes(sizes.shape, stored, model_dir)
 
 
@@ -52,10 +51,10 @@ def _of_checkpoint(folder: Path) -> Sizes:
     """A Hugging Face folder, as `overnight import` would store it."""
     import json
 
+    from engine.dtypes import DType
     from engine.errors import CheckpointError
     from engine.model.opt_shape import OPTSizes
-    from engine.planner.default import StoredWeights
-    from engine.planner.plan import DTYPE_BYTES
+    from engine.weights.stored import StoredWeights
     from engine.weights.writer import UnitLayout
 
     path = folder / "config.json"
@@ -67,7 +66,7 @@ def _of_checkpoint(folder: Path) -> Sizes:
         raise CheckpointError(f"{path} is not a JSON object; get the checkpoint again")
     sizes = OPTSizes.from_config(_checked_type(config))
     named = str(config.get("torch_dtype") or config.get("dtype") or "").removeprefix("torch.")
-    dtype = named if named in DTYPE_BYTES else "float16"
+    dtype = DType(named) if named in tuple(DType) else DType.FLOAT16
     if dtype != named:
         say(f"{path} does not say how the weights are stored: taking {dtype}")
     unit_bytes = {unit.name: UnitLayout.of(unit, dtype).num_bytes for unit in sizes.units()}

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from engine.passes import PassStats as PassStats
     from engine.planner.plan import Plan as Plan
     from engine.planner.plan import PlanOptions as PlanOptions
-    from engine.planner.plan import Shares as Shares
     from engine.request import Choice as Choice
     from engine.request import Choose as Choose
     from engine.request import FinishReason as FinishReason
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from engine.request import Score as Score
     from engine.request import Scoring as Scoring
     from engine.request import TokenScore as TokenScore
+    from engine.tiers import Shares as Shares
 
 _HOMES = {
     "engine.engine": ("Engine",),
@@ -45,7 +45,7 @@ _HOMES = {
         "TierFull",
     ),
     "engine.passes": ("PassReport", "PassStats"),
-    "engine.planner.plan": ("Plan", "PlanOptions", "Shares"),
+    "engine.planner.plan": ("Plan", "PlanOptions"),
     "engine.request": (
         "Choice",
         "Choose",
@@ -60,6 +60,7 @@ _HOMES = {
         "Scoring",
         "TokenScore",
     ),
+    "engine.tiers": ("Shares",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

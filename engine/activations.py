@@ -8,9 +8,11 @@ from torch import Tensor
 from engine.devices.base import Device
 from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier, Extent
+from engine.memory.tensors import torch_dtype
 from engine.memory.tier import Block, MemoryTier
 from engine.memory.traffic import Traffic
-from engine.planner.plan import Plan, TierName
+from engine.planner.plan import Plan
+from engine.tiers import TierName
 
 ACTIVATIONS = "activations"
 
@@ -30,7 +32,7 @@ class Activations:
         self._device = device
         self._traffic = traffic
         self._hidden_size = hidden_size
-        self._dtype: torch.dtype = getattr(torch, plan.dtype)
+        self._dtype = torch_dtype(plan.dtype)
         self._batch_bytes = plan.micro_batch * hidden_size * self._dtype.itemsize
         self._addressable = plan.activations is TierName.DEVICE or (
             plan.activations is TierName.HOST and device.shares_host_memory

@@ -24,15 +24,15 @@ from engine.model.registry import family_for
 from engine.passes import Pass, PassReport, PassStats
 from engine.planner.cost import AS_ENGINE, PassModel
 from engine.planner.decide import Decision, Outlook, decide_plan
-from engine.planner.default import StoredWeights
 from engine.planner.load import load_of
-from engine.planner.plan import Plan, PlanOptions, TierName
+from engine.planner.plan import Plan, PlanOptions
 from engine.planner.predict import predict
 from engine.planner.workload import Workload
 from engine.request import Output, Request
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.tasks import InProgress, begin, rejected
+from engine.tiers import TierName
 from engine.tokenizer import Tokenizer
 from engine.trace import Recorder
 from engine.units import format_bytes
@@ -102,7 +102,7 @@ class Engine:
         check_units(manifest, model_dir)
         family = family_for(manifest.config)
         self._shape = family.shape
-        stored = StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units})
+        stored = manifest.stored
         self._tokenizer = Tokenizer.of_model(model_dir, self._shape)
         check_tokens(self._tokenizer, self._shape, model_dir)
         self._stored, self._options, self._model_dir = stored, options, model_dir

@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.activations import Activations
 from engine.devices.base import Device
 from engine.kvcache.store import KVStore
+from engine.memory.tensors import torch_dtype
 from engine.model.family import Family
 from engine.model.linear import padded_rows
 from engine.model.sampling import next_tokens, score_tokens, uniform
@@ -94,7 +95,7 @@ class Executor:
         return self._padded(batch.num_tokens, self._plan.micro_batch)
 
     def _padded(self, num_rows: int, most: int) -> int:
-        dtype: torch.dtype = getattr(torch, self._plan.dtype)
+        dtype = torch_dtype(self._plan.dtype)
         return min(padded_rows(num_rows, dtype, self._device.torch_device), most)
 
     def _finish(self, batch: MicroBatch, hidden_TD: Tensor) -> list[SegmentResult]:

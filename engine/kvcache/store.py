@@ -19,18 +19,20 @@ from engine.closing import run_all
 from engine.devices.base import Device
 from engine.errors import DiskFull, EngineError, TierFull
 from engine.kvcache.extents import DiskExtent, ExtentLayout, HostExtent, MemoryExtent
+from engine.kvcache.sizes import kv_bytes_per_token, kv_slot_bytes
 from engine.kvcache.stream import KV, KVStream, Visit
 from engine.kvcache.workers import AttentionWorkers, one_core
 from engine.memory.arena import Arena
 from engine.memory.spill import DiskTier
+from engine.memory.tensors import torch_dtype
 from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic
 from engine.model.attention import attend, attend_decode, attend_decode_by_flash, flash_decodes, merge
 from engine.model.family import ModelShape
 from engine.passes import MicroBatch, Segment
-from engine.planner.default import kv_bytes_per_token, kv_slot_bytes
-from engine.planner.plan import Plan, TierName
+from engine.planner.plan import Plan
 from engine.sequence import Sequence
+from engine.tiers import TierName
 
 
 class SequenceKV:
@@ -81,7 +83,7 @@ class KVStore:
         self._device = device
         self._disk = disk
         self._traffic = traffic
-        self._dtype: torch.dtype = getattr(torch, plan.dtype)
+        self._dtype = torch_dtype(plan.dtype)
         self._pools = plan.kv_bytes
         self._fills_together = plan.kv_fills_together
         self._arenas = {

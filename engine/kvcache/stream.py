@@ -10,7 +10,6 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from engine.closing import run_all
@@ -18,9 +17,11 @@ from engine.devices.base import Device
 from engine.errors import EngineError
 from engine.kvcache.extents import DiskExtent, HostExtent
 from engine.memory.lane import Event, LaneEvent, LaneName, Reached, ThreadLane
+from engine.memory.tensors import torch_dtype
 from engine.memory.tier import Block, MemoryTier
 from engine.memory.traffic import Traffic
-from engine.planner.plan import Plan, TierName
+from engine.planner.plan import Plan
+from engine.tiers import TierName
 
 KV = "KV cache"
 _REACHED = Reached()
@@ -64,7 +65,7 @@ class KVStream:
     ) -> None:
         self._device = device
         self._traffic = traffic
-        self._dtype: torch.dtype = getattr(torch, plan.dtype)
+        self._dtype = torch_dtype(plan.dtype)
         from_disk = plan.kv_bytes[TierName.DISK] > 0
         bounces = from_disk and not device.shares_host_memory
         self._slots: list[_Slot] = []

@@ -11,6 +11,7 @@ import torch
 
 from engine.devices.base import Device
 from engine.devices.open import facts_of
+from engine.dtypes import DType
 from engine.measure.disk import copies, disk_writes, scratch_folder, small_reads
 from engine.measure.effort import FULL, QUICK, SOURCE, Effort, Points
 from engine.measure.identity import identity_of
@@ -20,8 +21,9 @@ from engine.measure.widths import least_segment_s, width_of
 from engine.memory.lane import LaneName
 from engine.planner.hardware import Hardware
 from engine.planner.machine import MachineFacts, free_disk_space
-from engine.planner.plan import PlanOptions, TierName
+from engine.planner.plan import PlanOptions
 from engine.planner.rates import Figure, Rate
+from engine.tiers import TierName
 
 Say = Callable[[str], None]
 
@@ -111,9 +113,10 @@ def _merged(curves: Iterable[Points]) -> Rate:
     return Rate(tuple(sorted({size: rate for points in curves for size, rate in points}.items())), SOURCE)
 
 
-def _dtypes(device: Device, facts: MachineFacts) -> tuple[str, ...]:
+def _dtypes(device: Device, facts: MachineFacts) -> tuple[DType, ...]:
     """Those that the device computes in, the best first."""
-    dtypes = ("float16", "bfloat16", "float32") if device.torch_device.type == "cuda" else ("bfloat16", "float32")
+    of_gpus = (DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32)
+    dtypes = of_gpus if device.torch_device.type == "cuda" else (DType.BFLOAT16, DType.FLOAT32)
     return tuple(dtype for dtype in dtypes if facts.computes(dtype))
 
 

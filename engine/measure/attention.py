@@ -14,22 +14,27 @@ import torch
 
 from engine.devices.base import Device
 from engine.devices.open import facts_of
+from engine.dtypes import DType
+from engine.kvcache.sizes import kv_bytes_per_token
 from engine.kvcache.store import KVStore
 from engine.measure.effort import Effort, Points, timed
 from engine.measure.overheads import Overheads
 from engine.measure.products import curve, family_of, without
 from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
+from engine.memory.tensors import torch_dtype
 from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Moved, Traffic
 from engine.model.family import EMBED, HEAD, Attend, ModelShape, layer_name
 from engine.passes import MicroBatch, Segment
-from engine.planner.default import StoredWeights, kv_bytes_per_token, resolve_plan
+from engine.planner.default import resolve_plan
 from engine.planner.machine import MachineFacts
-from engine.planner.plan import Plan, PlanOptions, Shares, TierName
+from engine.planner.plan import Plan, PlanOptions
 from engine.request import SamplingParams
 from engine.sequence import Sequence as TokenSequence
+from engine.tiers import Shares, TierName
 from engine.weights.manifest import PAGE_BYTES
+from engine.weights.stored import StoredWeights
 
 _SPILLED = 4
 """Sequences in a spill file."""
@@ -114,7 +119,7 @@ def qkv_tokens(effort: Effort) -> int:
 class Cache:
     """A KV cache of a few layers, and random queries, keys and values to bring to it."""
 
-    def __init__(self, device: Device, dtype: str, shape: ModelShape, effort: Effort, traffic: Traffic) -> None:
+    def __init__(self, device: Device, dtype: DType, shape: ModelShape, effort: Effort, traffic: Traffic) -> None:
         self.shape = shape
         self.layer_token_bytes = kv_bytes_per_token(shape, dtype) // shape.num_layers
         self.store: KVStore
@@ -123,7 +128,7 @@ class Cache:
         self._traffic = traffic
         tokens = qkv_tokens(effort)
         self._qkv_T3NH = torch.randn(
-            tokens, 3, shape.num_heads, shape.head_size, dtype=getattr(torch, dtype), device=device.torch_device
+            tokens, 3, shape.num_heads, shape.head_size, dtype=torch_dtype(dtype), device=device.torch_device
         )
         self._layers = cycle(range(shape.num_layers))
 
@@ -185,7 +190,9 @@ def cached_shape(hidden_size: int, effort: Effort) -> ModelShape:
     return replace(family_of(hidden_size, effort).shape, num_layers=effort.cached_layers)
 
 
-def cache_plan(tier: TierName, device: str, dtype: str, shape: ModelShape, facts: MachineFacts, effort: Effort) -> Plan:
+def cache_plan(
+    tier: TierName, device: str, dtype: DType, shape: ModelShape, facts: MachineFacts, effort: Effort
+) -> Plan:
     """A cache in one tier for as many tokens as are ever in it."""
     tokens = max(effort.cached_tokens, 2 * max(effort.lengths), _SPILLED * (max(effort.spilled) + 1), *effort.tokens)
     if tier is TierName.DISK:
@@ -207,7 +214,7 @@ def cache_plan(tier: TierName, device: str, dtype: str, shape: ModelShape, facts
 
 @contextmanager
 def cache_in(
-    tier: TierName, device: Device, dtype: str, hidden_size: int, folder: Path, effort: Effort
+    tier: TierName, device: Device, dtype: DType, hidden_size: int, folder: Path, effort: Effort
 ) -> Iterator[Cache]:
     """With room for what is measured and no more, in one tier."""
     shape = cached_shape(hidden_size, effort)

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from engine.devices.base import Device
+from engine.dtypes import DType
 from engine.measure.effort import Effort, Points, timed
 from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
+from engine.memory.tensors import torch_dtype
 from engine.units import MIB
 from engine.weights.files import WeightFiles
 from engine.weights.manifest import Manifest, UnitEntry
@@ -42,7 +44,7 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def unit_files(path: Path, units: Mapping[str, UnitLayout], dtype: str, effort: Effort) -> Iterator[WeightFiles]:
+def unit_files(path: Path, units: Mapping[str, UnitLayout], dtype: DType, effort: Effort) -> Iterator[WeightFiles]:
     """A model directory of nothing but units, gone afterwards.
 
     Raises:
@@ -62,9 +64,9 @@ def unit_files(path: Path, units: Mapping[str, UnitLayout], dtype: str, effort: 
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_unit(path: Path, name: str, layout: UnitLayout, dtype: str, effort: Effort) -> UnitEntry:
+def _write_unit(path: Path, name: str, layout: UnitLayout, dtype: DType, effort: Effort) -> UnitEntry:
     digest = hashlib.sha256()
-    values = torch.randn(MIB // 4).mul_(0.02).to(getattr(torch, dtype))
+    values = torch.randn(MIB // 4).mul_(0.02).to(torch_dtype(dtype))
     piece = values.view(torch.uint8).numpy().tobytes()
     with (path / name).open("wb") as file:
         for first in range(0, layout.num_bytes, len(piece)):
@@ -103,7 +105,7 @@ def read_rate(files: WeightFiles, names: Sequence[str], device: Device, effort: 
     return median(found[len(found) // 2 :])
 
 
-def small_reads(folder: Path, dtype: str, device: Device, effort: Effort) -> tuple[float, float]:
+def small_reads(folder: Path, dtype: DType, device: Device, effort: Effort) -> tuple[float, float]:
     """``(bytes, bytes/s)`` of units that are smaller than any layer."""
     number = max(2, effort.streamed_bytes // 4 // effort.small_transfer)
     units = {f"unit.{index}": UnitLayout({}, effort.small_transfer) for index in range(number)}

@@ -14,11 +14,14 @@ import torch
 from tokenizers import Tokenizer, models
 
 from engine.devices.base import Device
+from engine.dtypes import DType
 from engine.engine import Engine
 from engine.measure.effort import Effort
+from engine.memory.tensors import torch_dtype
 from engine.model.registry import family_for
-from engine.planner.plan import PlanOptions, Shares
+from engine.planner.plan import PlanOptions
 from engine.request import Generate, Request, SamplingParams
+from engine.tiers import Shares
 from engine.units import MIB
 from engine.weights.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, UnitEntry
 from engine.weights.writer import UnitLayout
@@ -59,7 +62,7 @@ class Overheads:
         return cls(max(0.0, ends[_FEW] - _FEW * sequence), sequence, layer, segment)
 
 
-def overheads(device: Device, dtype: str, folder: Path, effort: Effort) -> Overheads:
+def overheads(device: Device, dtype: DType, folder: Path, effort: Effort) -> Overheads:
     """Of this engine on this machine; ``folder`` receives two models of a few kilobytes.
 
     Raises:
@@ -101,7 +104,7 @@ def _requests(number: int, steps: int) -> Iterator[Request]:
         yield Request(index, Generate("x" * (_PROMPT - 1), sampling))
 
 
-def _small_model(path: Path, depth: int, dtype: str) -> Path:
+def _small_model(path: Path, depth: int, dtype: DType) -> Path:
     """A model directory of random weights."""
     config = {
         "model_type": "opt", "num_hidden_layers": depth, "hidden_size": _HIDDEN, "word_embed_proj_dim": _HIDDEN,
@@ -112,7 +115,7 @@ def _small_model(path: Path, depth: int, dtype: str) -> Path:
     units = []
     for unit in family_for(config).units():
         layout = UnitLayout.of(unit, dtype)
-        values = torch.randn(layout.num_bytes // getattr(torch, dtype).itemsize).mul_(0.02).to(getattr(torch, dtype))
+        values = torch.randn(layout.num_bytes // torch_dtype(dtype).itemsize).mul_(0.02).to(torch_dtype(dtype))
         data = values.view(torch.uint8).numpy().tobytes()
         (path / unit.name).write_bytes(data)
         checksum = f"sha256:{hashlib.sha256(data).hexdigest()}"

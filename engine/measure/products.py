@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from engine.devices.base import Device
+from engine.dtypes import DType
 from engine.measure.effort import Effort, Points, timed
+from engine.memory.tensors import torch_dtype
 from engine.model.family import EMBED, HEAD, Attend, NamedWeights, layer_name
 from engine.model.linear import padded_rows
 from engine.model.opt import OPT
 from engine.model.sampling import next_tokens
-from engine.planner.plan import DTYPE_BYTES
 from engine.request import SamplingParams
 from engine.weights.writer import UnitLayout
 
@@ -36,26 +37,26 @@ def family_of(hidden_size: int, effort: Effort) -> OPT:
     )
 
 
-def unit_weights(family: OPT, unit_name: str, device: Device, dtype: str) -> NamedWeights:
+def unit_weights(family: OPT, unit_name: str, device: Device, dtype: DType) -> NamedWeights:
     """Random weights of one unit, in device memory."""
     unit = next(unit for unit in family.units() if unit.name == unit_name)
-    kind: torch.dtype = getattr(torch, dtype)
+    kind = torch_dtype(dtype)
     return {
         tensor.name: torch.empty(tensor.shape, dtype=kind, device=device.torch_device).normal_(std=0.02)
         for tensor in unit.tensors
     }
 
 
-def unit_flops(family: OPT, unit_name: str, dtype: str) -> float:
+def unit_flops(family: OPT, unit_name: str, dtype: DType) -> float:
     """Of one token: two a value, as the cost model counts them."""
     unit = next(unit for unit in family.units() if unit.name == unit_name)
-    return 2.0 * UnitLayout.of(unit, dtype).num_bytes / DTYPE_BYTES[dtype]
+    return 2.0 * UnitLayout.of(unit, dtype).num_bytes / dtype.num_bytes
 
 
 class Layers:
     """Layers with weights of their own, computed one after the other, so that weights come from where a model's do."""
 
-    def __init__(self, device: Device, hidden_size: int, number: int, dtype: str, effort: Effort) -> None:
+    def __init__(self, device: Device, hidden_size: int, number: int, dtype: DType, effort: Effort) -> None:
         self.device = device
         self.dtype = dtype
         self._effort = effort
@@ -68,7 +69,7 @@ class Layers:
 
     def work(self, tokens: int, attend: Attend | None = None) -> Callable[[NamedWeights], object]:
         """One layer for so many tokens, with attention if there is any."""
-        kind: torch.dtype = getattr(torch, self.dtype)
+        kind = torch_dtype(self.dtype)
         rows = padded_rows(tokens, kind, self.device.torch_device)
         hidden_TD = torch.randn(rows, self.family.shape.hidden_size, dtype=kind, device=self.device.torch_device)
         return lambda weights: self.family.layer(weights, hidden_TD, attend or _first)
@@ -89,11 +90,11 @@ def without(seconds: float, counted_s: float) -> float:
     return max(seconds - counted_s, _LEAST_SHARE * seconds)
 
 
-def head_points(device: Device, hidden_size: int, dtype: str, rows: Sequence[int], effort: Effort) -> Points:
+def head_points(device: Device, hidden_size: int, dtype: DType, rows: Sequence[int], effort: Effort) -> Points:
     """``(rows, FLOP/s)`` of logits, greedy choice included."""
     family = family_of(hidden_size, effort)
     embedding, head = (unit_weights(family, name, device, dtype) for name in (EMBED, HEAD))
-    kind: torch.dtype = getattr(torch, dtype)
+    kind = torch_dtype(dtype)
     row_flops = unit_flops(family, HEAD, dtype) + 2.0 * hidden_size * family.shape.vocab_size
 
     def seconds(count: int) -> float:

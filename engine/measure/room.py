@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from engine.dtypes import DType
 from engine.errors import Unmeasurable
+from engine.kvcache.sizes import kv_slot_bytes
 from engine.measure.attention import cache_plan, cached_shape, qkv_tokens
 from engine.measure.effort import Effort
 from engine.measure.overheads import MEMORY
@@ -11,9 +13,10 @@ from engine.measure.products import family_of
 from engine.measure.streaming import MIN_STREAMED
 from engine.measure.widths import FEW_LAYERS
 from engine.model.family import EMBED, HEAD, layer_name
-from engine.planner.default import BOUNCED_SLOTS, STAGING_SLOTS, budgets_of, kv_slot_bytes
+from engine.planner.default import BOUNCED_SLOTS, STAGING_SLOTS, budgets_of
 from engine.planner.machine import MachineFacts, free_disk_space
-from engine.planner.plan import DTYPE_BYTES, PlanOptions, TierName
+from engine.planner.plan import PlanOptions
+from engine.tiers import TierName
 from engine.units import MIB, format_bytes
 from engine.weights.writer import UnitLayout
 
@@ -30,7 +33,7 @@ def measuring_budgets(options: PlanOptions, facts: MachineFacts, folder: Path) -
 
 
 def within(
-    effort: Effort, budgets: Mapping[TierName, int], dtypes: Sequence[str], facts: MachineFacts, device: str
+    effort: Effort, budgets: Mapping[TierName, int], dtypes: Sequence[DType], facts: MachineFacts, device: str
 ) -> Effort:
     """The most effort that the budgets have room for.
 
@@ -51,7 +54,7 @@ def within(
         effort = smaller
 
 
-def bytes_needed(effort: Effort, dtypes: Sequence[str], facts: MachineFacts, device: str) -> dict[TierName, int]:
+def bytes_needed(effort: Effort, dtypes: Sequence[DType], facts: MachineFacts, device: str) -> dict[TierName, int]:
     """Bytes of each tier that ``measure`` holds at its peak, temporaries of the operations included."""
     device_bytes, host_bytes = [2 * effort.small_transfer, MEMORY], [2 * effort.small_transfer, MEMORY]
     disk_bytes = [effort.streamed_bytes, max(effort.copies)]
@@ -75,7 +78,7 @@ class _Width:
     """What ``width_of`` holds, step by step; the steps follow one another."""
 
     def __init__(
-        self, hidden_size: int, number: int, effort: Effort, dtypes: Sequence[str], facts: MachineFacts, device: str
+        self, hidden_size: int, number: int, effort: Effort, dtypes: Sequence[DType], facts: MachineFacts, device: str
     ) -> None:
         best = dtypes[0]
         self._shape = shape = cached_shape(hidden_size, effort)
@@ -88,7 +91,7 @@ class _Width:
         self._dtypes = dtypes
         self._number = number
         self._layer = self._unit(layer_name(0), best)
-        self._qkv = 3 * qkv_tokens(effort) * hidden_size * DTYPE_BYTES[best]
+        self._qkv = 3 * qkv_tokens(effort) * hidden_size * best.num_bytes
         self._shares = facts.shares_host_memory
         self._streamed = max(MIN_STREAMED * self._layer, effort.streamed_bytes)
 
@@ -104,7 +107,7 @@ class _Width:
         for dtype in self._dtypes:
             found.append(FEW_LAYERS * self._unit(layer_name(0), dtype) + self._work(dtype))
             # Logits as computed, as float32, and what the choice of a token takes.
-            logits = rows * self._shape.vocab_size * (DTYPE_BYTES[dtype] + 8)
+            logits = rows * self._shape.vocab_size * (dtype.num_bytes + 8)
             found.append(self._unit(EMBED, dtype) + self._unit(HEAD, dtype) + logits)
         return found
 
@@ -116,13 +119,13 @@ class _Width:
         """What each step takes: files of layers, or a spill file."""
         return [self._streamed, self._plans[TierName.DISK].used_bytes[TierName.DISK]]
 
-    def _work(self, dtype: str) -> int:
+    def _work(self, dtype: DType) -> int:
         """What a layer and its attention take while they are computed."""
         tokens = max(*self._effort.tokens, *self._effort.lengths)
         values = tokens * (self._shape.workspace_values + self._shape.hidden_size)
-        keys = self._threads * kv_slot_bytes(self._shape, "float32", max(self._effort.lengths)) // 2
-        return values * DTYPE_BYTES[dtype] + keys
+        keys = self._threads * kv_slot_bytes(self._shape, DType.FLOAT32, max(self._effort.lengths)) // 2
+        return values * dtype.num_bytes + keys
 
-    def _unit(self, name: str, dtype: str) -> int:
+    def _unit(self, name: str, dtype: DType) -> int:
         unit = next(unit for unit in self._family.units() if unit.name == name)
         return UnitLayout.of(unit, dtype).num_bytes

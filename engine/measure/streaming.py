@@ -9,6 +9,7 @@ from statistics import median
 
 from engine.devices.base import Device
 from engine.devices.open import facts_of
+from engine.dtypes import DType
 from engine.measure.disk import read_rate, unit_files
 from engine.measure.effort import Effort
 from engine.measure.products import family_of
@@ -16,9 +17,11 @@ from engine.memory.lane import LaneName
 from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
-from engine.planner.default import StoredWeights, resolve_plan
-from engine.planner.plan import PlanOptions, Shares, TierName
+from engine.planner.default import resolve_plan
+from engine.planner.plan import PlanOptions
+from engine.tiers import Shares, TierName
 from engine.weights.files import WeightFiles
+from engine.weights.stored import StoredWeights
 from engine.weights.stream import WeightStream
 from engine.weights.writer import UnitLayout
 
@@ -43,7 +46,9 @@ class Streamed:
     """Seconds of computing a layer while others are read, its weights just having come."""
 
 
-def streamed(device: Device, dtype: str, hidden_size: int, compute: Compute, folder: Path, effort: Effort) -> Streamed:
+def streamed(
+    device: Device, dtype: DType, hidden_size: int, compute: Compute, folder: Path, effort: Effort
+) -> Streamed:
     """By a weight stream of its own.
 
     Raises:
@@ -65,7 +70,7 @@ def streamed(device: Device, dtype: str, hidden_size: int, compute: Compute, fol
 
 def _together(
     device: Device,
-    dtype: str,
+    dtype: DType,
     hidden_size: int,
     sizes: dict[str, int],
     files: WeightFiles,

@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from engine.devices.base import Device
+from engine.dtypes import DType
 from engine.measure.attention import Cache, Spilled, cache_in, decode_points, least_decode_s, prompt_points, spilled
 from engine.measure.effort import SOURCE, Effort, Points
 from engine.measure.overheads import Overheads
 from engine.measure.products import Layers, curve, head_points, without
 from engine.measure.streaming import Streamed, streamed
 from engine.planner.hardware import Width
-from engine.planner.plan import TierName
 from engine.planner.rates import Rate
+from engine.tiers import TierName
 
 FEW_LAYERS = 2
 """With weights of their own, for dtypes other than the machine's best."""
@@ -22,7 +23,7 @@ _LONGEST_PROMPT = 256
 def width_of(
     device: Device,
     width: tuple[int, int],
-    dtypes: tuple[str, ...],
+    dtypes: tuple[DType, ...],
     overheads: Overheads,
     folder: Path,
     effort: Effort,
@@ -54,7 +55,7 @@ def width_of(
     )
 
 
-def least_segment_s(device: Device, dtype: str, overheads: Overheads, folder: Path, effort: Effort) -> float:
+def least_segment_s(device: Device, dtype: DType, overheads: Overheads, folder: Path, effort: Effort) -> float:
     """Overhead of a segment, which is no more than most of what the shortest sequences take in the narrowest model."""
     with cache_in(TierName.DEVICE, device, dtype, effort.widths[0][0], folder, effort) as cache:
         return min(overheads.of_segment, _LEAST_SHARE * least_decode_s(cache))

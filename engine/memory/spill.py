@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.errors import DiskFull, LaneFailed, TierFull
 from engine.memory.ranges import FreeRanges
 from engine.memory.tier import Tier
-from engine.planner.plan import TierName
+from engine.tiers import TierName
 from engine.units import align_up, format_bytes
 
 PAGE = 4096

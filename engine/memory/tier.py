@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import OutOfMemoryError, Tensor, inference_mode
 
 from engine.errors import EngineError, TierFull
-from engine.planner.plan import TierName
+from engine.tiers import TierName
 from engine.units import format_bytes
 
 

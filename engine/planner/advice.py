@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from engine.errors import PlanDoesNotFit
 from engine.memory.lane import LaneName
 from engine.planner.hardware import Hardware
-from engine.planner.plan import TierName
 from engine.planner.rates import Rate
 from engine.planner.search import Found
+from engine.tiers import TierName
 from engine.units import format_bytes
 
 Search = Callable[[Hardware, Mapping[TierName, int]], Found]

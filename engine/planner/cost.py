@@ -11,13 +11,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from engine.kvcache.sizes import kv_bytes_per_token
 from engine.memory.lane import LaneName
 from engine.model.family import HEAD, ModelShape, layer_name
-from engine.planner.default import StoredWeights, kv_bytes_per_token
 from engine.planner.hardware import LINKS, Hardware
 from engine.planner.load import PassLoad
-from engine.planner.plan import DTYPE_BYTES, Plan, TierName
+from engine.planner.plan import Plan
 from engine.planner.rates import Rate
+from engine.tiers import TierName
+from engine.weights.stored import StoredWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,16 +70,16 @@ class PassModel:
         self._shape = shape
         self._plan = plan
         self._overlap = overlap
-        self._item = DTYPE_BYTES[plan.dtype]
+        self._item = plan.dtype.num_bytes
         self._matmul = hardware.matmul_rate(plan.dtype, shape.hidden_size)
         self._head = hardware.head_rate(plan.dtype, shape.hidden_size)
         self._prompt_attention = hardware.prompt_rate(shape.hidden_size)
         self._decode_attention = hardware.decode_rate(shape.hidden_size)
         # A weight takes part in one multiplication and one addition a token.
         self._layer_flops = [
-            2 * stored.unit_bytes[layer_name(index)] / DTYPE_BYTES[stored.dtype] for index in range(shape.num_layers)
+            2 * stored.unit_bytes[layer_name(index)] / stored.dtype.num_bytes for index in range(shape.num_layers)
         ]
-        self._head_flops = 2 * stored.unit_bytes[HEAD] / DTYPE_BYTES[stored.dtype] + 2 * (
+        self._head_flops = 2 * stored.unit_bytes[HEAD] / stored.dtype.num_bytes + 2 * (
             shape.hidden_size * shape.vocab_size
         )
         self._token_bytes = kv_bytes_per_token(shape, plan.dtype)

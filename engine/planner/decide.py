@@ -7,15 +7,17 @@ from pathlib import Path
 from engine.errors import HardwareError, PlanDoesNotFit
 from engine.model.family import ModelShape, layer_name
 from engine.planner.cost import AS_ENGINE
-from engine.planner.default import StoredWeights, budgets_of, compute_dtype, resolve_plan
+from engine.planner.default import budgets_of, compute_dtype, resolve_plan
 from engine.planner.hardware import Hardware
 from engine.planner.least import has_room, least_plan
 from engine.planner.machine import MachineFacts
 from engine.planner.nearest import nearest_fit
-from engine.planner.plan import Plan, PlanOptions, TierName
+from engine.planner.plan import Plan, PlanOptions
 from engine.planner.search import Found, default_budgets, search
 from engine.planner.workload import Workload
+from engine.tiers import TierName
 from engine.units import GIB, format_bytes
+from engine.weights.stored import StoredWeights
 
 ENGINE_ATTENDS_ON_HOST = False
 

@@ -4,14 +4,17 @@ One function sizes everything, so that what is promised and what is allocated ca
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
+from engine.kvcache.sizes import kv_bytes_per_token, kv_slot_bytes
 from engine.model.family import EMBED, HEAD, ModelShape, layer_name
 from engine.planner.machine import MachineFacts, free_disk_space
-from engine.planner.plan import DTYPE_BYTES, SCHEDULES, Plan, PlanOptions, Shares, TierName
+from engine.planner.plan import SCHEDULES, Plan, PlanOptions
+from engine.tiers import Shares, TierName
 from engine.units import KIB, MIB, align_up, format_bytes
+from engine.weights.stored import StoredWeights
 
 MICRO_BATCH_TOKENS = 2048
 """Any OPT sequence fits whole, so that scoring it needs no KV cache."""
@@ -29,28 +32,6 @@ DEVICE_SHARE, HOST_SHARE = 0.8, 0.7
 KV_SHARE = 0.25
 """Of the device budget, how much resident weights leave to the KV cache."""
 DISK_SHARE = 0.9
-
-
-@dataclass(frozen=True, slots=True)
-class StoredWeights:
-    """Bytes of each unit as stored, and the dtype they are stored in."""
-
-    dtype: str
-    unit_bytes: Mapping[str, int]
-
-    def computed_bytes(self, unit: str, dtype: str) -> int:
-        """Bytes of a unit once it is cast to the compute dtype."""
-        return self.unit_bytes[unit] * DTYPE_BYTES[dtype] // DTYPE_BYTES[self.dtype]
-
-
-def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:
-    """Bytes of keys and values one token leaves behind, over all layers."""
-    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * DTYPE_BYTES[dtype]
-
-
-def kv_slot_bytes(shape: ModelShape, dtype: str, extent_tokens: int) -> int:
-    """Bytes of one layer's keys and values of the longest extent: what a cache that lives elsewhere passes through."""
-    return 2 * shape.num_kv_heads * extent_tokens * shape.head_size * DTYPE_BYTES[dtype]
 
 
 def interleave(counts: Mapping[TierName, int]) -> tuple[TierName, ...]:
@@ -80,11 +61,11 @@ def whole_layers(num_layers: int, shares: Shares) -> dict[TierName, int]:
     return counts
 
 
-def compute_dtype(options: PlanOptions, stored: StoredWeights, facts: MachineFacts) -> str:
+def compute_dtype(options: PlanOptions, stored: StoredWeights, facts: MachineFacts) -> DType:
     """As asked, else as the weights are stored; in float16 where the device cannot compute as they are stored."""
     if options.dtype is not None:
         return options.dtype
-    return stored.dtype if facts.computes(stored.dtype) else "float16"
+    return stored.dtype if facts.computes(stored.dtype) else DType.FLOAT16
 
 
 def resolve_plan(
@@ -116,9 +97,9 @@ def resolve_plan(
     extent_tokens = min(options.extent_tokens or EXTENT_TOKENS, shape.max_positions + 1)
     logits_rows = _logits_rows(shape, micro_batch)
     workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows)
-    workspace += facts.attention_threads * kv_slot_bytes(shape, "float32", extent_tokens) // 2
+    workspace += facts.attention_threads * kv_slot_bytes(shape, DType.FLOAT32, extent_tokens) // 2
     slot_bytes = kv_slot_bytes(shape, dtype, extent_tokens)
-    batch_bytes = micro_batch * shape.hidden_size * DTYPE_BYTES[dtype]
+    batch_bytes = micro_batch * shape.hidden_size * dtype.num_bytes
 
     def placed(kv_slots: int) -> tuple[TierName, ...]:
         return _place_layers(
@@ -148,7 +129,7 @@ def resolve_plan(
     fixed = dict.fromkeys(TierName, 0)
     fixed[TierName.DEVICE] += workspace + slots * largest_layer + kv_slots * slot_bytes
     if streamed and dtype != stored.dtype:
-        fixed[TierName.DEVICE] += largest_layer * DTYPE_BYTES[dtype] // DTYPE_BYTES[stored.dtype]
+        fixed[TierName.DEVICE] += largest_layer * dtype.num_bytes // stored.dtype.num_bytes
     activation_bytes = micro_batches * batch_bytes
     # Pieces of a spill file are whole pages.
     fixed[activations] += align_up(activation_bytes, 4 * KIB) if activations is TierName.DISK else activation_bytes
@@ -222,8 +203,8 @@ def _logits_rows(shape: ModelShape, micro_batch: int) -> int:
     return max(1, min(LOGITS_BYTES // (4 * shape.vocab_size), micro_batch))
 
 
-def _workspace_bytes(shape: ModelShape, dtype: str, micro_batch: int, logits_rows: int) -> int:
-    item = DTYPE_BYTES[dtype]
+def _workspace_bytes(shape: ModelShape, dtype: DType, micro_batch: int, logits_rows: int) -> int:
+    item = dtype.num_bytes
     layer = micro_batch * shape.workspace_values * item
     # Logits as computed, as float32, and their log-softmax.
     head = logits_rows * shape.vocab_size * (item + 8) + micro_batch * shape.hidden_size * item
@@ -234,7 +215,7 @@ def _place_layers(
     options: PlanOptions,
     shape: ModelShape,
     stored: StoredWeights,
-    dtype: str,
+    dtype: DType,
     budgets: Mapping[TierName, int],
     *,
     workspace: int,

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from engine.dtypes import DType
+from engine.kvcache.sizes import kv_bytes_per_token
 from engine.memory.lane import LaneName
 from engine.model.family import ModelShape, layer_name
-from engine.planner.default import StoredWeights, kv_bytes_per_token
 from engine.planner.hardware import Hardware
-from engine.planner.plan import DTYPE_BYTES, Shares, TierName
 from engine.planner.workload import Lengths
+from engine.tiers import Shares, TierName
+from engine.weights.stored import StoredWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ def block_cost(
     stored: StoredWeights,
     policy: BlockPolicy,
     lengths: Lengths,
-    dtype: str = "float16",
+    dtype: DType = DType.FLOAT16,
 ) -> BlockCost:
     """FlexGen's schedule: all prompts of a block, then all its decode steps; no page cache.
 
@@ -97,7 +99,7 @@ def _block_lanes(
     shape: ModelShape,
     stored: StoredWeights,
     policy: BlockPolicy,
-    dtype: str,
+    dtype: DType,
     *,
     tokens: float,
     rows: float,
@@ -107,7 +109,7 @@ def _block_lanes(
     prompt: int,
 ) -> dict[LaneName, float]:
     """Busy seconds of each lane for one trip of a block through all layers."""
-    item, layers = DTYPE_BYTES[dtype], shape.num_layers
+    item, layers = dtype.num_bytes, shape.num_layers
     layer_bytes = [stored.unit_bytes[layer_name(index)] for index in range(layers)]
     weight_bytes = sum(layer_bytes)
     w, kv, h = (
@@ -129,7 +131,7 @@ def _block_lanes(
     }
     lanes = {lane: hardware.lanes[lane].seconds(amount, max(layer_bytes)) for lane, amount in num_bytes.items()}
     matmul = hardware.matmul_rate(dtype)
-    flops = 2 * weight_bytes / DTYPE_BYTES[stored.dtype] * tokens + 2 * shape.hidden_size * shape.vocab_size * rows
+    flops = 2 * weight_bytes / stored.dtype.num_bytes * tokens + 2 * shape.hidden_size * shape.vocab_size * rows
     compute_s = matmul.seconds(flops, batch_tokens)
     pair_flops = 4 * shape.num_heads * shape.head_size * layers
     compute_s += hardware.prompt_attention.seconds(pair_flops * pairs, prompt)

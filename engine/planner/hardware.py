@@ -5,10 +5,11 @@ addition are two), tokens. Frozen values; no torch.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from engine.dtypes import DType
 from engine.errors import HardwareError
 from engine.memory.lane import LaneName
-from engine.planner.plan import TierName
 from engine.planner.rates import Figure, Rate, between
+from engine.tiers import TierName
 
 LINKS = (LaneName.DISK_READ, LaneName.DISK_WRITE, LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
 """The lanes that move bytes; the other two compute."""
@@ -22,9 +23,9 @@ class Width:
     time goes to everything but products, differ from wide ones."""
 
     hidden_size: int
-    matmul: Mapping[str, Rate]
+    matmul: Mapping[DType, Rate]
     """By dtype: FLOP/s of a layer's products, norms and residuals included, over the tokens of a micro-batch."""
-    head: Mapping[str, Rate]
+    head: Mapping[DType, Rate]
     """By dtype: FLOP/s of logits, the choice of a token included, over the rows computed together."""
     prompt_attention: Rate
     decode_attention: Rate
@@ -42,7 +43,7 @@ class Hardware:
     """Device and host are one memory: nothing is copied between them, and host attention is the device's own."""
     capacity: Mapping[TierName, Figure]
     """Bytes of each tier that a process could take if the machine were its own."""
-    matmul: Mapping[str, Rate]
+    matmul: Mapping[DType, Rate]
     """By dtype: FLOP/s of products with a layer's weights, over the tokens of a micro-batch."""
     prompt_attention: Rate
     """FLOP/s of attention over prompts on the device, over the tokens of a prompt."""
@@ -80,7 +81,7 @@ class Hardware:
         if sizes != sorted(set(sizes)) or any(size < 1 for size in sizes):
             raise ValueError(f"widths must be of ascending hidden sizes, not {sizes}")
 
-    def matmul_rate(self, dtype: str, hidden_size: int | None = None) -> Rate:
+    def matmul_rate(self, dtype: DType, hidden_size: int | None = None) -> Rate:
         """Products in one dtype with the layers of a model of that hidden size; ``None``: of a wide one.
 
         Raises:
@@ -97,7 +98,7 @@ class Hardware:
             )
         return self.matmul[dtype]
 
-    def head_rate(self, dtype: str, hidden_size: int) -> Rate:
+    def head_rate(self, dtype: DType, hidden_size: int) -> Rate:
         """Logits in one dtype; as the layers' products where nobody measured them.
 
         Raises:

@@ -6,11 +6,14 @@ from itertools import product
 from pathlib import Path
 
 from engine.errors import PlanDoesNotFit
+from engine.kvcache.sizes import kv_bytes_per_token
 from engine.model.family import ModelShape
-from engine.planner.default import StoredWeights, kv_bytes_per_token, resolve_plan
+from engine.planner.default import resolve_plan
 from engine.planner.machine import MachineFacts
 from engine.planner.nearest import SMALLEST_MICRO_BATCH
-from engine.planner.plan import Plan, PlanOptions, Shares
+from engine.planner.plan import Plan, PlanOptions
+from engine.tiers import Shares
+from engine.weights.stored import StoredWeights
 
 _ALL_IN = (Shares(0, 0, 100), Shares(0, 100, 0), Shares(100, 0, 0))
 

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.dtypes import DType
 from engine.units import KIB
 
 _UNLIMITED = 1 << 60
@@ -23,9 +24,9 @@ class MachineFacts:
     capability: tuple[int, int] | None = None
     """CUDA's compute capability; ``None``: no GPU, or none that is known."""
 
-    def computes(self, dtype: str) -> bool:
+    def computes(self, dtype: DType) -> bool:
         """Whether there are kernels for a dtype. PyTorch has attention in bfloat16 from Ampere on."""
-        return dtype != "bfloat16" or self.capability is None or self.capability >= _BFLOAT16_FROM
+        return dtype is not DType.BFLOAT16 or self.capability is None or self.capability >= _BFLOAT16_FROM
 
 
 def free_host_memory() -> int:

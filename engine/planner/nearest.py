@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import PlanDoesNotFit
+from engine.kvcache.sizes import kv_bytes_per_token
 from engine.model.family import ModelShape
-from engine.planner.default import StoredWeights, kv_bytes_per_token, resolve_plan
+from engine.planner.default import resolve_plan
 from engine.planner.machine import MachineFacts
-from engine.planner.plan import PlanOptions, Shares
+from engine.planner.plan import PlanOptions
+from engine.tiers import Shares
 from engine.units import GIB, MIB, div_ceil
+from engine.weights.stored import StoredWeights
 
 SMALLEST_MICRO_BATCH = 256
 _MOST = 1 << 50

@@ -5,53 +5,13 @@ Frozen values; no torch.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
 
-DTYPES = ("bfloat16", "float16", "float32")
+from engine.dtypes import DType
+from engine.tiers import Shares, TierName
+
 SCHEDULES = ("mixed", "block")
 """Every pass with decode and prefill tokens both; or FlexGen's two phases, a block of sequences after the other."""
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
-
-class TierName(StrEnum):
-    """The three places memory comes from."""
-
-    DEVICE = "device"
-    HOST = "host"
-    DISK = "disk"
-
-
-@dataclass(frozen=True, slots=True)
-class Shares:
-    """Percent of a tensor class that lives in each tier; they sum to 100."""
-
-    device: int
-    host: int
-    disk: int
-
-    def __post_init__(self) -> None:
-        if min(self.device, self.host, self.disk) < 0 or self.device + self.host + self.disk != 100:
-            raise ValueError(f"shares must be three percentages of 0 or more that sum to 100, not {self}")
-
-    @classmethod
-    def parse(cls, text: str) -> "Shares":
-        """``20/80/0``: device, host, disk.
-
-        Raises:
-            ValueError: with a sentence for people.
-        """
-        parts = text.split("/")
-        if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
-            raise ValueError(f"{text!r} is not three percentages; write device/host/disk, for example 20/80/0")
-        return cls(*(int(part) for part in parts))
-
-    def of(self, tier: TierName) -> int:
-        """The percentage of one tier."""
-        return {TierName.DEVICE: self.device, TierName.HOST: self.host, TierName.DISK: self.disk}[tier]
-
-    def __str__(self) -> str:
-        return f"{self.device}/{self.host}/{self.disk}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +20,7 @@ class PlanOptions:
 
     device: str | None = None
     """``cpu``, ``cuda:0`` or ``simulated``."""
-    dtype: str | None = None
+    dtype: DType | None = None
     """Compute and KV cache; ``None``: as the weights are stored."""
     device_memory: int | None = None
     """Bytes of the device tier, workspace included."""
@@ -84,8 +44,10 @@ class PlanOptions:
     """``mixed`` (the default) or ``block``."""
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.dtype is not None:
+            if self.dtype not in tuple(DType):
+                raise ValueError(f"dtype must be one of {', '.join(DType)}, not {self.dtype!r}")
+            object.__setattr__(self, "dtype", DType(self.dtype))
         if self.activations is not None and self.activations not in tuple(TierName):
             raise ValueError(f"activations must be device, host or disk, not {self.activations!r}")
         if self.schedule is not None and self.schedule not in SCHEDULES:
@@ -105,7 +67,7 @@ class Plan:
     """Placement, batch shape and byte budgets, resolved and checked: it fits, or it was never made."""
 
     device: str
-    dtype: str
+    dtype: DType
     budgets: Mapping[TierName, int]
     """Bytes each tier may hold."""
     disk_dir: Path

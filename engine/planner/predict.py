@@ -4,14 +4,17 @@ import math
 from dataclasses import dataclass, replace
 
 from engine.balance import MIN_PROMPT_TOKENS, Balance
+from engine.dtypes import DType
+from engine.kvcache.sizes import kv_bytes_per_token
 from engine.memory.lane import LaneName
 from engine.model.family import ModelShape, layer_name
 from engine.planner.cost import OVERLAPPED, Overlap, PassCost, PassModel
-from engine.planner.default import StoredWeights, kv_bytes_per_token
 from engine.planner.hardware import LINKS, Hardware
 from engine.planner.load import PassLoad, mean_request_load, residency_passes
-from engine.planner.plan import DTYPE_BYTES, Plan, TierName
+from engine.planner.plan import Plan
 from engine.planner.workload import Workload
+from engine.tiers import TierName
+from engine.weights.stored import StoredWeights
 
 MAX_SIMULATED_PASSES = 1000
 """Beyond these a long workload is taken to go on at its steady rate."""
@@ -46,14 +49,14 @@ class Prediction:
 
 
 def compute_ceiling_per_s(
-    hardware: Hardware, shape: ModelShape, stored: StoredWeights, workload: Workload, dtype: str
+    hardware: Hardware, shape: ModelShape, stored: StoredWeights, workload: Workload, dtype: DType
 ) -> float:
     """Generated tokens per second if nothing took time but products with the layers' weights: no plan exceeds it."""
     flops = sum(2 * stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers))
     tokens = workload.mean(lambda each: each.reserved)
     fastest = max(rate for _, rate in hardware.matmul_rate(dtype, shape.hidden_size).points)
     generated = workload.generated / workload.requests
-    return generated * fastest * DTYPE_BYTES[stored.dtype] / (flops * tokens)
+    return generated * fastest * stored.dtype.num_bytes / (flops * tokens)
 
 
 def usable_kv_tokens(workload: Workload, plan: Plan, token_bytes: int) -> float:

@@ -6,11 +6,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
 
+from engine.dtypes import DType
 from engine.errors import HardwareAbsent, HardwareError
 from engine.memory.lane import LaneName
 from engine.planner.hardware import CONTAINED, LINKS, Hardware, Width
-from engine.planner.plan import DTYPES, TierName
 from engine.planner.rates import Figure, Rate
+from engine.tiers import TierName
 
 FORMAT = "overnight hardware profile"
 VERSION = 1
@@ -110,7 +111,7 @@ def hardware_from_json(data: object, where: str = "hardware profile") -> Hardwar
             device=top.text("device"),
             shares_host_memory=top.boolean("shares_host_memory"),
             capacity={tier: top.at("capacity").figure(tier) for tier in TierName},
-            matmul={dtype: top.at("matmul").rate(dtype) for dtype in DTYPES if dtype in top.at("matmul").names()},
+            matmul={dtype: top.at("matmul").rate(dtype) for dtype in DType if dtype in top.at("matmul").names()},
             prompt_attention=top.rate("prompt_attention"),
             decode_attention=top.rate("decode_attention"),
             host_attention=None if top.is_null("host_attention") else top.rate("host_attention"),
@@ -159,8 +160,8 @@ class _Reader:
         matmul, head = self.at("matmul"), self.at("head")
         return Width(
             hidden_size=int(self.number("hidden_size")),
-            matmul={dtype: matmul.rate(dtype) for dtype in DTYPES if matmul.has(dtype)},
-            head={dtype: head.rate(dtype) for dtype in DTYPES if head.has(dtype)},
+            matmul={dtype: matmul.rate(dtype) for dtype in DType if matmul.has(dtype)},
+            head={dtype: head.rate(dtype) for dtype in DType if head.has(dtype)},
             prompt_attention=self.rate("prompt_attention"),
             decode_attention=self.rate("decode_attention"),
         )

@@ -14,8 +14,9 @@ from engine.planner.cost import PassModel
 from engine.planner.default import whole_layers
 from engine.planner.hardware import LINKS
 from engine.planner.load import PassLoad, mean_request_load, residency_passes
-from engine.planner.plan import Plan, PlanOptions, Shares, TierName
+from engine.planner.plan import Plan, PlanOptions
 from engine.planner.problem import Problem
+from engine.tiers import Shares, TierName
 from engine.units import GIB
 
 TIE = 0.01

@@ -13,16 +13,18 @@ from pathlib import Path
 from engine.errors import PlanDoesNotFit
 from engine.model.family import ModelShape
 from engine.planner.cost import OVERLAPPED, Overlap
-from engine.planner.default import StoredWeights, compute_dtype, whole_layers
+from engine.planner.default import compute_dtype, whole_layers
 from engine.planner.hardware import Hardware
 from engine.planner.load import mean_request_load, residency_passes
 from engine.planner.machine import MachineFacts
-from engine.planner.plan import Plan, PlanOptions, Shares, TierName
+from engine.planner.plan import Plan, PlanOptions
 from engine.planner.predict import Prediction, as_filled, predict, steady_requests_per_pass
 from engine.planner.problem import Problem
 from engine.planner.programme import TIE, Choice, Optimum, Programme
 from engine.planner.workload import Workload
+from engine.tiers import Shares, TierName
 from engine.units import format_bytes
+from engine.weights.stored import StoredWeights
 
 MICRO_BATCHES_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 MICRO_BATCHES = (1, 2, 4, 8)

@@ -7,12 +7,12 @@ paper (Zhang et al. 2022, table 1).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.dtypes import DType
 from engine.model.family import EMBED, HEAD, ModelShape, layer_name
 from engine.model.opt_shape import workspace_values
-from engine.planner.default import StoredWeights
-from engine.planner.plan import DTYPE_BYTES
 from engine.units import align_up
 from engine.weights.manifest import PAGE_BYTES, TENSOR_ALIGNMENT
+from engine.weights.stored import StoredWeights
 
 _VOCABULARY = 50272
 _POSITIONS = 2048
@@ -30,7 +30,7 @@ class KnownModel:
     norm_before: bool
     """Layer norms stand before attention and feed-forward, and one after the last layer."""
 
-    def stored(self, dtype: str = "float16") -> StoredWeights:
+    def stored(self, dtype: DType = DType.FLOAT16) -> StoredWeights:
         """Bytes of each unit, as ``overnight import --dtype`` would store them."""
         shape = self.shape
         size, ffn = shape.hidden_size, shape.ffn_size
@@ -45,11 +45,11 @@ class KnownModel:
         return StoredWeights(dtype, units | {layer_name(index): layer_bytes for index in range(shape.num_layers)})
 
 
-def _unit_bytes(tensor_values: Sequence[int], dtype: str) -> int:
+def _unit_bytes(tensor_values: Sequence[int], dtype: DType) -> int:
     """Size of a unit's file: its tensors one after the other, each aligned, and the whole in pages."""
     end = 0
     for values in tensor_values:
-        end = align_up(end, TENSOR_ALIGNMENT) + values * DTYPE_BYTES[dtype]
+        end = align_up(end, TENSOR_ALIGNMENT) + values * dtype.num_bytes
     return max(PAGE_BYTES, align_up(end, PAGE_BYTES))
 
 

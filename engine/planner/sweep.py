@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from engine.errors import PlanDoesNotFit
 from engine.planner.decide import Question
-from engine.planner.plan import TierName
 from engine.planner.search import Found
+from engine.tiers import TierName
 
 FACTORS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Of the budget that there is."""

@@ -7,6 +7,7 @@ undamaged, their checksums show when they are read.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.dtypes import DType
 from engine.errors import CheckpointError
 from engine.model.family import ModelShape, UnitSpec
 from engine.model.opt_shape import OPTSizes
@@ -60,7 +61,7 @@ def check_units(manifest: Manifest, model_dir: Path) -> OPTSizes:
     return sizes
 
 
-def _check_unit(found: UnitEntry, wanted: UnitSpec, dtype: str, path: Path) -> None:
+def _check_unit(found: UnitEntry, wanted: UnitSpec, dtype: DType, path: Path) -> None:
     layout = UnitLayout.of(wanted, dtype)
     for name in layout.tensors.keys() ^ found.tensors.keys():
         what = "has no tensor" if name in layout.tensors else "has the unknown tensor"

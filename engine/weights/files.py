@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError, LaneFailed
-from engine.planner.plan import DTYPE_BYTES
+from engine.memory.tensors import torch_dtype
 from engine.units import MIB
 from engine.weights.manifest import PAGE_BYTES, Manifest, TensorEntry, UnitEntry, read_manifest
 
@@ -33,9 +33,9 @@ class WeightFiles:
     def __init__(self, model_dir: Path, manifest: Manifest) -> None:
         self._dir = model_dir
         self._units = {unit.name: unit for unit in manifest.units}
-        self.dtype: torch.dtype = getattr(torch, manifest.dtype)
+        self.dtype = torch_dtype(manifest.dtype)
         """How the weights are stored."""
-        self._item_bytes = DTYPE_BYTES[manifest.dtype]
+        self._item_bytes = manifest.dtype.num_bytes
         self._lock = Lock()  # guards the two below
         self._open: dict[str, _File] = {}
         self._verified: set[str] = set()

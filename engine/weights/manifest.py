@@ -12,9 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
+from engine.dtypes import DType
 from engine.errors import CheckpointError
-from engine.planner.plan import DTYPE_BYTES
 from engine.units import MIB
+from engine.weights.stored import StoredWeights
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -62,14 +63,19 @@ class Manifest:
     model_type: str
     config: Mapping[str, Any]
     """The checkpoint's ``config.json``, whole."""
-    dtype: str
-    """How the weights are stored: a key of ``DTYPE_BYTES``."""
+    dtype: DType
+    """How the weights are stored."""
     units: tuple[UnitEntry, ...]
     num_bytes: int
     """Equal to ``sum(unit.num_bytes for unit in units)``."""
     source: str
     """The name of the checkpoint it was imported from, for people."""
     created_by: str
+
+    @property
+    def stored(self) -> StoredWeights:
+        """How large its units are."""
+        return StoredWeights(self.dtype, {unit.name: unit.num_bytes for unit in self.units})
 
     def unit(self, name: str) -> UnitEntry:
         """The entry of one unit.
@@ -111,7 +117,7 @@ class Manifest:
                 format_version=version,
                 model_type=_typed(fields["model_type"], str),
                 config=_typed(fields["config"], dict),
-                dtype=_typed(fields["dtype"], str),
+                dtype=_dtype(fields["dtype"]),
                 units=tuple(_unit(entry) for entry in _typed(fields["units"], list)),
                 num_bytes=_typed(fields["num_bytes"], int),
                 source=_typed(fields["source"], str),
@@ -130,8 +136,6 @@ class Manifest:
         Raises:
             ValueError: they do not; the text is a sentence fragment for people.
         """
-        if self.dtype not in DTYPE_BYTES:
-            raise ValueError(f"its dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
         if self.num_bytes != sum(unit.num_bytes for unit in self.units):
             raise ValueError("its num_bytes is not the sum of its units'")
         if len({unit.name for unit in self.units}) != len(self.units) or not self.units:
@@ -143,7 +147,7 @@ class Manifest:
             if unit.num_bytes % PAGE_BYTES or not unit.checksum.startswith("sha256:"):
                 raise ValueError(f"unit {unit.name!r} has an impossible size or checksum")
             for name, tensor in unit.tensors.items():
-                end = tensor.offset + prod(tensor.shape) * DTYPE_BYTES[self.dtype]
+                end = tensor.offset + prod(tensor.shape) * self.dtype.num_bytes
                 if tensor.offset < 0 or tensor.offset % TENSOR_ALIGNMENT or end > unit.num_bytes:
                     raise ValueError(f"tensor {name!r} of unit {unit.name!r} does not lie within its file")
 
@@ -232,6 +236,13 @@ def _tensor(fields: Any) -> TensorEntry:
     if any(size < 0 for size in shape):
         raise TypeError("a negative size in a shape")
     return TensorEntry(offset=_typed(fields["offset"], int), shape=shape)
+
+
+def _dtype(value: Any) -> DType:
+    name = _typed(value, str)
+    if name not in tuple(DType):
+        raise ValueError(f"its dtype {name!r} is not one of {', '.join(DType)}")
+    return DType(name)
 
 
 def _typed(value: Any, kind: type[T]) -> T:

@@ -14,10 +14,12 @@ from engine.closing import run_all, settle
 from engine.devices.base import Device
 from engine.errors import EngineError
 from engine.memory.lane import Event, LaneEvent, LaneName, Reached, ThreadLane
+from engine.memory.tensors import torch_dtype
 from engine.memory.tier import Block, MemoryTier
 from engine.memory.traffic import Traffic
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
-from engine.planner.plan import Plan, TierName
+from engine.planner.plan import Plan
+from engine.tiers import TierName
 from engine.weights.files import WeightFiles
 
 _REACHED = Reached()
@@ -48,7 +50,7 @@ class WeightStream:
         self._files = files
         self._device = device
         self._traffic = traffic
-        self._dtype: torch.dtype = getattr(torch, plan.dtype)
+        self._dtype = torch_dtype(plan.dtype)
         self._tiers = tiers
         self._blocks: list[Block] = []
         self._resident: dict[str, NamedWeights] = {}

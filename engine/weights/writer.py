@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from engine.dtypes import DType
 from engine.errors import CheckpointError, DiskFull
 from engine.model.family import UnitSpec
-from engine.planner.plan import DTYPE_BYTES
 from engine.units import align_up, format_bytes
 from engine.weights.manifest import (
     MANIFEST_NAME,
@@ -44,13 +44,13 @@ class UnitLayout:
     """The file's size, a multiple of ``PAGE_BYTES``."""
 
     @classmethod
-    def of(cls, unit: UnitSpec, dtype: str) -> Self:
+    def of(cls, unit: UnitSpec, dtype: DType) -> Self:
         """The layout of ``unit`` stored in ``dtype``: its tensors in order, each aligned."""
         tensors, end = {}, 0
         for tensor in unit.tensors:
             offset = align_up(end, TENSOR_ALIGNMENT)
             tensors[tensor.name] = TensorEntry(offset, tensor.shape)
-            end = offset + prod(tensor.shape) * DTYPE_BYTES[dtype]
+            end = offset + prod(tensor.shape) * dtype.num_bytes
         return cls(tensors, max(PAGE_BYTES, align_up(end, PAGE_BYTES)))
 
 

@@ -13,9 +13,9 @@ from engine.engine import Engine
 from engine.errors import DeviceUnavailable, HardwareError, PlanDoesNotFit
 from engine.model.opt_shape import shape_of
 from engine.planner.decide import Outlook
-from engine.planner.default import StoredWeights
-from engine.planner.plan import PlanOptions, Shares
+from engine.planner.plan import PlanOptions
 from engine.planner.workload import Workload
+from engine.tiers import Shares
 from engine.units import KIB, MIB
 from engine.weights.manifest import read_manifest
 
@@ -32,7 +32,7 @@ BUDGETS = (KIB, 300 * KIB, 450 * KIB, 600 * KIB, 800 * KIB, MIB, 2 * MIB, 4 * MI
 
 def sizes(model_dir: Path) -> Sizes:
     manifest = read_manifest(model_dir)
-    stored = StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units})
+    stored = manifest.stored
     return Sizes(shape_of(manifest.config), stored, model_dir)
 
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from engine.planner.plan import PlanOptions, Shares
+from engine.planner.plan import PlanOptions
+from engine.tiers import Shares
 from engine.units import MIB
 
 BUDGETS = {"device_memory": 64 * MIB, "host_memory": 64 * MIB, "disk_space": 64 * MIB}

@@ -9,7 +9,7 @@ from engine.errors import EngineError, TierFull
 from engine.memory.aligned import aligned_empty
 from engine.memory.arena import Arena, Piece
 from engine.memory.tier import MemoryTier
-from engine.planner.plan import TierName
+from engine.tiers import TierName
 
 
 class ArenaBooks(RuleBasedStateMachine):

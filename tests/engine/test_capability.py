@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from engine.devices.open import facts_of
+from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
 from engine.measure import _dtypes
 from engine.planner.decide import Outlook, decide_plan
 from engine.planner.default import resolve_plan
 from engine.planner.hardware import Hardware
 from engine.planner.machine import MachineFacts
-from engine.planner.plan import Plan, PlanOptions, Shares
+from engine.planner.plan import Plan, PlanOptions
 from engine.planner.profiles import load_hardware
 from engine.planner.search import search
 from engine.planner.shapes import known_model
 from engine.planner.workload import Workload
+from engine.tiers import Shares
 from engine.units import GIB
 from tests.engine.like_cuda import stubbed_cuda
 
@@ -43,24 +45,24 @@ def plan(capability: tuple[int, int] | None, stored: str, **options: object) -> 
 def test_weights_in_bfloat16_are_computed_in_what_the_card_has(
     capability: tuple[int, int] | None, has_bfloat16: bool
 ) -> None:
-    assert plan(capability, "bfloat16").dtype == ("bfloat16" if has_bfloat16 else "float16")
-    for stored in ("float16", "float32"):
+    assert plan(capability, DType.BFLOAT16).dtype == (DType.BFLOAT16 if has_bfloat16 else DType.FLOAT16)
+    for stored in (DType.FLOAT16, DType.FLOAT32):
         assert plan(capability, stored).dtype == stored
-        assert plan(capability, "bfloat16", dtype=stored).dtype == stored
+        assert plan(capability, DType.BFLOAT16, dtype=stored).dtype == stored
 
 
 @pytest.mark.parametrize(("capability", "has_bfloat16"), CARDS)
-@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+@pytest.mark.parametrize("stored", [DType.FLOAT16, DType.BFLOAT16])
 def test_asking_for_what_it_has_not_is_refused_with_what_it_has(
     capability: tuple[int, int] | None, has_bfloat16: bool, stored: str
 ) -> None:
     if has_bfloat16:
-        assert plan(capability, stored, dtype="bfloat16").dtype == "bfloat16"
+        assert plan(capability, stored, dtype=DType.BFLOAT16).dtype == DType.BFLOAT16
         return
     assert capability is not None
     said = rf"no bfloat16 kernels: its compute capability is {capability[0]}\.{capability[1]}.*use --dtype float16$"
     with pytest.raises(PlanDoesNotFit, match=said):
-        plan(capability, stored, dtype="bfloat16")
+        plan(capability, stored, dtype=DType.BFLOAT16)
 
 
 def test_nothing_is_measured_for_a_dtype_that_cannot_be() -> None:
@@ -68,10 +70,10 @@ def test_nothing_is_measured_for_a_dtype_that_cannot_be() -> None:
         raise AssertionError("measured")
 
     assert KNOWN is not None
-    options = PlanOptions(dtype="bfloat16", weights=Shares(0, 100, 0))
+    options = PlanOptions(dtype=DType.BFLOAT16, weights=Shares(0, 100, 0))
     with pytest.raises(PlanDoesNotFit, match=r"use --dtype float16$"):
         decide_plan(
-            options, Outlook(Workload.uniform(64, 8, 10), never), shape=SHAPE, stored=KNOWN.stored("float16"),
+            options, Outlook(Workload.uniform(64, 8, 10), never), shape=SHAPE, stored=KNOWN.stored(DType.FLOAT16),
             device="cuda:0", facts=facts((7, 5)), disk_dir=Path(),
         )  # fmt: skip
 
@@ -79,10 +81,10 @@ def test_nothing_is_measured_for_a_dtype_that_cannot_be() -> None:
 def test_a_search_takes_the_default_of_the_card() -> None:
     assert KNOWN is not None
     found = search(
-        load_hardware("t4-gcp"), SHAPE, KNOWN.stored("bfloat16"), Workload.uniform(64, 8, 10), facts=facts((7, 5)),
+        load_hardware("t4-gcp"), SHAPE, KNOWN.stored(DType.BFLOAT16), Workload.uniform(64, 8, 10), facts=facts((7, 5)),
         fixed=PlanOptions(weights=Shares(100, 0, 0), micro_batch=256, micro_batches=1), host_attention=False,
     )  # fmt: skip
-    assert found.plan.dtype == "float16"
+    assert found.plan.dtype == DType.FLOAT16
 
 
 @pytest.mark.parametrize(("capability", "has_bfloat16"), CARDS[:-1])
@@ -94,5 +96,7 @@ def test_a_card_is_asked_what_it_is(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (GIB, 2 * GIB))
     found = facts_of(device)
     assert found.capability == capability
-    assert found.computes("bfloat16") == has_bfloat16
-    assert _dtypes(device, found) == (("float16", "bfloat16", "float32") if has_bfloat16 else ("float16", "float32"))
+    assert found.computes(DType.BFLOAT16) == has_bfloat16
+    assert _dtypes(device, found) == (
+        (DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32) if has_bfloat16 else (DType.FLOAT16, DType.FLOAT32)
+    )

@@ -15,8 +15,9 @@ from engine.executor import Executor
 from engine.kvcache.store import KVStore
 from engine.kvcache.stream import KVStream
 from engine.memory.spill import DiskTier
-from engine.planner.plan import PlanOptions, Shares
+from engine.planner.plan import PlanOptions
 from engine.request import Generate, Request, SamplingParams
+from engine.tiers import Shares
 from engine.units import MIB
 from engine.weights.stream import WeightStream
 

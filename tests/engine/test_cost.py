@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from engine.dtypes import DType
 from engine.errors import EngineError, HardwareError, PlanDoesNotFit
 from engine.memory.lane import LaneName
 from engine.planner.cost import AS_ENGINE, OVERLAPPED, WAITING, Overlap, PassCost, PassModel
@@ -17,13 +18,14 @@ from engine.planner.flexgen import BlockCost, BlockPolicy, block_cost
 from engine.planner.hardware import LINKS, Hardware
 from engine.planner.load import PassLoad, mean_request_load
 from engine.planner.machine import MachineFacts
-from engine.planner.plan import Plan, PlanOptions, Shares, TierName
+from engine.planner.plan import Plan, PlanOptions
 from engine.planner.predict import Prediction, compute_ceiling_per_s, predict
 from engine.planner.profiles import load_hardware, preset_names, profile_json
 from engine.planner.rates import Figure, Rate
 from engine.planner.search import Found, default_budgets, search
 from engine.planner.shapes import KNOWN_MODELS, KnownModel, known_model
 from engine.planner.workload import Lengths, Workload
+from engine.tiers import Shares, TierName
 from engine.units import GIB, MIB
 
 T4 = load_hardware("t4-gcp")
@@ -89,7 +91,7 @@ def test_mixed_passes_of_opt_30b_against_what_flexgen_published(assuming: str) -
     overlap, host_attention, times, known = OPT_30B_ASSUMING[assuming]
     best = found("facebook/opt-30b", overlap, host_attention).prediction
     opt_30b = model("facebook/opt-30b")
-    ceiling = compute_ceiling_per_s(T4, opt_30b.shape, opt_30b.stored(), MANY, "float16")
+    ceiling = compute_ceiling_per_s(T4, opt_30b.shape, opt_30b.stored(), MANY, DType.FLOAT16)
     # 29.6e9 values in its layers, each of 543 tokens a request multiplied with them.
     assert ceiling == pytest.approx(32 / (2 * 29.6e9 * 543 / 21.24e12), rel=0.01)
     for rate in (best.generated_per_s, best.steady_generated_per_s):
@@ -167,7 +169,7 @@ def test_an_unknown_machine_names_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(HardwareError, match="not JSON"):
         load_hardware(tmp_path / "no.json")
     with pytest.raises(HardwareError, match="bfloat16"):
-        T4.matmul_rate("bfloat16")
+        T4.matmul_rate(DType.BFLOAT16)
 
 
 def test_rates_are_interpolated_and_never_extrapolated() -> None:
@@ -184,12 +186,12 @@ def test_rates_are_interpolated_and_never_extrapolated() -> None:
     ("name", "parameters"), [("125m", 125e6), ("350m", 331e6), ("1.3b", 1.32e9), ("30b", 30e9), ("175b", 174.6e9)]
 )
 def test_known_models_are_as_large_as_their_names_say(name: str, parameters: float) -> None:
-    stored = model(f"opt-{name}").stored("float16")
+    stored = model(f"opt-{name}").stored(DType.FLOAT16)
     assert sum(stored.unit_bytes.values()) / 2 == pytest.approx(parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("name", KNOWN_MODELS)
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.FLOAT32])
 def test_known_models_are_what_the_importer_would_write(name: str, dtype: str) -> None:
     from engine.model.registry import family_for
     from engine.weights.writer import UnitLayout

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.activations import Activations
 from engine.devices.base import Device
+from engine.dtypes import DType
 from engine.executor import Executor
 from engine.kvcache.store import KVStore
 from engine.memory.lane import Reached
@@ -31,12 +32,14 @@ from engine.model.family import EMBED, HEAD, Family, NamedWeights, layer_name
 from engine.model.registry import family_for
 from engine.model.sampling import next_tokens, score_tokens
 from engine.passes import MicroBatch, Pass, Segment
-from engine.planner.default import StoredWeights, resolve_plan
+from engine.planner.default import resolve_plan
 from engine.planner.machine import MachineFacts
-from engine.planner.plan import DTYPE_BYTES, Plan, PlanOptions, Shares, TierName
+from engine.planner.plan import Plan, PlanOptions
 from engine.request import SamplingParams
 from engine.sequence import Sequence as Tokens
+from engine.tiers import Shares, TierName
 from engine.units import MIB
+from engine.weights.stored import StoredWeights
 from tests.engine.checkpoints import SMALL, VARIANTS
 
 GPU = torch.device("cuda:0")
@@ -262,7 +265,7 @@ class Resident:
 
 def plan_for(family: Family, dtype: str, disk_dir: Path) -> Plan:
     sizes = {
-        unit.name: sum(torch.Size(spec.shape).numel() for spec in unit.tensors) * DTYPE_BYTES[dtype]
+        unit.name: sum(torch.Size(spec.shape).numel() for spec in unit.tensors) * dtype.num_bytes
         for unit in family.units()
     }
     options = PlanOptions(
@@ -327,7 +330,7 @@ def run_fake(executor: Executor, kv: KVStore, running: Mapping[str, Tokens]) -> 
     return executor.run(one_pass(running))
 
 
-@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("dtype", DType)
 @pytest.mark.parametrize("variant", ["125m-like", "350m-like", "odd-heads"])
 def test_a_whole_pass_stays_on_the_device(
     variant: str, dtype: str, has_flash: bool, make: Make, guard: OneDevice

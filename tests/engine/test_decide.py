@@ -8,28 +8,31 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from engine.devices.host import HostDevice
+from engine.dtypes import DType
 from engine.engine import Engine
 from engine.errors import Interrupted, PlanDoesNotFit, Unmeasurable
+from engine.kvcache.sizes import kv_bytes_per_token
 from engine.lengths import workload_of
 from engine.measure import identity_of
 from engine.planner.decide import Decision, Outlook, Question, budgets_of_machine, decide_plan
-from engine.planner.default import kv_bytes_per_token, resolve_plan
+from engine.planner.default import resolve_plan
 from engine.planner.hardware import Hardware
 from engine.planner.least import has_room, least_plan
 from engine.planner.machine import MachineFacts
 from engine.planner.nearest import format_flag
-from engine.planner.plan import PlanOptions, Shares, TierName
+from engine.planner.plan import PlanOptions
 from engine.planner.profiles import load_hardware
 from engine.planner.rates import Figure
 from engine.planner.shapes import known_model
 from engine.planner.workload import Workload
 from engine.profile import profile_for, store_profile, stored_profile
 from engine.request import Generate, Request, SamplingParams, Score
+from engine.tiers import Shares, TierName
 from engine.units import GIB, MIB
 
 MODEL = known_model("facebook/opt-1.3b")
 assert MODEL is not None
-SHAPE, STORED = MODEL.shape, MODEL.stored("bfloat16")
+SHAPE, STORED = MODEL.shape, MODEL.stored(DType.BFLOAT16)
 FACTS = MachineFacts(8 * GIB, 8 * GIB, shares_host_memory=True, attention_threads=2)
 WORK = Workload.uniform(512, 32, 100)
 
@@ -38,7 +41,7 @@ WORK = Workload.uniform(512, 32, 100)
 def machine() -> Hardware:
     """Figures of a known machine: what this one is like today decides nothing here."""
     t4 = load_hardware("t4-gcp")
-    matmul = {"bfloat16": t4.matmul["float16"], "float32": t4.matmul["float32"]}
+    matmul = {DType.BFLOAT16: t4.matmul[DType.FLOAT16], DType.FLOAT32: t4.matmul[DType.FLOAT32]}
     return replace(t4, device="cpu", shares_host_memory=True, host_attention=None, matmul=matmul)
 
 
@@ -152,7 +155,7 @@ shares = st.tuples(st.integers(0, 100), st.integers(0, 100)).map(
     kv=st.none() | shares,
     batch=st.sampled_from([None, 256, 1024]),
     shares_memory=st.booleans(),
-    dtype=st.sampled_from(["bfloat16", "float32"]),
+    dtype=st.sampled_from([DType.BFLOAT16, DType.FLOAT32]),
 )
 @settings(max_examples=400)
 def test_what_fits_in_any_way_has_a_least_plan(

@@ -10,19 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.devices.simulated import SimulatedDevice
+from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
+from engine.kvcache.sizes import kv_bytes_per_token
 from engine.kvcache.store import KVStore
 from engine.memory.spill import DiskTier
 from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic
-from engine.planner.default import KV_SLOTS, kv_bytes_per_token, resolve_plan
+from engine.planner.default import KV_SLOTS, resolve_plan
 from engine.planner.machine import MachineFacts
-from engine.planner.plan import Plan, PlanOptions, Shares, TierName
+from engine.planner.plan import Plan, PlanOptions
 from engine.planner.predict import as_filled
 from engine.planner.shapes import known_model
 from engine.planner.workload import Workload
 from engine.request import SamplingParams
 from engine.sequence import Sequence
+from engine.tiers import Shares, TierName
 from engine.units import GIB
 
 MODELS = ("facebook/opt-125m", "facebook/opt-1.3b", "facebook/opt-6.7b", "facebook/opt-13b", "facebook/opt-30b")
@@ -34,7 +37,7 @@ def plan_of(model: str, facts: MachineFacts, options: PlanOptions | None = None)
     known = known_model(model)
     assert known is not None
     return resolve_plan(
-        options or PlanOptions(), shape=known.shape, stored=known.stored("float16"), device="cuda:0", facts=facts,
+        options or PlanOptions(), shape=known.shape, stored=known.stored(DType.FLOAT16), device="cuda:0", facts=facts,
         disk_dir=Path("spill"),
     )  # fmt: skip
 
@@ -85,7 +88,7 @@ def store_for(kv: Shares | None) -> Iterator[tuple[KVStore, Plan]]:
         weights=Shares(0, 100, 0), kv=kv, device_memory=GIB, host_memory=GIB, micro_batch=32, extent_tokens=32
     )
     plan = resolve_plan(
-        options, shape=shape, stored=known.stored("float16"), device="simulated", facts=facts, disk_dir=Path()
+        options, shape=shape, stored=known.stored(DType.FLOAT16), device="simulated", facts=facts, disk_dir=Path()
     )
     assert plan.kv_bytes[TierName.HOST]
     of_one = 32 * kv_bytes_per_token(shape, plan.dtype)

@@ -29,9 +29,9 @@ from engine.balance import MIN_PROMPT_TOKENS, PROMPTS
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
 from engine.engine import REJECTIONS_A_PASS
-from engine.planner.default import kv_bytes_per_token
-from engine.planner.plan import TierName
+from engine.kvcache.sizes import kv_bytes_per_token
 from engine.scheduler import LOOK_AHEAD
+from engine.tiers import TierName
 from engine.units import KIB, MIB
 from engine.weights.manifest import read_manifest
 

@@ -9,7 +9,7 @@ from engine.devices.cuda import CudaDevice, CudaEvent
 from engine.errors import DeviceFailed, EngineError, TierFull
 from engine.memory.lane import LaneName, Reached, ThreadLane
 from engine.memory.tier import MemoryTier
-from engine.planner.plan import TierName
+from engine.tiers import TierName
 from tests.engine.like_cuda import Recorded, stubbed_cuda
 
 NO_MEMORY = [

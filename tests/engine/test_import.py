@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.dtypes import DType
 from engine.errors import CheckpointError, DiskFull
 from engine.memory.aligned import aligned_empty
 from engine.model.family import layer_name
@@ -186,7 +187,7 @@ def test_the_manifest_says_what_was_written(checkpoint: Path, tmp_path: Path) ->
 
 
 def test_dtype_is_asked_for_or_the_configurations_or_the_tensors(source: Path, tmp_path: Path) -> None:
-    assert import_checkpoint(source, tmp_path / "a", dtype="float16").dtype == "float16"
+    assert import_checkpoint(source, tmp_path / "a", dtype=DType.FLOAT16).dtype == "float16"
     name = "model.decoder.layers.0.fc1.weight"
     stored = read_back(tmp_path / "a")["layer.0"]["fc1.weight"]
     assert torch.equal(stored, tensors_of(source)[name].half())
@@ -195,14 +196,13 @@ def test_dtype_is_asked_for_or_the_configurations_or_the_tensors(source: Path, t
     replace_weights(source, {name: tensor.half() for name, tensor in tensors_of(source).items()})
     change_config(source, torch_dtype=...)
     assert import_checkpoint(source, tmp_path / "c").dtype == "float16"
-    assert "not one of bfloat16" in refusal(source, tmp_path / "d", dtype="int8")
 
 
 def test_float64_needs_a_choice(source: Path, tmp_path: Path) -> None:
     replace_weights(source, {name: tensor.double() for name, tensor in tensors_of(source).items()})
     change_config(source, dtype="float64")
     assert "choose --dtype" in refusal(source, tmp_path / "model")
-    assert import_checkpoint(source, tmp_path / "model", dtype="float32").dtype == "float32"
+    assert import_checkpoint(source, tmp_path / "model", dtype=DType.FLOAT32).dtype == "float32"
 
 
 def test_a_value_too_large_for_float16_is_named(source: Path, tmp_path: Path) -> None:
@@ -210,17 +210,17 @@ def test_a_value_too_large_for_float16_is_named(source: Path, tmp_path: Path) ->
     tensors["model.decoder.layers.2.fc2.weight"][3, 4] = 70000.0
     tensors["model.decoder.layers.2.fc2.weight"][3, 5] = torch.nan  # hides it from a mere maximum
     replace_weights(source, tensors)
-    message = refusal(source, tmp_path / "model", dtype="float16")
+    message = refusal(source, tmp_path / "model", dtype=DType.FLOAT16)
     assert "model.decoder.layers.2.fc2.weight" in message
     assert "70000" in message
-    assert import_checkpoint(source, tmp_path / "model", dtype="bfloat16").dtype == "bfloat16"
+    assert import_checkpoint(source, tmp_path / "model", dtype=DType.BFLOAT16).dtype == "bfloat16"
 
 
 def test_infinities_of_the_checkpoint_stay(source: Path, tmp_path: Path) -> None:
     tensors = tensors_of(source)
     tensors["model.decoder.layers.2.fc2.weight"][3, 4] = -torch.inf
     replace_weights(source, tensors)
-    import_checkpoint(source, tmp_path / "model", dtype="float16")
+    import_checkpoint(source, tmp_path / "model", dtype=DType.FLOAT16)
     assert read_back(tmp_path / "model")["layer.2"]["fc2.weight"][3, 4] == -torch.inf
 
 
@@ -406,7 +406,7 @@ def test_an_existing_destination_is_left_alone(checkpoint: Path, tmp_path: Path)
     destination = tmp_path / "model"
     first = import_checkpoint(checkpoint, destination)
     with pytest.raises(CheckpointError, match="exists already"):
-        import_checkpoint(checkpoint, destination, dtype="float16")
+        import_checkpoint(checkpoint, destination, dtype=DType.FLOAT16)
     assert read_manifest(destination) == first
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="exists already"):
@@ -445,6 +445,7 @@ def start_import(source: Path, destination: Path, on_progress: str) -> subproces
     program = f"""
         import os, signal, sys
         from pathlib import Path
+        from engine.dtypes import DType
         from engine.weights.importers.huggingface import import_checkpoint
         def on_progress(done, total):
             {on_progress}
@@ -495,10 +496,11 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path) -> None:
     program = """
         import sys
         from pathlib import Path
+        from engine.dtypes import DType
         from engine.errors import DiskFull
         from engine.model.family import TensorSpec, UnitSpec
         from engine.weights.writer import ModelWriter, UnitLayout
-        layout = UnitLayout.of(UnitSpec("embed", (TensorSpec("w", (1 << 20,), ("w",)),)), "float32")
+        layout = UnitLayout.of(UnitSpec("embed", (TensorSpec("w", (1 << 20,), ("w",)),)), DType.FLOAT32)
         try:
             with ModelWriter(Path(sys.argv[1]) / "model", 4096) as writer:
                 writer.write_unit("embed", layout, [("w", [bytes(4 << 20)])])
@@ -521,10 +523,10 @@ def test_layouts_align_tensors_and_pad_files() -> None:
     from engine.model.family import TensorSpec, UnitSpec
 
     unit = UnitSpec("u", (TensorSpec("a", (3,), ("a",)), TensorSpec("b", (5, 7), ("b",)), TensorSpec("c", (), ("c",))))
-    layout = UnitLayout.of(unit, "float16")
+    layout = UnitLayout.of(unit, DType.FLOAT16)
     assert [tensor.offset for tensor in layout.tensors.values()] == [0, 256, 512]
     assert layout.num_bytes == 4096
-    assert UnitLayout.of(UnitSpec("empty", ()), "float32").num_bytes == 4096
+    assert UnitLayout.of(UnitSpec("empty", ()), DType.FLOAT32).num_bytes == 4096
 
 
 @pytest.fixture(scope="module")
@@ -547,14 +549,15 @@ def test_memory_stays_small_however_large_the_model(kind: str, wide: Path, tmp_p
     program = """
         import sys
         from pathlib import Path
+        from engine.dtypes import DType
         from engine.weights.importers.huggingface import import_checkpoint
         def memory(field):
             return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(field))
         source, small, destination = map(Path, sys.argv[1:])
-        import_checkpoint(small, destination / "first", dtype="bfloat16")  # loads what is loaded once
+        import_checkpoint(small, destination / "first", dtype=DType.BFLOAT16)  # loads what is loaded once
         before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        import_checkpoint(source, destination / "model", dtype="bfloat16")
+        import_checkpoint(source, destination / "model", dtype=DType.BFLOAT16)
         print(memory("VmHWM") - before)
     """
     make_checkpoint(tmp_path / "small")

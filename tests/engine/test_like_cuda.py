@@ -13,8 +13,9 @@ from engine.memory.lane import LaneName, Reached, ThreadLane
 from engine.memory.tier import MemoryTier
 from engine.planner.decide import Outlook
 from engine.planner.hardware import Hardware
-from engine.planner.plan import PlanOptions, Shares, TierName
+from engine.planner.plan import PlanOptions
 from engine.request import Generate, Request, SamplingParams
+from engine.tiers import Shares, TierName
 from engine.units import MIB
 from tests.engine.like_cuda import LikeCuda, stubbed_cuda
 

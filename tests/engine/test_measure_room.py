@@ -11,11 +11,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.devices.host import HostDevice
+from engine.dtypes import DType
 from engine.errors import Interrupted, Unmeasurable
 from engine.measure import FULL, QUICK, measure
 from engine.measure.room import bytes_needed, within
 from engine.planner.machine import MachineFacts
-from engine.planner.plan import PlanOptions, TierName
+from engine.planner.plan import PlanOptions
+from engine.tiers import TierName
 from engine.units import GIB, MIB
 from tests.engine.late import tensors_in
 
@@ -75,7 +77,7 @@ class CountedDevice(HostDevice):
 
 def test_no_more_memory_is_held_than_the_budget(tmp_path: Path) -> None:
     budget = 60 * MIB
-    least = bytes_needed(LARGER, ("bfloat16", "float32"), SHARED, "cpu")[TierName.DEVICE]
+    least = bytes_needed(LARGER, (DType.BFLOAT16, DType.FLOAT32), SHARED, "cpu")[TierName.DEVICE]
     assert least > budget  # so the effort must be made smaller
     live = Live()
     with live:
@@ -97,7 +99,7 @@ def test_a_budget_that_is_too_small_is_said_before_anything_is_done(name: str, t
 
 @pytest.mark.parametrize("facts", [SHARED, APART])
 def test_the_effort_is_the_most_that_fits(facts: MachineFacts) -> None:
-    dtypes = ("bfloat16", "float32")
+    dtypes = (DType.BFLOAT16, DType.FLOAT32)
     endless = dict.fromkeys(TierName, 1 << 50)
     assert within(FULL, endless, dtypes, facts, "cpu") == FULL
     for size in (1, 2, 3):

@@ -9,7 +9,8 @@ from engine import Choose, Engine, Generate, Generation, PlanDoesNotFit, PlanOpt
 from engine.devices.base import Device
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
-from engine.planner.plan import Shares, TierName
+from engine.dtypes import DType
+from engine.tiers import Shares, TierName
 from engine.units import MIB
 from engine.weights.importers.huggingface import import_checkpoint
 from engine.weights.manifest import read_manifest
@@ -89,9 +90,9 @@ def test_outputs_do_not_depend_on_placement(
 @pytest.mark.parametrize("name", ["all-device", "all-host", "all-disk", "split"])
 def test_weights_are_cast_as_they_are_staged(name: str, kind: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "hf", num_hidden_layers=5)
-    import_checkpoint(tmp_path / "hf", tmp_path / "narrow", dtype="bfloat16")
+    import_checkpoint(tmp_path / "hf", tmp_path / "narrow", dtype=DType.BFLOAT16)
     make_checkpoint(tmp_path / "hf-bf16", dtype=torch.bfloat16, num_hidden_layers=5)
-    import_checkpoint(tmp_path / "hf-bf16", tmp_path / "wide", dtype="float32")
+    import_checkpoint(tmp_path / "hf-bf16", tmp_path / "wide", dtype=DType.FLOAT32)
     found = []
     for folder in ("narrow", "wide"):
         chosen = options_of(name, dtype="float32", disk_dir=tmp_path / "spill")

@@ -8,18 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
+from engine.kvcache.sizes import kv_bytes_per_token
 from engine.model.family import EMBED, HEAD, ModelShape, layer_name
-from engine.planner.default import (
-    StoredWeights,
-    interleave,
-    kv_bytes_per_token,
-    resolve_plan,
-    whole_layers,
-)
+from engine.planner.default import interleave, resolve_plan, whole_layers
 from engine.planner.machine import MachineFacts, free_disk_space, free_host_memory
-from engine.planner.plan import DTYPE_BYTES, DTYPES, Plan, PlanOptions, Shares, TierName
+from engine.planner.plan import Plan, PlanOptions
+from engine.tiers import Shares, TierName
 from engine.units import GIB, KIB, MIB
+from engine.weights.stored import StoredWeights
 
 
 @st.composite
@@ -54,7 +52,7 @@ def test_tiers_are_spread_evenly_over_depth(device: int, host: int, disk: int) -
 @given(
     device=st.integers(100 * MIB, 600 * MIB),
     host=st.integers(0, 300 * MIB),
-    dtypes=st.tuples(st.sampled_from(DTYPES), st.none() | st.sampled_from(DTYPES)),
+    dtypes=st.tuples(st.sampled_from(DType), st.none() | st.sampled_from(DType)),
     shares_host=st.booleans(),
 )
 def test_what_fits_from_disk_fits_by_default(
@@ -82,7 +80,7 @@ SHAPE = ModelShape(
 UNIT_BYTES = {EMBED: 80 * MIB, HEAD: 4 * KIB, **{layer_name(i): 14 * MIB for i in range(12)}}
 
 
-def plan(options: PlanOptions, facts: MachineFacts | None = None, dtype: str = "float16") -> Plan:
+def plan(options: PlanOptions, facts: MachineFacts | None = None, dtype: str = DType.FLOAT16) -> Plan:
     facts = facts or MachineFacts(64 * GIB, 64 * GIB, shares_host_memory=False)
     return resolve_plan(
         options, shape=SHAPE, stored=StoredWeights(dtype, UNIT_BYTES), device="any", facts=facts, disk_dir=Path("/")
@@ -91,7 +89,7 @@ def plan(options: PlanOptions, facts: MachineFacts | None = None, dtype: str = "
 
 def held(chosen: Plan, stored_dtype: str, shares_host_memory: bool) -> dict[TierName, int]:
     """What must lie in each tier by the plan's own words, reckoned anew: weights, cache, activations, workspace."""
-    wider = DTYPE_BYTES[chosen.dtype] / DTYPE_BYTES[stored_dtype]
+    wider = chosen.dtype.num_bytes / stored_dtype.num_bytes
     total = dict(chosen.kv_bytes)
     total[TierName.DEVICE] += chosen.workspace_bytes + int((UNIT_BYTES[EMBED] + UNIT_BYTES[HEAD]) * wider)
     total[TierName.DEVICE] += chosen.staging_slots * 14 * MIB
@@ -101,11 +99,11 @@ def held(chosen: Plan, stored_dtype: str, shares_host_memory: bool) -> dict[Tier
         total[TierName.DEVICE] += int(14 * MIB * wider)
     if not shares_host_memory and chosen.num_layers_in(TierName.DISK):
         total[TierName.HOST] += chosen.staging_slots * 14 * MIB
-    slots = chosen.kv_slots * 2 * 768 * chosen.extent_tokens * DTYPE_BYTES[chosen.dtype]
+    slots = chosen.kv_slots * 2 * 768 * chosen.extent_tokens * chosen.dtype.num_bytes
     total[TierName.DEVICE] += slots
     if not shares_host_memory and chosen.kv_bytes[TierName.DISK]:
         total[TierName.HOST] += slots
-    total[chosen.activations] += chosen.tokens_per_pass * 768 * DTYPE_BYTES[chosen.dtype]
+    total[chosen.activations] += chosen.tokens_per_pass * 768 * chosen.dtype.num_bytes
     return total
 
 
@@ -117,7 +115,7 @@ def held(chosen: Plan, stored_dtype: str, shares_host_memory: bool) -> dict[Tier
     weights=st.none() | shares(),
     kv=st.none() | shares(),
     activations=st.sampled_from([None, "device", "host", "disk"]),
-    dtypes=st.tuples(st.sampled_from(DTYPES), st.none() | st.sampled_from(DTYPES)),
+    dtypes=st.tuples(st.sampled_from(DType), st.none() | st.sampled_from(DType)),
     micro_batch=st.none() | st.integers(1, 4096),
     micro_batches=st.none() | st.integers(1, 64),
     extent_tokens=st.none() | st.integers(1, 4096),
@@ -160,7 +158,7 @@ def test_with_plenty_of_memory_all_is_on_the_device(shares_host: bool) -> None:
     assert (chosen.micro_batches, chosen.staging_slots) == (1, 0)
     assert chosen.kv_bytes[TierName.DEVICE] > 40 * GIB
     assert chosen.kv_bytes[TierName.DISK] == chosen.budgets[TierName.DISK] == 0
-    assert chosen.dtype == "float16", "as stored"
+    assert chosen.dtype == DType.FLOAT16, "as stored"
     assert (chosen.budgets[TierName.HOST] == 0) == shares_host, "one memory is not given out twice"
     assert chosen.budgets[TierName.DEVICE] < 64 * GIB, "something is left to other people"
 
@@ -171,7 +169,7 @@ def test_with_little_memory_layers_go_to_the_host_and_then_to_disk() -> None:
     assert all(counts)
     assert chosen.staging_slots == 3
     assert chosen.micro_batches > 1, "streamed weights are worth more tokens a pass"
-    assert chosen.kv_bytes[TierName.DEVICE] >= 100 * kv_bytes_per_token(SHAPE, "float16")
+    assert chosen.kv_bytes[TierName.DEVICE] >= 100 * kv_bytes_per_token(SHAPE, DType.FLOAT16)
 
 
 @pytest.mark.parametrize(

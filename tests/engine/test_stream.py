@@ -20,8 +20,9 @@ from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
 from engine.model.registry import family_for
-from engine.planner.default import StoredWeights, resolve_plan
-from engine.planner.plan import PlanOptions, Shares, TierName
+from engine.planner.default import resolve_plan
+from engine.planner.plan import PlanOptions
+from engine.tiers import Shares, TierName
 from engine.units import MIB
 from engine.weights.files import WeightFiles
 from engine.weights.importers.huggingface import import_checkpoint
@@ -63,7 +64,7 @@ def open_stream() -> Iterator[Open]:
         plan = resolve_plan(
             PlanOptions(device_memory=32 * MIB, host_memory=32 * MIB, weights=shares, dtype=dtype, micro_batch=16),
             shape=family_for(manifest.config).shape,
-            stored=StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units}),
+            stored=manifest.stored,
             device=device.name,
             facts=facts_of(device),
             disk_dir=model_dir,
@@ -246,7 +247,7 @@ def test_a_tier_without_room_is_an_error_and_frees_what_was_taken(model_dir: Pat
     plan = resolve_plan(
         PlanOptions(device_memory=32 * MIB, host_memory=32 * MIB, weights=Shares(50, 50, 0)),
         shape=family_for(manifest.config).shape,
-        stored=StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units}),
+        stored=manifest.stored,
         device="simulated", facts=facts_of(device), disk_dir=model_dir,
     )  # fmt: skip
     tiers = {

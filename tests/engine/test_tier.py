@@ -9,7 +9,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from engine.errors import EngineError, TierFull
 from engine.memory.aligned import aligned_empty
 from engine.memory.tier import Block, MemoryTier, Tier
-from engine.planner.plan import TierName
+from engine.tiers import TierName
 from engine.units import GIB, TIB
 
 

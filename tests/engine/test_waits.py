@@ -23,8 +23,9 @@ import engine
 from engine import Engine, EngineError, Generate, Generation, PlanOptions, Request, SamplingParams, Score
 from engine.devices.base import Device
 from engine.devices.host import HostDevice
+from engine.dtypes import DType
 from engine.memory.spill import DiskTier
-from engine.planner.plan import Shares
+from engine.tiers import Shares
 from engine.units import MIB
 from engine.weights.files import WeightFiles
 from engine.weights.importers.huggingface import import_checkpoint
@@ -196,7 +197,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("waits")
     make_checkpoint(folder / "hf", num_hidden_layers=4)
     import_checkpoint(folder / "hf", folder / "model")
-    import_checkpoint(folder / "hf", folder / "narrow", dtype="bfloat16")
+    import_checkpoint(folder / "hf", folder / "narrow", dtype=DType.BFLOAT16)
     return {name: folder / name for name in ("model", "narrow")}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.dtypes import DType
 from engine.errors import CheckpointError, LaneFailed
 from engine.memory.aligned import aligned_empty
 from engine.units import MIB
@@ -36,7 +37,7 @@ def manifest(tmp_path: Path) -> Manifest:
         }
         units.append(UnitEntry(name, f"{name}.bin", size, CHECKSUMS[name], tensors))
     return Manifest(
-        model_type="opt", config={}, dtype="bfloat16", units=tuple(units), num_bytes=sum(SIZES.values()), source="",
+        model_type="opt", config={}, dtype=DType.BFLOAT16, units=tuple(units), num_bytes=sum(SIZES.values()), source="",
         created_by="",
     )  # fmt: skip
 

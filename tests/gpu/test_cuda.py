@@ -11,7 +11,7 @@ from transformers import OPTForCausalLM
 from engine import Engine, Generate, Generation, PlanOptions, Request, SamplingParams, Score, Scoring
 from engine.devices.cuda import CudaDevice
 from engine.memory.lane import LaneName, Reached
-from engine.planner.plan import Shares, TierName
+from engine.tiers import Shares, TierName
 from engine.tokenizer import Tokenizer
 from engine.units import MIB
 from engine.weights.importers.huggingface import import_checkpoint

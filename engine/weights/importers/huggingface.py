@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.dtypes import DType
 from engine.errors import CheckpointError
+from engine.memory.tensors import torch_dtype
 from engine.model.family import TensorSpec, UnitSpec
 from engine.model.sizes import sizes_for
-from engine.planner.plan import DTYPE_BYTES
 from engine.weights.importers.sources import CheckpointFile, TensorInfo, open_checkpoint_file
 from engine.weights.importers.tokenizer_files import check_vocabulary, tokenizer_files
 from engine.weights.manifest import MANIFEST_NAME, Manifest
@@ -33,7 +34,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 def import_checkpoint(
     source: Path,
     destination: Path,
-    dtype: str | None = None,
+    dtype: DType | None = None,
     on_progress: Progress | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
@@ -60,8 +61,6 @@ def import_checkpoint(
     with Checkpoint(source) as checkpoint:
         checkpoint.check(units)
         stored = dtype or checkpoint.default_dtype(config, units)
-        if stored not in DTYPE_BYTES:
-            raise CheckpointError(f"dtype {stored!r} is not one of {', '.join(DTYPE_BYTES)}")
         layouts = {unit.name: UnitLayout.of(unit, stored) for unit in units}
         num_bytes = sum(layout.num_bytes for layout in layouts.values())
         report = _Reporter(on_progress, num_bytes)
@@ -159,24 +158,24 @@ class Checkpoint:
                     "are they of the same model?"
                 )
 
-    def default_dtype(self, config: Mapping[str, Any], units: Iterable[UnitSpec]) -> str:
+    def default_dtype(self, config: Mapping[str, Any], units: Iterable[UnitSpec]) -> DType:
         """The dtype that the configuration names, else that of the first tensor, if we store such.
 
         Raises:
             CheckpointError: neither is one we store.
         """
         named = str(config.get("torch_dtype") or config.get("dtype") or "").removeprefix("torch.")
-        if named in DTYPE_BYTES:
-            return named
+        if named in tuple(DType):
+            return DType(named)
         first = next(source for unit in units for tensor in unit.tensors for source in tensor.sources)
         found = self._infos[first].dtype_name
         names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
         found = names.get(found, found)
-        if found not in DTYPE_BYTES:
-            raise CheckpointError(f"{self._source} stores weights as {found}; choose --dtype {', '.join(DTYPE_BYTES)}")
-        return found
+        if found not in tuple(DType):
+            raise CheckpointError(f"{self._source} stores weights as {found}; choose --dtype {', '.join(DType)}")
+        return DType(found)
 
-    def read(self, tensor: TensorSpec, dtype: str) -> Iterator[Buffer]:
+    def read(self, tensor: TensorSpec, dtype: DType) -> Iterator[Buffer]:
         """The bytes of one tensor in ``dtype``, in pieces.
 
         Raises:
@@ -186,7 +185,7 @@ class Checkpoint:
         for source in tensor.sources:
             path, name = self._where[source]
             for piece in self._file(path).pieces(name):
-                cast = piece.to(getattr(torch, dtype))
+                cast = piece.to(torch_dtype(dtype))
                 largest = _overflow(piece, cast)
                 if largest is not None:
                     raise CheckpointError(
