@@ -116,14 +116,14 @@ def _question(model_dir: Path, items: Sequence[Item], hardware: Hardware) -> Que
     """As a worker would ask that has nothing but this memory."""
     from engine.devices.host import HostDevice
     from engine.devices.open import facts_of
-    from engine.model.opt_shape import shape_of
+    from engine.model.registry import sizes_for
 
     manifest = read_manifest(model_dir)
     options = PlanOptions(device="cpu", device_memory=MEMORY, disk_dir=model_dir)
     facts = facts_of(HostDevice())
     return Question(
         hardware=hardware,
-        shape=shape_of(manifest.config),
+        shape=sizes_for(manifest.config).shape,
         stored=manifest.stored,
         workload=Workload.of((len(item.prompt), len(item.continuation)) for item in items),
         options=options,

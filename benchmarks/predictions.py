@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outcome:
     from benchmarks.checkpoints import make_checkpoint
     from engine.engine import Engine
-    from engine.model.opt_shape import shape_of
+    from engine.model.registry import sizes_for
     from engine.planner.cost import AS_ENGINE
     from engine.planner.predict import bytes_taken, predict
     from engine.planner.workload import Workload
@@ -132,7 +132,7 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outco
 
     checkpoint = make_checkpoint(configuration.shape, "bfloat16", cache, _say)
     manifest = read_manifest(checkpoint.model_dir)
-    stored = manifest.stored
+    stored, shape = manifest.stored, sizes_for(manifest.config).shape
     texts = Texts(
         task="generate", prompt=Range(*configuration.prompt), out=Range(*configuration.out), vocabulary=50272, seed=1
     )
@@ -145,8 +145,10 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outco
         )  # fmt: skip
         with Engine.load(checkpoint.model_dir, options) as engine:
             workload = Workload.of((len(item.prompt), len(item.continuation)) for item in items)
-            prediction = predict(hardware, shape_of(manifest.config), stored, engine.plan, workload, overlap=AS_ENGINE)
-            taken = bytes_taken(engine.plan, shape_of(manifest.config), workload)
+            prediction = predict(
+                hardware, sizes_for(manifest.config).shape, stored, engine.plan, workload, overlap=AS_ENGINE
+            )
+            taken = bytes_taken(engine.plan, shape, workload)
             generated(engine, items)  # a worker's first job touches memory and compiles kernels
             start = perf_counter()
             tokens = generated(engine, items)

@@ -112,7 +112,7 @@ def _facts_now(hardware: "Hardware") -> Any:
 
 def _read_model(app: App, name: str, dtype: "DType") -> Sizes:
     """A model that is here, else one whose shape is known, as if it were stored in ``dtype``."""
-    from engine.planner.shapes import known_model
+    from engine.planner.known_models import known_model
     from worker.errors import ModelNotFound
     from worker.models import resolve_model
 

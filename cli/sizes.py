@@ -1,9 +1,8 @@
 """How large a model is, without its weights: what every plan is made from."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cli.display import say
 
@@ -38,13 +37,11 @@ def sizes_of(ref: "ModelRef", settings: "Settings") -> Sizes:
 
 
 def _of_model_dir(model_dir: Path) -> Sizes:
-    from engine.model.opt_shape import OPTSizes
+    from engine.model.registry import sizes_for
     from engine.weights.manifest import read_manifest
 
     manifest = read_manifest(model_dir)
-    sizes = OPTSizes.from_config(_checked_type(manifest.config))
-    stored = manifest.stored
-    return Sizes(sizes.shape, stored, model_dir)
+    return Sizes(sizes_for(manifest.config).shape, manifest.stored, model_dir)
 
 
 def _of_checkpoint(folder: Path) -> Sizes:
@@ -53,9 +50,8 @@ def _of_checkpoint(folder: Path) -> Sizes:
 
     from engine.dtypes import DType
     from engine.errors import CheckpointError
-    from engine.model.opt_shape import OPTSizes
-    from engine.weights.stored import StoredWeights
-    from engine.weights.writer import UnitLayout
+    from engine.model.registry import sizes_for
+    from engine.weights.layout import stored_as
 
     path = folder / "config.json"
     try:
@@ -64,18 +60,9 @@ def _of_checkpoint(folder: Path) -> Sizes:
         raise CheckpointError(f"{path} cannot be read ({error}); get the checkpoint again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a JSON object; get the checkpoint again")
-    sizes = OPTSizes.from_config(_checked_type(config))
+    sizes = sizes_for(config)
     named = str(config.get("torch_dtype") or config.get("dtype") or "").removeprefix("torch.")
     dtype = DType(named) if named in tuple(DType) else DType.FLOAT16
     if dtype != named:
         say(f"{path} does not say how the weights are stored: taking {dtype}")
-    unit_bytes = {unit.name: UnitLayout.of(unit, dtype).num_bytes for unit in sizes.units()}
-    return Sizes(sizes.shape, StoredWeights(dtype, unit_bytes), folder)
-
-
-def _checked_type(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    from engine.errors import CheckpointError
-
-    if config.get("model_type") != "opt":
-        raise CheckpointError(f"model_type {config.get('model_type')!r} cannot be planned for; only 'opt' can")
-    return config
+    return Sizes(sizes.shape, stored_as(sizes.units(), dtype), folder)

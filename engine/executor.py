@@ -1,6 +1,7 @@
 """Runs one pass over the layers: the one loop. Weights are streamed once, whatever the pass carries."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,17 +57,15 @@ class Executor:
     def _run(self, this_pass: Pass) -> list[SegmentResult]:
         batches = this_pass.micro_batches
         self._kv.begin(batches)
+        positions = [self._positions(batch) for batch in batches]
         for index, batch in enumerate(batches):
-            self._activations.store(index, self._embed(batch))
+            self._activations.store(index, self._embed(batch, positions[index]))
         for layer in range(self._family.shape.num_layers):
             with self._weights.layer(layer) as weights:
                 for index, batch in enumerate(batches):
                     hidden_TD = self._activations.load(index, self._num_rows(batch))
-                    hidden_TD = self._family.layer(
-                        weights,
-                        hidden_TD,
-                        lambda q, k, v, layer=layer, batch=batch: self._kv.attend(layer, batch, q, k, v),  # type: ignore[misc]
-                    )
+                    attend = partial(self._kv.attend, layer, batch)
+                    hidden_TD = self._family.layer(weights, hidden_TD, positions[index], attend)
                     self._activations.store(index, hidden_TD)
         results: list[SegmentResult] = []
         for index, batch in enumerate(batches):
@@ -74,21 +73,22 @@ class Executor:
                 results += self._finish(batch, self._activations.load(index, self._num_rows(batch)))
         return results
 
-    def _embed(self, batch: MicroBatch) -> Tensor:
+    def _embed(self, batch: MicroBatch, positions_T: Tensor) -> Tensor:
         token_ids: list[int] = []
+        for segment in batch.segments:
+            token_ids += segment.sequence.tokens[segment.start : segment.start + segment.length]
+        return self._family.embed(self._weights.embedding(), self._row_numbers(batch, token_ids), positions_T)
+
+    def _positions(self, batch: MicroBatch) -> Tensor:
         positions: list[int] = []
         for segment in batch.segments:
-            end = segment.start + segment.length
-            token_ids += segment.sequence.tokens[segment.start : end]
-            positions += range(segment.start, end)
-        padding = [0] * (self._num_rows(batch) - len(token_ids))
-        token_ids += padding
-        positions += padding
-        return self._family.embed(
-            self._weights.embedding(),
-            self._device.upload(torch.tensor(token_ids, dtype=torch.int64)),
-            self._device.upload(torch.tensor(positions, dtype=torch.int64)),
-        )
+            positions += range(segment.start, segment.start + segment.length)
+        return self._row_numbers(batch, positions)
+
+    def _row_numbers(self, batch: MicroBatch, numbers: list[int]) -> Tensor:
+        """One number a row, on the device: int64; 0 in rows of padding."""
+        padding = [0] * (self._num_rows(batch) - len(numbers))
+        return self._device.upload(torch.tensor(numbers + padding, dtype=torch.int64))
 
     def _num_rows(self, batch: MicroBatch) -> int:
         """Rows of a micro-batch's hidden states: its tokens, and rows after them that nobody looks at."""

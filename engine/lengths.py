@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from engine.model.family import ModelShape
-from engine.model.opt_shape import shape_of
+from engine.model.registry import sizes_for
 from engine.planner.workload import Workload
 from engine.request import Output, Request
 from engine.tasks import begin
@@ -21,7 +21,7 @@ def workload_of(model_dir: Path, requests: Iterable[Request]) -> Workload | None
     Raises:
         CheckpointError: the model directory is absent or damaged.
     """
-    return workload_for(shape_of(read_manifest(model_dir).config), model_dir, requests)
+    return workload_for(sizes_for(read_manifest(model_dir).config).shape, model_dir, requests)
 
 
 def workload_for(shape: ModelShape, folder: Path, requests: Iterable[Request]) -> Workload | None:

@@ -22,8 +22,8 @@ from engine.memory.spill import DiskTier
 from engine.memory.tensors import torch_dtype
 from engine.units import MIB
 from engine.weights.files import WeightFiles
+from engine.weights.layout import UnitLayout
 from engine.weights.manifest import Manifest, UnitEntry
-from engine.weights.writer import UnitLayout
 
 _REPEATS = 3
 

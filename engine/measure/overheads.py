@@ -18,13 +18,13 @@ from engine.dtypes import DType
 from engine.engine import Engine
 from engine.measure.effort import Effort
 from engine.memory.tensors import torch_dtype
-from engine.model.registry import family_for
+from engine.model.registry import family_for, reference_config
 from engine.planner.plan import PlanOptions
 from engine.request import Generate, Request, SamplingParams
 from engine.tiers import Shares
 from engine.units import MIB
+from engine.weights.layout import UnitLayout
 from engine.weights.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, UnitEntry
-from engine.weights.writer import UnitLayout
 
 _HIDDEN, _VOCABULARY, _PROMPT = 64, 64, 8
 MEMORY = 32 * MIB
@@ -106,11 +106,7 @@ def _requests(number: int, steps: int) -> Iterator[Request]:
 
 def _small_model(path: Path, depth: int, dtype: DType) -> Path:
     """A model directory of random weights."""
-    config = {
-        "model_type": "opt", "num_hidden_layers": depth, "hidden_size": _HIDDEN, "word_embed_proj_dim": _HIDDEN,
-        "ffn_dim": 4 * _HIDDEN, "num_attention_heads": 1, "vocab_size": _VOCABULARY, "max_position_embeddings": 128,
-        "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1,
-    }  # fmt: skip
+    config = reference_config(_HIDDEN, head_size=_HIDDEN, num_layers=depth, vocab_size=_VOCABULARY, max_positions=128)
     path.mkdir()
     units = []
     for unit in family_for(config).units():
@@ -123,7 +119,7 @@ def _small_model(path: Path, depth: int, dtype: DType) -> Path:
     names = {name: index for index, name in enumerate(("<s>", "<pad>", "</s>", "<unk>", "x"))}
     Tokenizer(models.BPE(names, [])).save(str(path / TOKENIZER_NAME))
     manifest = Manifest(
-        model_type="opt", config=config, dtype=dtype, units=tuple(units),
+        model_type=config["model_type"], config=config, dtype=dtype, units=tuple(units),
         num_bytes=sum(unit.num_bytes for unit in units), source="", created_by="",
     )  # fmt: skip
     (path / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")

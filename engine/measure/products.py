@@ -13,31 +13,24 @@ from engine.devices.base import Device
 from engine.dtypes import DType
 from engine.measure.effort import Effort, Points, timed
 from engine.memory.tensors import torch_dtype
-from engine.model.family import EMBED, HEAD, Attend, NamedWeights, layer_name
+from engine.model.family import EMBED, HEAD, Attend, Family, NamedWeights, layer_name
 from engine.model.linear import padded_rows
-from engine.model.opt import OPT
+from engine.model.registry import family_for, reference_config
 from engine.model.sampling import next_tokens
 from engine.request import SamplingParams
-from engine.weights.writer import UnitLayout
+from engine.weights.layout import UnitLayout
 
 _LEAST_SHARE = 0.1
 """Of the measured time that is left at least once overheads, measured by themselves, are taken off."""
 
 
-def family_of(hidden_size: int, effort: Effort) -> OPT:
-    """An OPT of two layers."""
-    return OPT.from_config(
-        {
-            "hidden_size": hidden_size,
-            "num_attention_heads": hidden_size // effort.head_size,
-            "ffn_dim": 4 * hidden_size,
-            "num_hidden_layers": 2,
-            "vocab_size": effort.vocabulary,
-        }
-    )
+def family_of(hidden_size: int, effort: Effort) -> Family:
+    """A plain model of two layers."""
+    config = reference_config(hidden_size, head_size=effort.head_size, num_layers=2, vocab_size=effort.vocabulary)
+    return family_for(config)
 
 
-def unit_weights(family: OPT, unit_name: str, device: Device, dtype: DType) -> NamedWeights:
+def unit_weights(family: Family, unit_name: str, device: Device, dtype: DType) -> NamedWeights:
     """Random weights of one unit, in device memory."""
     unit = next(unit for unit in family.units() if unit.name == unit_name)
     kind = torch_dtype(dtype)
@@ -47,7 +40,7 @@ def unit_weights(family: OPT, unit_name: str, device: Device, dtype: DType) -> N
     }
 
 
-def unit_flops(family: OPT, unit_name: str, dtype: DType) -> float:
+def unit_flops(family: Family, unit_name: str, dtype: DType) -> float:
     """Of one token: two a value, as the cost model counts them."""
     unit = next(unit for unit in family.units() if unit.name == unit_name)
     return 2.0 * UnitLayout.of(unit, dtype).num_bytes / dtype.num_bytes
@@ -72,7 +65,8 @@ class Layers:
         kind = torch_dtype(self.dtype)
         rows = padded_rows(tokens, kind, self.device.torch_device)
         hidden_TD = torch.randn(rows, self.family.shape.hidden_size, dtype=kind, device=self.device.torch_device)
-        return lambda weights: self.family.layer(weights, hidden_TD, attend or _first)
+        positions_T = torch.arange(rows, device=self.device.torch_device)
+        return lambda weights: self.family.layer(weights, hidden_TD, positions_T, attend or _first)
 
     def seconds(self, tokens: int, attend: Attend | None = None) -> float:
         """Of that, each layer in turn."""

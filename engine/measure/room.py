@@ -18,7 +18,7 @@ from engine.planner.machine import MachineFacts, free_disk_space
 from engine.planner.plan import PlanOptions
 from engine.tiers import TierName
 from engine.units import MIB, format_bytes
-from engine.weights.writer import UnitLayout
+from engine.weights.layout import UnitLayout
 
 _SMALL_THINGS = 16 * MIB
 """Bytes: pieces of files while they are written, rows of tokens, and the like."""

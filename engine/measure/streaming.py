@@ -21,9 +21,9 @@ from engine.planner.default import resolve_plan
 from engine.planner.plan import PlanOptions
 from engine.tiers import Shares, TierName
 from engine.weights.files import WeightFiles
+from engine.weights.layout import UnitLayout
 from engine.weights.stored import StoredWeights
 from engine.weights.stream import WeightStream
-from engine.weights.writer import UnitLayout
 
 MIN_STREAMED = 4
 """Layers: more than the ring has room for."""

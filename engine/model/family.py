@@ -6,13 +6,16 @@ V vocabulary.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 EMBED = "embed"
 HEAD = "head"
+
+Config = Mapping[str, Any]
+"""A Hugging Face ``config.json``."""
 
 NamedWeights = Mapping[str, "Tensor"]
 """The tensors of one unit (embedding, one layer, head) by the names of its ``UnitSpec``."""
@@ -63,8 +66,8 @@ class ModelShape:
     """Values a token holds at the widest moment inside a layer; the workspace is sized by it."""
 
 
-class Family(Protocol):
-    """One loaded configuration of a model family: pure functions of named weights."""
+class Sizes(Protocol):
+    """What a configuration of a model family says without torch."""
 
     @property
     def shape(self) -> ModelShape:
@@ -73,14 +76,18 @@ class Family(Protocol):
     def units(self) -> tuple[UnitSpec, ...]:
         """Embedding, layers in order, head."""
 
+
+class Family(Sizes, Protocol):
+    """One loaded configuration of a model family: pure functions of named weights."""
+
     def head_needs_embedding(self) -> bool:
         """Whether the head multiplies by the token table of the embedding unit (tied weights)."""
 
     def embed(self, weights: NamedWeights, token_ids_T: "Tensor", positions_T: "Tensor") -> "Tensor":
         """Hidden states ``[T, D]``."""
 
-    def layer(self, weights: NamedWeights, hidden_TD: "Tensor", attend: Attend) -> "Tensor":
-        """One layer; ``hidden_TD`` may be overwritten."""
+    def layer(self, weights: NamedWeights, hidden_TD: "Tensor", positions_T: "Tensor", attend: Attend) -> "Tensor":
+        """One layer; ``hidden_TD`` may be overwritten. ``positions_T``: each token's place in its sequence, int64."""
 
     def head(self, weights: NamedWeights, embedding: NamedWeights | None, hidden_TD: "Tensor") -> "Tensor":
         """Float32 logits ``[T, V]``."""

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.memory.malloc import LARGEST_KEPT
-from engine.model.family import Attend, NamedWeights
+from engine.model.family import Attend, Config, NamedWeights
 from engine.model.linear import linear
-from engine.model.opt_shape import POSITION_OFFSET, OPTSizes
+from engine.model.opt_sizes import POSITION_OFFSET, OPTSizes
 from engine.units import MIB, div_ceil
 
 FFN_BYTES = LARGEST_KEPT - MIB
@@ -64,6 +64,15 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def family(config: Config) -> "OPT":
+    """The family of a Hugging Face ``config.json``, for ``engine.model.registry``.
+
+    Raises:
+        CheckpointError: a value that is out of range or not supported.
+    """
+    return OPT.from_config(config)
+
+
 @dataclass(frozen=True, slots=True)
 class OPT(OPTSizes):
     """One configuration of OPT; implements ``engine.model.family.Family``."""
@@ -92,8 +101,12 @@ class OPT(OPTSizes):
             hidden_TE = F.linear(hidden_TE, weights["project_in.weight"])
         return hidden_TE + F.embedding(positions_T + POSITION_OFFSET, weights["positions.weight"])
 
-    def layer(self, weights: NamedWeights, hidden_TD: Tensor, attend: Attend) -> Tensor:
-        """Attention and feed-forward block, each with its residual; ``hidden_TD`` is overwritten."""
+    def layer(self, weights: NamedWeights, hidden_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """Attention and feed-forward block, each with its residual; ``hidden_TD`` is overwritten.
+
+        Positions are part of the embedding.
+        """
+        del positions_T
         x_TD = self._norm(weights, "attention_norm", hidden_TD) if self.norm_before else hidden_TD
         hidden_TD = hidden_TD.add_(self._attention(weights, x_TD, attend))
         if not self.norm_before:

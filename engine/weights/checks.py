@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from engine.dtypes import DType
 from engine.errors import CheckpointError
-from engine.model.family import ModelShape, UnitSpec
-from engine.model.opt_shape import OPTSizes
-from engine.model.sizes import sizes_for
+from engine.model.family import ModelShape, Sizes, UnitSpec
+from engine.model.registry import sizes_for
+from engine.weights.layout import UnitLayout
 from engine.weights.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, UnitEntry, read_manifest
-from engine.weights.writer import UnitLayout
 
 if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
@@ -33,7 +32,7 @@ def check_model(model_dir: Path) -> Manifest:
     return manifest
 
 
-def check_units(manifest: Manifest, model_dir: Path) -> OPTSizes:
+def check_units(manifest: Manifest, model_dir: Path) -> Sizes:
     """The sizes that the configuration asks for, if the manifest lists just the units and tensors of such a model.
 
     Raises:

@@ -10,48 +10,23 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from engine.dtypes import DType
 from engine.errors import CheckpointError, DiskFull
-from engine.model.family import UnitSpec
-from engine.units import align_up, format_bytes
+from engine.units import format_bytes
+from engine.weights.layout import UnitLayout
 from engine.weights.manifest import (
     MANIFEST_NAME,
-    PAGE_BYTES,
     PARTIAL_NAME,
-    TENSOR_ALIGNMENT,
     Manifest,
-    TensorEntry,
     UnitEntry,
 )
 
 Buffer = bytes | bytearray | memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class UnitLayout:
-    """Where the tensors of a unit will lie in its file."""
-
-    tensors: Mapping[str, TensorEntry]
-    num_bytes: int
-    """The file's size, a multiple of ``PAGE_BYTES``."""
-
-    @classmethod
-    def of(cls, unit: UnitSpec, dtype: DType) -> Self:
-        """The layout of ``unit`` stored in ``dtype``: its tensors in order, each aligned."""
-        tensors, end = {}, 0
-        for tensor in unit.tensors:
-            offset = align_up(end, TENSOR_ALIGNMENT)
-            tensors[tensor.name] = TensorEntry(offset, tensor.shape)
-            end = offset + prod(tensor.shape) * dtype.num_bytes
-        return cls(tensors, max(PAGE_BYTES, align_up(end, PAGE_BYTES)))
 
 
 class ModelWriter:

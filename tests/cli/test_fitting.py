@@ -11,7 +11,7 @@ from cli.sizes import Sizes
 from engine.devices.host import HostDevice
 from engine.engine import Engine
 from engine.errors import DeviceUnavailable, HardwareError, PlanDoesNotFit
-from engine.model.opt_shape import shape_of
+from engine.model.registry import sizes_for
 from engine.planner.decide import Outlook
 from engine.planner.plan import PlanOptions
 from engine.planner.workload import Workload
@@ -33,7 +33,7 @@ BUDGETS = (KIB, 300 * KIB, 450 * KIB, 600 * KIB, 800 * KIB, MIB, 2 * MIB, 4 * MI
 def sizes(model_dir: Path) -> Sizes:
     manifest = read_manifest(model_dir)
     stored = manifest.stored
-    return Sizes(shape_of(manifest.config), stored, model_dir)
+    return Sizes(sizes_for(manifest.config).shape, stored, model_dir)
 
 
 def unmeasured() -> NoReturn:

@@ -12,11 +12,11 @@ from engine.measure import _dtypes
 from engine.planner.decide import Outlook, decide_plan
 from engine.planner.default import resolve_plan
 from engine.planner.hardware import Hardware
+from engine.planner.known_models import known_model
 from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.profiles import load_hardware
 from engine.planner.search import search
-from engine.planner.shapes import known_model
 from engine.planner.workload import Workload
 from engine.tiers import Shares
 from engine.units import GIB

@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.errors import CheckpointError
 from engine.lengths import workload_of
 from engine.model.opt import _ACTIVATIONS
-from engine.model.opt_shape import ACTIVATIONS
+from engine.model.opt_sizes import ACTIVATIONS
 from engine.planner.plan import PlanOptions
 from engine.units import MIB
 from engine.weights.checks import check_model

@@ -16,6 +16,7 @@ from engine.planner.cost import AS_ENGINE, OVERLAPPED, WAITING, Overlap, PassCos
 from engine.planner.default import resolve_plan
 from engine.planner.flexgen import BlockCost, BlockPolicy, block_cost
 from engine.planner.hardware import LINKS, Hardware
+from engine.planner.known_models import KNOWN_MODELS, KnownModel, known_model
 from engine.planner.load import PassLoad, mean_request_load
 from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions
@@ -23,7 +24,6 @@ from engine.planner.predict import Prediction, compute_ceiling_per_s, predict
 from engine.planner.profiles import load_hardware, preset_names, profile_json
 from engine.planner.rates import Figure, Rate
 from engine.planner.search import Found, default_budgets, search
-from engine.planner.shapes import KNOWN_MODELS, KnownModel, known_model
 from engine.planner.workload import Lengths, Workload
 from engine.tiers import Shares, TierName
 from engine.units import GIB, MIB
@@ -193,21 +193,11 @@ def test_known_models_are_as_large_as_their_names_say(name: str, parameters: flo
 @pytest.mark.parametrize("name", KNOWN_MODELS)
 @pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.FLOAT32])
 def test_known_models_are_what_the_importer_would_write(name: str, dtype: str) -> None:
-    from engine.model.registry import family_for
-    from engine.weights.writer import UnitLayout
+    from engine.model.registry import family_for, known_configs
+    from engine.weights.layout import UnitLayout
 
     known = KNOWN_MODELS[name]
-    family = family_for(
-        {
-            "model_type": "opt",
-            "num_hidden_layers": known.shape.num_layers,
-            "hidden_size": known.shape.hidden_size,
-            "num_attention_heads": known.shape.num_heads,
-            "ffn_dim": known.shape.ffn_size,
-            "word_embed_proj_dim": known.embed_size,
-            "do_layer_norm_before": known.norm_before,
-        }
-    )
+    family = family_for(known_configs()[name])
     assert family.shape == known.shape
     written = {unit.name: UnitLayout.of(unit, dtype).num_bytes for unit in family.units()}
     assert written == known.stored(dtype).unit_bytes

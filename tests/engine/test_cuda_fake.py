@@ -200,7 +200,7 @@ def test_every_variant_embeds_computes_layers_and_ends_in_logits(
             assert_like(x, (11, heads, shape.head_size), dtype)
         return torch.empty_like(q)
 
-    hidden = family.layer(weights[layer_name(1)], hidden, attended)
+    hidden = family.layer(weights[layer_name(1)], hidden, ids, attended)
     assert_like(hidden, (11, shape.hidden_size), dtype)
     table = weights[EMBED] if family.head_needs_embedding() else None
     assert_like(family.head(weights[HEAD], table, hidden), (11, shape.vocab_size), torch.float32)

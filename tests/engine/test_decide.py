@@ -17,13 +17,13 @@ from engine.measure import identity_of
 from engine.planner.decide import Decision, Outlook, Question, budgets_of_machine, decide_plan
 from engine.planner.default import resolve_plan
 from engine.planner.hardware import Hardware
+from engine.planner.known_models import known_model
 from engine.planner.least import has_room, least_plan
 from engine.planner.machine import MachineFacts
 from engine.planner.nearest import format_flag
 from engine.planner.plan import PlanOptions
 from engine.planner.profiles import load_hardware
 from engine.planner.rates import Figure
-from engine.planner.shapes import known_model
 from engine.planner.workload import Workload
 from engine.profile import profile_for, store_profile, stored_profile
 from engine.request import Generate, Request, SamplingParams, Score

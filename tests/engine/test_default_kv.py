@@ -18,10 +18,10 @@ from engine.memory.spill import DiskTier
 from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic
 from engine.planner.default import KV_SLOTS, resolve_plan
+from engine.planner.known_models import known_model
 from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.predict import as_filled
-from engine.planner.shapes import known_model
 from engine.planner.workload import Workload
 from engine.request import SamplingParams
 from engine.sequence import Sequence

@@ -10,10 +10,10 @@ from engine.planner.advice import LEAST_GAIN, MOST_ADVICE, advise
 from engine.planner.decide import Question
 from engine.planner.explain import document, flags_of
 from engine.planner.hardware import Hardware
+from engine.planner.known_models import KNOWN_MODELS
 from engine.planner.plan import PlanOptions
 from engine.planner.profiles import load_hardware
 from engine.planner.search import default_budgets
-from engine.planner.shapes import KNOWN_MODELS
 from engine.planner.sweep import FACTORS, asked_budgets, sweep
 from engine.planner.workload import Workload
 from engine.tiers import Shares, TierName

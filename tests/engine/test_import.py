@@ -499,7 +499,8 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path) -> None:
         from engine.dtypes import DType
         from engine.errors import DiskFull
         from engine.model.family import TensorSpec, UnitSpec
-        from engine.weights.writer import ModelWriter, UnitLayout
+        from engine.weights.layout import UnitLayout
+        from engine.weights.writer import ModelWriter
         layout = UnitLayout.of(UnitSpec("embed", (TensorSpec("w", (1 << 20,), ("w",)),)), DType.FLOAT32)
         try:
             with ModelWriter(Path(sys.argv[1]) / "model", 4096) as writer:

@@ -11,10 +11,10 @@ from engine import Engine
 from engine.errors import PlanDoesNotFit
 from engine.kvcache.sizes import kv_bytes_per_token
 from engine.planner.default import resolve_plan
+from engine.planner.known_models import KNOWN_MODELS
 from engine.planner.machine import MachineFacts
 from engine.planner.nearest import format_flag, nearest_fit
 from engine.planner.plan import Plan, PlanOptions
-from engine.planner.shapes import KNOWN_MODELS
 from engine.tiers import Shares
 from engine.units import GIB, MIB, parse_bytes
 from engine.weights.importers.huggingface import import_checkpoint

@@ -18,11 +18,12 @@ from engine.dtypes import DType
 from engine.errors import CheckpointError
 from engine.memory.tensors import torch_dtype
 from engine.model.family import TensorSpec, UnitSpec
-from engine.model.sizes import sizes_for
+from engine.model.registry import sizes_for
 from engine.weights.importers.sources import CheckpointFile, TensorInfo, open_checkpoint_file
 from engine.weights.importers.tokenizer_files import check_vocabulary, tokenizer_files
+from engine.weights.layout import UnitLayout
 from engine.weights.manifest import MANIFEST_NAME, Manifest
-from engine.weights.writer import Buffer, ModelWriter, UnitLayout
+from engine.weights.writer import Buffer, ModelWriter
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and in all."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.model.family import EMBED, HEAD, ModelShape, TensorSpec, UnitSpec, layer_name
+from engine.model.family import EMBED, HEAD, Config, ModelShape, TensorSpec, UnitSpec, layer_name
 
 POSITION_OFFSET = 2
 """OPT's learned positions start at row 2: fairseq kept the first rows for padding."""
@@ -22,6 +22,48 @@ ACTIVATIONS = frozenset(
 """Those that ``engine.model.opt`` computes."""
 MOST_LAYERS = 4096
 """More than any model has, few enough to be listed."""
+
+
+def sizes(config: Config) -> "OPTSizes":
+    """The sizes of a Hugging Face ``config.json``, for ``engine.model.registry``.
+
+    Raises:
+        CheckpointError: a value that is out of range.
+    """
+    return OPTSizes.from_config(config)
+
+
+def plain_config(
+    hidden_size: int, head_size: int, num_layers: int, vocab_size: int = 50272, max_positions: int = 2048
+) -> Config:
+    """The configuration of a model like most of them: feed-forward blocks of four times the width."""
+    return {
+        "model_type": "opt",
+        "num_hidden_layers": num_layers,
+        "hidden_size": hidden_size,
+        "word_embed_proj_dim": hidden_size,
+        "ffn_dim": 4 * hidden_size,
+        "num_attention_heads": hidden_size // head_size,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": max_positions,
+    }
+
+
+KNOWN: Mapping[str, Config] = {
+    "facebook/opt-125m": plain_config(768, 64, 12),
+    "facebook/opt-350m": {
+        **plain_config(1024, 64, 24), "word_embed_proj_dim": 512, "do_layer_norm_before": False,
+    },
+    "facebook/opt-1.3b": plain_config(2048, 64, 24),
+    "facebook/opt-2.7b": plain_config(2560, 80, 32),
+    "facebook/opt-6.7b": plain_config(4096, 128, 32),
+    "facebook/opt-13b": plain_config(5120, 128, 40),
+    "facebook/opt-30b": plain_config(7168, 128, 48),
+    "facebook/opt-66b": plain_config(9216, 128, 64),
+    "facebook/opt-175b": plain_config(12288, 128, 96),
+}  # fmt: skip
+"""From ``config.json`` of facebook/opt-* on the Hugging Face hub; OPT-175B, whose weights are not there, from the paper
+(Zhang et al. 2022, table 1)."""
 
 
 @dataclass(frozen=True, slots=True)
