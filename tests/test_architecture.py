@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import engine
+from engine.model.registry import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -121,3 +122,50 @@ def test_every_folder_of_tests_is_a_package() -> None:
 def _name(requirement: str) -> str:
     """The normalised name at the start of a requirement."""
     return re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]+", requirement)[0]).lower()  # type: ignore[index]
+
+
+def words_of(identifier: str) -> list[str]:
+    """``OPTSizes.from_config`` → opt, sizes, from, config."""
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+", identifier)]
+
+
+def names_in_code(tree: ast.AST) -> Iterator[str]:
+    """What a module calls things by, and short texts that code compares with; sentences are for people."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.alias):
+            yield node.name
+        elif isinstance(node, ast.arg | ast.keyword):
+            yield node.arg or ""
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w.]+", node.value):
+            yield node.value
+
+
+def family_words() -> set[str]:
+    return {word for name in [*FAMILIES, *FAMILIES.values()] for word in [name, *words_of(name)[:1]]}
+
+
+def test_only_its_own_files_and_the_registry_name_a_model_family() -> None:
+    own = {ROOT / f"engine/model/{module}{half}.py" for module in FAMILIES.values() for half in ("", "_sizes")}
+    assert all(path.is_file() for path in own)
+    for room in ("cli", "engine", "worker"):
+        for path in (ROOT / room).rglob("*.py"):
+            if path in own or path == ROOT / "engine/model/registry.py":
+                continue
+            found = [
+                name
+                for name in names_in_code(ast.parse(path.read_text(encoding="utf-8")))
+                if family_words() & {name.lower(), *words_of(name)}
+            ]
+            assert not found, f"{path.relative_to(ROOT)} names a model family: {found}"
+
+
+def test_a_family_that_is_named_is_found() -> None:
+    code = "from engine.model.opt_sizes import OPTSizes\nif config['model_type'] == 'opt': options = OPTSizes\n"
+    found = [name for name in names_in_code(ast.parse(code)) if "opt" in {name.lower(), *words_of(name)}]
+    assert sorted(found) == ["OPTSizes", "OPTSizes", "engine.model.opt_sizes", "opt"]
