@@ -33,7 +33,7 @@ def run(job: Job) -> dict[str, Any]:
         EngineError: the plan does not fit, or a tier, a lane or the device failed.
     """
     items = job.items()
-    tokenizer = Tokenizer.load(Path(job.model_dir), None)
+    tokenizer = Tokenizer.load(Path(job.model_dir) / "tokenizer.json", None)
     tokenizer.encode("w4")
     torch.ones(64, 64) @ torch.ones(64, 64)  # the thread pool belongs to the idle process
     gc.collect()

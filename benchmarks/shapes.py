@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.model.family import ModelShape
 from engine.model.registry import family_for
+from engine.shape import ModelShape
 
 BOS, PAD = 2, 1
 NUM_SPECIAL = 4

@@ -149,7 +149,7 @@ def check_device() -> Iterator[Check]:
 
 def check_memory() -> Check:
     """What the host tier could take."""
-    from engine.planner.machine import free_host_memory
+    from engine.devices.facts import free_host_memory
     from engine.units import format_bytes
 
     free = free_host_memory()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 from cli.sizes import Sizes
 
 if TYPE_CHECKING:
-    from engine.planner.machine import MachineFacts
+    from engine.devices.facts import MachineFacts
     from engine.planner.plan import PlanOptions
     from engine.planner.workload import Workload
 
@@ -71,7 +71,7 @@ def _may_have_gpu(devices: Path = Path("/dev")) -> bool:
 
 def _cautious_cpu_facts() -> "MachineFacts":
     """What a CPU worker will find, with at least as many threads as torch will start: each takes workspace."""
-    from engine.planner.machine import MachineFacts, free_host_memory
+    from engine.devices.facts import MachineFacts, free_host_memory
 
     free = free_host_memory()
     asked = os.environ.get("OMP_NUM_THREADS", "")

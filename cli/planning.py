@@ -16,10 +16,10 @@ from cli.sizes import Sizes, sizes_of
 
 if TYPE_CHECKING:
     from engine.dtypes import DType
-    from engine.model.family import ModelShape
     from engine.planner.decide import Question
     from engine.planner.hardware import Hardware
     from engine.planner.workload import Workload
+    from engine.shape import ModelShape
     from worker.limits import Limits
 
 DEFAULT_PROMPT_LEN, DEFAULT_GEN_LEN, DEFAULT_REQUESTS = 512, 32, 1000
@@ -101,7 +101,7 @@ def read_question(
 def _facts_now(hardware: "Hardware") -> Any:
     """What is free on this machine; of a GPU, whose free memory only its driver knows, all that was there when it was
     measured."""
-    from engine.planner.machine import MachineFacts, free_host_memory
+    from engine.devices.facts import MachineFacts, free_host_memory
     from engine.tiers import TierName
 
     host_free = free_host_memory()
@@ -161,7 +161,7 @@ def _token_counts(texts: list[str], model: Sizes) -> list[int]:
         return [max(1, len(text) // _CHARACTERS_A_TOKEN) for text in texts]
     from engine.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(model.folder, model.shape.bos_token_id)
+    tokenizer = Tokenizer.load(model.folder / TOKENIZER_NAME, model.shape.bos_token_id)
     return [max(1, len(token_ids)) for token_ids in tokenizer.encode_batch(texts)]
 
 

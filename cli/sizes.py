@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cli.display import say
 
 if TYPE_CHECKING:
-    from engine.model.family import ModelShape
+    from engine.shape import ModelShape
     from engine.weights.stored import StoredWeights
     from worker.models import ModelRef
     from worker.settings import Settings

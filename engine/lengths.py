@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from engine.model.family import ModelShape
 from engine.model.registry import sizes_for
 from engine.planner.workload import Workload
 from engine.request import Output, Request
+from engine.shape import ModelShape
 from engine.tasks import begin
 from engine.tokenizer import Tokenizer
-from engine.weights.manifest import read_manifest
+from engine.weights.manifest import TOKENIZER_NAME, read_manifest
 
 
 def workload_of(model_dir: Path, requests: Iterable[Request]) -> Workload | None:
@@ -30,7 +30,7 @@ def workload_for(shape: ModelShape, folder: Path, requests: Iterable[Request]) -
     Raises:
         CheckpointError: the tokenizer is absent or damaged.
     """
-    tokenizer = Tokenizer.of_model(folder, shape)
+    tokenizer = Tokenizer.of_model(folder / TOKENIZER_NAME, shape)
     pairs: list[tuple[int, int]] = []
     for request in requests:
         started = begin(request, tokenizer, shape)

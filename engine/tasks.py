@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.model.family import ModelShape
 from engine.request import (
     Choice,
     Choose,
@@ -19,6 +18,7 @@ from engine.request import (
     TokenScore,
 )
 from engine.sequence import Sequence
+from engine.shape import ModelShape
 from engine.tokenizer import StopChecker, Tokenizer, UnencodableText
 
 

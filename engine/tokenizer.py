@@ -9,8 +9,7 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
 from engine.errors import CheckpointError
-from engine.model.family import ModelShape
-from engine.weights.manifest import TOKENIZER_NAME
+from engine.shape import ModelShape
 
 
 class UnencodableText(ValueError):
@@ -31,18 +30,17 @@ class Tokenizer:
         self._byte_level = isinstance(backend.decoder, decoders.ByteLevel)
 
     @classmethod
-    def load(cls, model_dir: Path, bos_token_id: int | None, prefix_token_id: int | None = None) -> Self:
-        """The tokenizer of a model directory.
+    def load(cls, path: Path, bos_token_id: int | None, prefix_token_id: int | None = None) -> Self:
+        """The tokenizer in a file.
 
         Args:
-            model_dir: the directory that holds tokenizer.json.
+            path: a model directory's tokenizer.json.
             bos_token_id: the configuration's; every encoded text begins with it. None: there is none.
             prefix_token_id: what an empty context is scored after where there is no BOS (the EOS, in lm-eval).
 
         Raises:
             CheckpointError: absent or damaged.
         """
-        path = model_dir / TOKENIZER_NAME
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; import the model again")
         try:
@@ -52,14 +50,14 @@ class Tokenizer:
             raise CheckpointError(f"{path} is damaged ({error}); import the model again") from error
 
     @classmethod
-    def of_model(cls, model_dir: Path, shape: ModelShape) -> Self:
+    def of_model(cls, path: Path, shape: ModelShape) -> Self:
         """The same, with the special tokens of a configuration.
 
         Raises:
             CheckpointError: absent or damaged.
         """
         eos = shape.eos_token_ids
-        return cls.load(model_dir, shape.bos_token_id, eos[0] if eos else None)
+        return cls.load(path, shape.bos_token_id, eos[0] if eos else None)
 
     @property
     def largest_id(self) -> int:

@@ -1,7 +1,7 @@
 """How large keys and values are. No torch."""
 
 from engine.dtypes import DType
-from engine.model.family import ModelShape
+from engine.shape import ModelShape
 
 
 def kv_bytes_per_token(shape: ModelShape, dtype: DType) -> int:

@@ -28,10 +28,10 @@ from engine.memory.tensors import torch_dtype
 from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic
 from engine.model.attention import attend, attend_decode, attend_decode_by_flash, flash_decodes, merge
-from engine.model.family import ModelShape
 from engine.passes import MicroBatch, Segment
 from engine.planner.plan import Plan
 from engine.sequence import Sequence
+from engine.shape import ModelShape
 from engine.tiers import TierName
 
 

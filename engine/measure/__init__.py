@@ -10,6 +10,7 @@ from statistics import median
 import torch
 
 from engine.devices.base import Device
+from engine.devices.facts import MachineFacts, free_disk_space
 from engine.devices.open import facts_of
 from engine.dtypes import DType
 from engine.measure.disk import copies, disk_writes, scratch_folder, small_reads
@@ -20,7 +21,6 @@ from engine.measure.room import measuring_budgets, within
 from engine.measure.widths import least_segment_s, width_of
 from engine.memory.lane import LaneName
 from engine.planner.hardware import Hardware
-from engine.planner.machine import MachineFacts, free_disk_space
 from engine.planner.plan import PlanOptions
 from engine.planner.rates import Figure, Rate
 from engine.tiers import TierName

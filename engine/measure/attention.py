@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from engine.devices.base import Device
+from engine.devices.facts import MachineFacts
 from engine.devices.open import facts_of
 from engine.dtypes import DType
 from engine.kvcache.sizes import kv_bytes_per_token
@@ -25,13 +26,13 @@ from engine.memory.spill import DiskTier
 from engine.memory.tensors import torch_dtype
 from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Moved, Traffic
-from engine.model.family import EMBED, HEAD, Attend, ModelShape, layer_name
+from engine.model.family import EMBED, HEAD, Attend, layer_name
 from engine.passes import MicroBatch, Segment
 from engine.planner.default import resolve_plan
-from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions
 from engine.request import SamplingParams
 from engine.sequence import Sequence as TokenSequence
+from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 from engine.weights.manifest import PAGE_BYTES
 from engine.weights.stored import StoredWeights

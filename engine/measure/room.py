@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from engine.devices.facts import MachineFacts, free_disk_space
 from engine.dtypes import DType
 from engine.errors import Unmeasurable
 from engine.kvcache.sizes import kv_slot_bytes
@@ -14,7 +15,6 @@ from engine.measure.streaming import MIN_STREAMED
 from engine.measure.widths import FEW_LAYERS
 from engine.model.family import EMBED, HEAD, layer_name
 from engine.planner.default import BOUNCED_SLOTS, STAGING_SLOTS, budgets_of
-from engine.planner.machine import MachineFacts, free_disk_space
 from engine.planner.plan import PlanOptions
 from engine.tiers import TierName
 from engine.units import MIB, format_bytes

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from engine.shape import ModelShape
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -45,25 +47,6 @@ class UnitSpec:
 
     name: str
     tensors: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """What planning, scheduling and the KV cache need to know of a model."""
-
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    ffn_size: int
-    vocab_size: int
-    max_positions: int
-    """Tokens a sequence may hold, prompt and output together."""
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-    workspace_values: int
-    """Values a token holds at the widest moment inside a layer; the workspace is sized by it."""
 
 
 class Sizes(Protocol):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.model.family import EMBED, HEAD, Config, ModelShape, TensorSpec, UnitSpec, layer_name
+from engine.model.family import EMBED, HEAD, Config, TensorSpec, UnitSpec, layer_name
+from engine.shape import ModelShape
 
 POSITION_OFFSET = 2
 """OPT's learned positions start at row 2: fairseq kept the first rows for padding."""

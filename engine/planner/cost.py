@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from engine.kvcache.sizes import kv_bytes_per_token
 from engine.memory.lane import LaneName
-from engine.model.family import HEAD, ModelShape, layer_name
+from engine.model.family import HEAD, layer_name
 from engine.planner.hardware import LINKS, Hardware
 from engine.planner.load import PassLoad
 from engine.planner.plan import Plan
 from engine.planner.rates import Rate
+from engine.shape import ModelShape
 from engine.tiers import TierName
 from engine.weights.stored import StoredWeights
 

@@ -4,17 +4,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from engine.devices.facts import MachineFacts
 from engine.errors import HardwareError, PlanDoesNotFit
-from engine.model.family import ModelShape, layer_name
+from engine.model.family import layer_name
 from engine.planner.cost import AS_ENGINE
 from engine.planner.default import budgets_of, compute_dtype, resolve_plan
 from engine.planner.hardware import Hardware
 from engine.planner.least import has_room, least_plan
-from engine.planner.machine import MachineFacts
 from engine.planner.nearest import nearest_fit
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.search import Found, default_budgets, search
 from engine.planner.workload import Workload
+from engine.shape import ModelShape
 from engine.tiers import TierName
 from engine.units import GIB, format_bytes
 from engine.weights.stored import StoredWeights

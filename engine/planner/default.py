@@ -6,12 +6,13 @@ One function sizes everything, so that what is promised and what is allocated ca
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from engine.devices.facts import MachineFacts, free_disk_space
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
 from engine.kvcache.sizes import kv_bytes_per_token, kv_slot_bytes
-from engine.model.family import EMBED, HEAD, ModelShape, layer_name
-from engine.planner.machine import MachineFacts, free_disk_space
+from engine.model.family import EMBED, HEAD, layer_name
 from engine.planner.plan import SCHEDULES, Plan, PlanOptions
+from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 from engine.units import KIB, MIB, align_up, format_bytes
 from engine.weights.stored import StoredWeights

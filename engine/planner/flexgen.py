@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from engine.dtypes import DType
 from engine.kvcache.sizes import kv_bytes_per_token
 from engine.memory.lane import LaneName
-from engine.model.family import ModelShape, layer_name
+from engine.model.family import layer_name
 from engine.planner.hardware import Hardware
 from engine.planner.workload import Lengths
+from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 from engine.weights.stored import StoredWeights
 

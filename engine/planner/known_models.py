@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from engine.dtypes import DType
-from engine.model.family import ModelShape, Sizes
+from engine.model.family import Sizes
 from engine.model.registry import known_configs, sizes_for
+from engine.shape import ModelShape
 from engine.weights.layout import stored_as
 from engine.weights.stored import StoredWeights
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+from engine.devices.facts import MachineFacts
 from engine.errors import PlanDoesNotFit
 from engine.kvcache.sizes import kv_bytes_per_token
-from engine.model.family import ModelShape
 from engine.planner.default import resolve_plan
-from engine.planner.machine import MachineFacts
 from engine.planner.nearest import SMALLEST_MICRO_BATCH
 from engine.planner.plan import Plan, PlanOptions
+from engine.shape import ModelShape
 from engine.tiers import Shares
 from engine.weights.stored import StoredWeights
 

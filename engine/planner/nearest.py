@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engine.devices.facts import MachineFacts
 from engine.errors import PlanDoesNotFit
 from engine.kvcache.sizes import kv_bytes_per_token
-from engine.model.family import ModelShape
 from engine.planner.default import resolve_plan
-from engine.planner.machine import MachineFacts
 from engine.planner.plan import PlanOptions
+from engine.shape import ModelShape
 from engine.tiers import Shares
 from engine.units import GIB, MIB, div_ceil
 from engine.weights.stored import StoredWeights

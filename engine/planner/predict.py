@@ -7,12 +7,13 @@ from engine.balance import MIN_PROMPT_TOKENS, Balance
 from engine.dtypes import DType
 from engine.kvcache.sizes import kv_bytes_per_token
 from engine.memory.lane import LaneName
-from engine.model.family import ModelShape, layer_name
+from engine.model.family import layer_name
 from engine.planner.cost import OVERLAPPED, Overlap, PassCost, PassModel
 from engine.planner.hardware import LINKS, Hardware
 from engine.planner.load import PassLoad, mean_request_load, residency_passes
 from engine.planner.plan import Plan
 from engine.planner.workload import Workload
+from engine.shape import ModelShape
 from engine.tiers import TierName
 from engine.weights.stored import StoredWeights
 

@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.devices.facts import MachineFacts
 from engine.errors import PlanDoesNotFit
 from engine.kvcache.sizes import kv_bytes_per_token
-from engine.model.family import ModelShape
 from engine.planner.cost import Overlap, PassModel
 from engine.planner.default import resolve_plan
 from engine.planner.hardware import Hardware
-from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.workload import Workload
+from engine.shape import ModelShape
 from engine.tiers import TierName
 from engine.weights.stored import StoredWeights
 

@@ -10,18 +10,18 @@ from itertools import product
 from math import ceil, floor
 from pathlib import Path
 
+from engine.devices.facts import MachineFacts
 from engine.errors import PlanDoesNotFit
-from engine.model.family import ModelShape
 from engine.planner.cost import OVERLAPPED, Overlap
 from engine.planner.default import compute_dtype, whole_layers
 from engine.planner.hardware import Hardware
 from engine.planner.load import mean_request_load, residency_passes
-from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.predict import Prediction, as_filled, predict, steady_requests_per_pass
 from engine.planner.problem import Problem
 from engine.planner.programme import TIE, Choice, Optimum, Programme
 from engine.planner.workload import Workload
+from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 from engine.units import format_bytes
 from engine.weights.stored import StoredWeights

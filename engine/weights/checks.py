@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from engine.dtypes import DType
 from engine.errors import CheckpointError
-from engine.model.family import ModelShape, Sizes, UnitSpec
+from engine.model.family import Sizes, UnitSpec
 from engine.model.registry import sizes_for
+from engine.shape import ModelShape
 from engine.weights.layout import UnitLayout
 from engine.weights.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, UnitEntry, read_manifest
 
@@ -28,7 +29,7 @@ def check_model(model_dir: Path) -> Manifest:
 
     manifest = read_manifest(model_dir)
     shape = check_units(manifest, model_dir).shape
-    check_tokens(Tokenizer.of_model(model_dir, shape), shape, model_dir)
+    check_tokens(Tokenizer.of_model(model_dir / TOKENIZER_NAME, shape), shape, model_dir)
     return manifest
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.devices.facts import MachineFacts
 from engine.devices.open import facts_of
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
@@ -13,7 +14,6 @@ from engine.planner.decide import Outlook, decide_plan
 from engine.planner.default import resolve_plan
 from engine.planner.hardware import Hardware
 from engine.planner.known_models import known_model
-from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.profiles import load_hardware
 from engine.planner.search import search

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from engine.devices.facts import MachineFacts
 from engine.dtypes import DType
 from engine.errors import EngineError, HardwareError, PlanDoesNotFit
 from engine.memory.lane import LaneName
@@ -18,7 +19,6 @@ from engine.planner.flexgen import BlockCost, BlockPolicy, block_cost
 from engine.planner.hardware import LINKS, Hardware
 from engine.planner.known_models import KNOWN_MODELS, KnownModel, known_model
 from engine.planner.load import PassLoad, mean_request_load
-from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.predict import Prediction, compute_ceiling_per_s, predict
 from engine.planner.profiles import load_hardware, preset_names, profile_json

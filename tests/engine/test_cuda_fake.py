@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.activations import Activations
 from engine.devices.base import Device
+from engine.devices.facts import MachineFacts
 from engine.dtypes import DType
 from engine.executor import Executor
 from engine.kvcache.store import KVStore
@@ -33,7 +34,6 @@ from engine.model.registry import family_for
 from engine.model.sampling import next_tokens, score_tokens
 from engine.passes import MicroBatch, Pass, Segment
 from engine.planner.default import resolve_plan
-from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions
 from engine.request import SamplingParams
 from engine.sequence import Sequence as Tokens

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from engine.devices.facts import MachineFacts
 from engine.devices.host import HostDevice
 from engine.dtypes import DType
 from engine.engine import Engine
@@ -19,7 +20,6 @@ from engine.planner.default import resolve_plan
 from engine.planner.hardware import Hardware
 from engine.planner.known_models import known_model
 from engine.planner.least import has_room, least_plan
-from engine.planner.machine import MachineFacts
 from engine.planner.nearest import format_flag
 from engine.planner.plan import PlanOptions
 from engine.planner.profiles import load_hardware

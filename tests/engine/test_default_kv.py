@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.devices.facts import MachineFacts
 from engine.devices.simulated import SimulatedDevice
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
@@ -19,7 +20,6 @@ from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic
 from engine.planner.default import KV_SLOTS, resolve_plan
 from engine.planner.known_models import known_model
-from engine.planner.machine import MachineFacts
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.predict import as_filled
 from engine.planner.workload import Workload

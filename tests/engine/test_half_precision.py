@@ -19,7 +19,7 @@ def test_bfloat16_errs_no_more_than_transformers(changes: dict[str, object], tmp
     """|ours - float32| is at most 1.5 times |transformers' bfloat16 - float32|, in the median and the maximum."""
     checkpoint = make_checkpoint(tmp_path / "hf", dtype=torch.bfloat16, hidden_size=128, num_hidden_layers=6, **changes)
     import_checkpoint(tmp_path / "hf", tmp_path / "model")
-    tokenizer = Tokenizer.load(tmp_path / "model", 2)
+    tokenizer = Tokenizer.load(tmp_path / "model" / "tokenizer.json", 2)
     # Many tokens: the maximum of few is chance.
     texts = [text[skip:] for text in prompts() for skip in range(8) if skip < len(text) < 200]
     continuation = " the quick brown fox jumps over the lazy dog, and then it runs all the way home again"

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.devices.facts import MachineFacts
 from engine.devices.host import HostDevice
 from engine.dtypes import DType
 from engine.errors import Interrupted, Unmeasurable
 from engine.measure import FULL, QUICK, measure
 from engine.measure.room import bytes_needed, within
-from engine.planner.machine import MachineFacts
 from engine.planner.plan import PlanOptions
 from engine.tiers import TierName
 from engine.units import GIB, MIB

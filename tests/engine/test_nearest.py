@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import Engine
+from engine.devices.facts import MachineFacts
 from engine.errors import PlanDoesNotFit
 from engine.kvcache.sizes import kv_bytes_per_token
 from engine.planner.default import resolve_plan
 from engine.planner.known_models import KNOWN_MODELS
-from engine.planner.machine import MachineFacts
 from engine.planner.nearest import format_flag, nearest_fit
 from engine.planner.plan import Plan, PlanOptions
 from engine.tiers import Shares

@@ -36,7 +36,7 @@ def prompts() -> list[str]:
 def expected(imported: tuple[Checkpoint, Path]) -> list[tuple[list[int], list[int], list[float]]]:
     """(prompt ids, greedy ids, log-probability of each greedy id) by the oracle."""
     checkpoint, model_dir = imported
-    tokenizer = Tokenizer.load(model_dir, 2)
+    tokenizer = Tokenizer.load(model_dir / "tokenizer.json", 2)
     found = []
     for text in prompts():
         ids = tokenizer.encode(text)
@@ -76,7 +76,7 @@ def scored_requests(
     model_dir: Path, expected: list[tuple[list[int], list[int], list[float]]]
 ) -> Iterator[tuple[Request, list[int], int]]:
     """Requests whose continuation is a text of its own, with all their ids and how many of them are context."""
-    tokenizer = Tokenizer.load(model_dir, 2)
+    tokenizer = Tokenizer.load(model_dir / "tokenizer.json", 2)
     for index, text in enumerate(prompts()):
         continuation = " " + "".join(chr(ord("a") + (3 * i + index) % 26) for i in range(12))
         context_ids, continuation_ids = tokenizer.encode_pair(text, continuation)
@@ -110,7 +110,7 @@ def test_scores_are_transformers(
 def test_the_token_that_greedy_decoding_says_is_called_greedy(imported: tuple[Checkpoint, Path]) -> None:
     """And no other is: over prompts whose next token has a text that encodes back to it."""
     checkpoint, model_dir = imported
-    tokenizer = Tokenizer.load(model_dir, 2)
+    tokenizer = Tokenizer.load(model_dir / "tokenizer.json", 2)
     requests = []
     for text in (a + b for a in "acegikmoqsuwy" for b in string.ascii_lowercase):
         ids = tokenizer.encode(text)
@@ -129,7 +129,7 @@ def test_the_token_that_greedy_decoding_says_is_called_greedy(imported: tuple[Ch
 
 def test_choices_are_ranked_by_summed_logprob(imported: tuple[Checkpoint, Path]) -> None:
     checkpoint, model_dir = imported
-    tokenizer = Tokenizer.load(model_dir, 2)
+    tokenizer = Tokenizer.load(model_dir / "tokenizer.json", 2)
     choices = ("yes", " no", "perhaps not")
     with Engine.load(model_dir, PlanOptions(device="cpu")) as engine:
         (output,) = engine.run([Request("row", Choose("Is it so?", choices))])

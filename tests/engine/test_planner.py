@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.devices.facts import MachineFacts, free_disk_space, free_host_memory
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
 from engine.kvcache.sizes import kv_bytes_per_token
-from engine.model.family import EMBED, HEAD, ModelShape, layer_name
+from engine.model.family import EMBED, HEAD, layer_name
 from engine.planner.default import interleave, resolve_plan, whole_layers
-from engine.planner.machine import MachineFacts, free_disk_space, free_host_memory
 from engine.planner.plan import Plan, PlanOptions
+from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 from engine.units import GIB, KIB, MIB
 from engine.weights.stored import StoredWeights

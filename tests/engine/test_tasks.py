@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from engine.model.family import ModelShape
 from engine.request import (
     Choice,
     Choose,
@@ -18,6 +17,7 @@ from engine.request import (
     Score,
     Scoring,
 )
+from engine.shape import ModelShape
 from engine.tasks import Generating, InProgress, Scored, begin
 from engine.tokenizer import Tokenizer
 from tests.engine.checkpoints import make_tokenizer
@@ -33,14 +33,14 @@ SHAPE = ModelShape(
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer(folder)
-    return Tokenizer.load(folder, BOS)
+    return Tokenizer.load(folder / "tokenizer.json", BOS)
 
 
 @pytest.fixture(scope="module")
 def without_bos(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer(folder)
-    return Tokenizer.load(folder, None)
+    return Tokenizer.load(folder / "tokenizer.json", None)
 
 
 def ids(tokenizer: Tokenizer, text: str) -> list[int]:

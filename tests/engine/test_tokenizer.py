@@ -89,7 +89,7 @@ def ours(kind: str, bos: int | None = BOS) -> Tokenizer:
     target = Path(mkdtemp(dir=SCRATCH))
     for name, content in tokenizer_files(folder(kind=kind)).items():
         (target / name).write_bytes(content)
-    return Tokenizer.load(target, bos)
+    return Tokenizer.load(target / "tokenizer.json", bos)
 
 
 @cache
@@ -155,7 +155,7 @@ def test_special_tokens_that_only_the_settings_name(tmp_path: Path) -> None:
     assert untouched == {"tokenizer.json": (tmp_path / "tokenizer.json").read_bytes()}
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "</s>", "bos_token": {"content": "<absent>"}}')
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_files(tmp_path)["tokenizer.json"])
-    tokenizer = Tokenizer.load(tmp_path, BOS)
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json", BOS)
     assert tokenizer.encode("x</s>")[-1] == BOS
     assert tokenizer.decode(tokenizer.encode("x</s>y")) == "xy"
     assert tokenizer_files(tmp_path)["tokenizer.json"] == (tmp_path / "tokenizer.json").read_bytes()
@@ -176,10 +176,10 @@ def test_damaged_vocabulary_files(name: str, tmp_path: Path) -> None:
 
 def test_a_model_directory_without_a_usable_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is missing"):
-        Tokenizer.load(tmp_path, BOS)
+        Tokenizer.load(tmp_path / "tokenizer.json", BOS)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is damaged"):
-        Tokenizer.load(tmp_path, BOS)
+        Tokenizer.load(tmp_path / "tokenizer.json", BOS)
 
 
 def test_without_bos_none_is_added() -> None:
@@ -252,9 +252,9 @@ def test_any_pair_is_encoded_as_lm_eval_does(context: str, continuation: str) ->
 def test_what_an_empty_context_is_scored_after(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((folder(kind="new") / "tokenizer.json").read_bytes())
     ids = oracle("new")("again")["input_ids"]
-    assert Tokenizer.load(tmp_path, None, 0).encode_pair("", "again") == ([0], ids)
-    assert Tokenizer.load(tmp_path, BOS, 0).encode_pair("", "again") == ([BOS], ids)
-    assert Tokenizer.load(tmp_path, None).encode_pair("", "again") == ([], ids)
+    assert Tokenizer.load(tmp_path / "tokenizer.json", None, 0).encode_pair("", "again") == ([0], ids)
+    assert Tokenizer.load(tmp_path / "tokenizer.json", BOS, 0).encode_pair("", "again") == ([BOS], ids)
+    assert Tokenizer.load(tmp_path / "tokenizer.json", None).encode_pair("", "again") == ([], ids)
 
 
 def test_one_tokens_text() -> None:
@@ -361,7 +361,7 @@ def test_tokenizers_that_are_not_byte_level(tmp_path: Path) -> None:
     )
     built.add_special_tokens(["<s>", "</s>"])
     built.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.load(tmp_path, 1)
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json", 1)
     for text, stop, before in (
         ("ab a日b ab", ["日b"], "ab a"),
         ("ab ab", ["b a"], "a"),

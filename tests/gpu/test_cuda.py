@@ -87,7 +87,7 @@ def oracle_logprobs(model: OPTForCausalLM, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_every_placement_says_what_transformers_says(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Each greedy token is the likeliest, within rounding; scores are alike."""
-    tokenizer = Tokenizer.load(checkpoint.folder, 2)
+    tokenizer = Tokenizer.load(checkpoint.folder / "tokenizer.json", 2)
     exact = checkpoint.model.dtype == torch.float32
     with Engine.load(checkpoint.folder, options(PLACEMENTS[name], tmp_path)) as engine:
         found = results(engine)
