@@ -123,7 +123,15 @@ class Engine:
         workspace = self.plan.workspace_bytes
         memory[TierName.DEVICE].take(workspace, "workspace")
         self._closers.append(lambda: memory[TierName.DEVICE].give(workspace, "workspace"))
-        weights = WeightStream(self.plan, WeightFiles(model_dir, manifest), self._device, memory, self._traffic)
+        weights = WeightStream(
+            WeightFiles(model_dir, manifest),
+            self._device,
+            memory,
+            self._traffic,
+            homes=self.plan.layers,
+            dtype=self.plan.dtype,
+            num_slots=self.plan.staging_slots,
+        )
         self._closers.append(weights.close)
         activations = Activations(self.plan, self._shape.hidden_size, self._device, memory, disk, self._traffic)
         self._closers.append(activations.close)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from itertools import count
 from typing import Protocol
 
-from engine.passes import MicroBatch, Pass, Segment
+from engine.kvcache.segments import MicroBatch, Segment
+from engine.passes import Pass
 from engine.sequence import Sequence
 
 LOOK_AHEAD = 64

@@ -19,6 +19,7 @@ from engine.closing import run_all
 from engine.devices.base import Device
 from engine.errors import DiskFull, EngineError, TierFull
 from engine.kvcache.extents import DiskExtent, ExtentLayout, HostExtent, MemoryExtent
+from engine.kvcache.segments import MicroBatch, Segment
 from engine.kvcache.sizes import kv_bytes_per_token, kv_slot_bytes
 from engine.kvcache.stream import KV, KVStream, Visit
 from engine.kvcache.workers import AttentionWorkers, one_core
@@ -28,7 +29,6 @@ from engine.memory.tensors import torch_dtype
 from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic
 from engine.model.attention import attend, attend_decode, attend_decode_by_flash, flash_decodes, merge
-from engine.passes import MicroBatch, Segment
 from engine.planner.plan import Plan
 from engine.sequence import Sequence
 from engine.shape import ModelShape

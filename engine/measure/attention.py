@@ -16,6 +16,7 @@ from engine.devices.base import Device
 from engine.devices.facts import MachineFacts
 from engine.devices.open import facts_of
 from engine.dtypes import DType
+from engine.kvcache.segments import MicroBatch, Segment
 from engine.kvcache.sizes import kv_bytes_per_token
 from engine.kvcache.store import KVStore
 from engine.measure.effort import Effort, Points, timed
@@ -27,7 +28,6 @@ from engine.memory.tensors import torch_dtype
 from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Moved, Traffic
 from engine.model.family import EMBED, HEAD, Attend, layer_name
-from engine.passes import MicroBatch, Segment
 from engine.planner.default import resolve_plan
 from engine.planner.plan import Plan, PlanOptions
 from engine.request import SamplingParams

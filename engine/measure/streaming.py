@@ -93,7 +93,10 @@ def _together(
     }
     traffic = Traffic(device.compute_mark)
     found: list[float] = []
-    with closing(WeightStream(plan, files, device, tiers, traffic)) as stream:
+    opened = WeightStream(
+        files, device, tiers, traffic, homes=plan.layers, dtype=plan.dtype, num_slots=plan.staging_slots
+    )
+    with closing(opened) as stream:
         until = time.perf_counter() + effort.busy_s
         for one_pass in range(1000):
             if one_pass == 1:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from engine.passes import Segment
+from engine.kvcache.segments import Segment
 from engine.planner.plan import Plan
 from engine.planner.workload import Lengths, Workload
 

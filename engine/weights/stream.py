@@ -3,7 +3,7 @@
 The ring runs on across the end of a pass: while the last layers are computed, the first of the next pass are read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from engine.closing import run_all, settle
 from engine.devices.base import Device
+from engine.dtypes import DType
 from engine.errors import EngineError
 from engine.memory.lane import Event, LaneEvent, LaneName, Reached, ThreadLane
 from engine.memory.tensors import torch_dtype
 from engine.memory.tier import Block, MemoryTier
 from engine.memory.traffic import Traffic
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
-from engine.planner.plan import Plan
 from engine.tiers import TierName
 from engine.weights.files import WeightFiles
 
@@ -45,12 +45,22 @@ class WeightStream:
     """Owns every weight byte in memory. ``layer`` must be entered in order of depth, pass after pass."""
 
     def __init__(
-        self, plan: Plan, files: WeightFiles, device: Device, tiers: Mapping[TierName, MemoryTier], traffic: Traffic
+        self,
+        files: WeightFiles,
+        device: Device,
+        tiers: Mapping[TierName, MemoryTier],
+        traffic: Traffic,
+        *,
+        homes: Sequence[TierName],
+        dtype: DType,
+        num_slots: int,
     ) -> None:
+        """``homes``: where each layer's weights live, in order of depth; ``dtype``: what they are computed in;
+        ``num_slots``: staging buffers that streamed layers pass through."""
         self._files = files
         self._device = device
         self._traffic = traffic
-        self._dtype = torch_dtype(plan.dtype)
+        self._dtype = torch_dtype(dtype)
         self._tiers = tiers
         self._blocks: list[Block] = []
         self._resident: dict[str, NamedWeights] = {}
@@ -59,7 +69,7 @@ class WeightStream:
         self._lane = ThreadLane(LaneName.DISK_READ)
         self._begun = self._entered = 0
         try:
-            self._place(plan)
+            self._place(homes, num_slots)
         except BaseException:
             self.close()
             raise
@@ -115,10 +125,10 @@ class WeightStream:
             ]
         )
 
-    def _place(self, plan: Plan) -> None:
+    def _place(self, layers: Sequence[TierName], num_slots: int) -> None:
         self._cast_block: Block | None = None
         self._streamed: list[str] = []
-        homes = {layer_name(index): home for index, home in enumerate(plan.layers)}
+        homes = {layer_name(index): home for index, home in enumerate(layers)}
         for name in (EMBED, *homes, HEAD):
             home = homes.get(name, TierName.DEVICE)
             if home is TierName.DEVICE:
@@ -134,8 +144,8 @@ class WeightStream:
             self._cast_block = self._allocate(TierName.DEVICE, max(self._computed_bytes(name) for name in away))
         if self._streamed:
             size = max(self._files.num_bytes(name) for name in self._streamed)
-            bounce = not self._device.shares_host_memory and TierName.DISK in plan.layers
-            for _ in range(plan.staging_slots):
+            bounce = not self._device.shares_host_memory and TierName.DISK in layers
+            for _ in range(num_slots):
                 host = self._allocate(TierName.HOST, size) if bounce else None
                 self._slots.append(_Slot(self._allocate(TierName.DEVICE, size), host))
             for _ in self._slots:

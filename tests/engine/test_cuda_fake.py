@@ -22,6 +22,7 @@ from engine.devices.base import Device
 from engine.devices.facts import MachineFacts
 from engine.dtypes import DType
 from engine.executor import Executor
+from engine.kvcache.segments import MicroBatch, Segment
 from engine.kvcache.store import KVStore
 from engine.memory.lane import Reached
 from engine.memory.spill import DiskTier
@@ -32,7 +33,7 @@ from engine.model.attention import attend, merge
 from engine.model.family import EMBED, HEAD, Family, NamedWeights, layer_name
 from engine.model.registry import family_for
 from engine.model.sampling import next_tokens, score_tokens
-from engine.passes import MicroBatch, Pass, Segment
+from engine.passes import Pass
 from engine.planner.default import resolve_plan
 from engine.planner.plan import Plan, PlanOptions
 from engine.request import SamplingParams

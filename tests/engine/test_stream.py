@@ -74,7 +74,15 @@ def open_stream() -> Iterator[Open]:
             TierName.HOST: MemoryTier(TierName.HOST, 32 * MIB, device.allocate_host),
         }
         traffic = Traffic()
-        stream = WeightStream(plan, WeightFiles(model_dir, manifest), device, tiers, traffic)
+        stream = WeightStream(
+            WeightFiles(model_dir, manifest),
+            device,
+            tiers,
+            traffic,
+            homes=plan.layers,
+            dtype=plan.dtype,
+            num_slots=plan.staging_slots,
+        )
         opened.append(Opened(stream, tiers, traffic, device))
         return opened[-1]
 
@@ -255,6 +263,14 @@ def test_a_tier_without_room_is_an_error_and_frees_what_was_taken(model_dir: Pat
         TierName.HOST: MemoryTier(TierName.HOST, 50_000, device.allocate_host),
     }
     with pytest.raises(TierFull, match="host memory is full: weights needs"):
-        WeightStream(plan, WeightFiles(model_dir, manifest), device, tiers, Traffic())
+        WeightStream(
+            WeightFiles(model_dir, manifest),
+            device,
+            tiers,
+            Traffic(),
+            homes=plan.layers,
+            dtype=plan.dtype,
+            num_slots=plan.staging_slots,
+        )
     assert [tier.used for tier in tiers.values()] == [0, 0]
     device.close()
