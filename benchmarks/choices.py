@@ -31,6 +31,7 @@ from engine.planner.profiles import load_hardware
 from engine.planner.workload import Workload
 from engine.tiers import Shares
 from engine.units import MIB
+from engine.weights.layout import stored_in
 from engine.weights.manifest import read_manifest
 
 LINE = 0.95
@@ -124,7 +125,7 @@ def _question(model_dir: Path, items: Sequence[Item], hardware: Hardware) -> Que
     return Question(
         hardware=hardware,
         shape=sizes_for(manifest.config).shape,
-        stored=manifest.stored,
+        stored=stored_in(manifest),
         workload=Workload.of((len(item.prompt), len(item.continuation)) for item in items),
         options=options,
         budgets=budgets_of(options, facts, model_dir),

@@ -128,11 +128,12 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outco
     from engine.planner.cost import AS_ENGINE
     from engine.planner.predict import bytes_taken, predict
     from engine.planner.workload import Workload
+    from engine.weights.layout import stored_in
     from engine.weights.manifest import read_manifest
 
     checkpoint = make_checkpoint(configuration.shape, "bfloat16", cache, _say)
     manifest = read_manifest(checkpoint.model_dir)
-    stored, shape = manifest.stored, sizes_for(manifest.config).shape
+    stored, shape = stored_in(manifest), sizes_for(manifest.config).shape
     texts = Texts(
         task="generate", prompt=Range(*configuration.prompt), out=Range(*configuration.out), vocabulary=50272, seed=1
     )

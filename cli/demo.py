@@ -114,6 +114,7 @@ def describe_tiers(model_dir: Path) -> dict[str, str]:
     from engine.planner.plan import PlanOptions
     from engine.tiers import TierName
     from engine.units import format_bytes
+    from engine.weights.layout import stored_in
     from engine.weights.manifest import read_manifest
 
     manifest = read_manifest(model_dir)
@@ -122,7 +123,7 @@ def describe_tiers(model_dir: Path) -> dict[str, str]:
         plan = resolve_plan(
             PlanOptions(),
             shape=family_for(manifest.config).shape,
-            stored=manifest.stored,
+            stored=stored_in(manifest),
             device=device.name,
             facts=facts_of(device),
             disk_dir=model_dir,

@@ -38,10 +38,11 @@ def sizes_of(ref: "ModelRef", settings: "Settings") -> Sizes:
 
 def _of_model_dir(model_dir: Path) -> Sizes:
     from engine.model.registry import sizes_for
+    from engine.weights.layout import stored_in
     from engine.weights.manifest import read_manifest
 
     manifest = read_manifest(model_dir)
-    return Sizes(sizes_for(manifest.config).shape, manifest.stored, model_dir)
+    return Sizes(sizes_for(manifest.config).shape, stored_in(manifest), model_dir)
 
 
 def _of_checkpoint(folder: Path) -> Sizes:
@@ -65,4 +66,4 @@ def _of_checkpoint(folder: Path) -> Sizes:
     dtype = DType(named) if named in tuple(DType) else DType.FLOAT16
     if dtype != named:
         say(f"{path} does not say how the weights are stored: taking {dtype}")
-    return Sizes(sizes.shape, stored_as(sizes.units(), dtype), folder)
+    return Sizes(sizes.shape, stored_as(sizes, dtype), folder)

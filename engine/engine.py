@@ -38,6 +38,7 @@ from engine.trace import Recorder
 from engine.units import format_bytes
 from engine.weights.checks import check_tokens, check_units
 from engine.weights.files import WeightFiles
+from engine.weights.layout import stored_in
 from engine.weights.manifest import TOKENIZER_NAME, read_manifest
 from engine.weights.stream import WeightStream
 
@@ -102,7 +103,7 @@ class Engine:
         check_units(manifest, model_dir)
         family = family_for(manifest.config)
         self._shape = family.shape
-        stored = manifest.stored
+        stored = stored_in(manifest)
         self._tokenizer = Tokenizer.of_model(model_dir / TOKENIZER_NAME, self._shape)
         check_tokens(self._tokenizer, self._shape, model_dir)
         self._stored, self._options, self._model_dir = stored, options, model_dir

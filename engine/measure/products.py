@@ -18,7 +18,7 @@ from engine.model.linear import padded_rows
 from engine.model.registry import family_for, reference_config
 from engine.model.sampling import next_tokens
 from engine.request import SamplingParams
-from engine.weights.layout import UnitLayout
+from engine.weights.layout import flops_of
 
 _LEAST_SHARE = 0.1
 """Of the measured time that is left at least once overheads, measured by themselves, are taken off."""
@@ -40,12 +40,6 @@ def unit_weights(family: Family, unit_name: str, device: Device, dtype: DType) -
     }
 
 
-def unit_flops(family: Family, unit_name: str, dtype: DType) -> float:
-    """Of one token: two a value, as the cost model counts them."""
-    unit = next(unit for unit in family.units() if unit.name == unit_name)
-    return 2.0 * UnitLayout.of(unit, dtype).num_bytes / dtype.num_bytes
-
-
 class Layers:
     """Layers with weights of their own, computed one after the other, so that weights come from where a model's do."""
 
@@ -58,7 +52,7 @@ class Layers:
         first = unit_weights(self.family, name, device, dtype)
         others = [{key: tensor.clone() for key, tensor in first.items()} for _ in range(number - 1)]
         self._weights: Iterator[NamedWeights] = cycle([first, *others])
-        self.token_flops = unit_flops(self.family, name, dtype)
+        self.token_flops = flops_of(self.family)[name]
 
     def work(self, tokens: int, attend: Attend | None = None) -> Callable[[NamedWeights], object]:
         """One layer for so many tokens, with attention if there is any."""
@@ -89,7 +83,7 @@ def head_points(device: Device, hidden_size: int, dtype: DType, rows: Sequence[i
     family = family_of(hidden_size, effort)
     embedding, head = (unit_weights(family, name, device, dtype) for name in (EMBED, HEAD))
     kind = torch_dtype(dtype)
-    row_flops = unit_flops(family, HEAD, dtype) + 2.0 * hidden_size * family.shape.vocab_size
+    row_flops = flops_of(family)[HEAD]
 
     def seconds(count: int) -> float:
         padded = padded_rows(count, kind, device.torch_device)

@@ -57,14 +57,14 @@ class Sizes(Protocol):
         """Sizes that planning, scheduling and the KV cache need."""
 
     def units(self) -> tuple[UnitSpec, ...]:
-        """Embedding, layers in order, head."""
+        """Embedding, layers in order, head. The embedding's first tensor is the token table."""
+
+    def head_needs_embedding(self) -> bool:
+        """Whether the head multiplies by the token table of the embedding unit (tied weights)."""
 
 
 class Family(Sizes, Protocol):
     """One loaded configuration of a model family: pure functions of named weights."""
-
-    def head_needs_embedding(self) -> bool:
-        """Whether the head multiplies by the token table of the embedding unit (tied weights)."""
 
     def embed(self, weights: NamedWeights, token_ids_T: "Tensor", positions_T: "Tensor") -> "Tensor":
         """Hidden states ``[T, D]``."""

@@ -90,10 +90,6 @@ class OPT(OPTSizes):
         values = {field.name: getattr(sizes, field.name) for field in fields(sizes)}
         return cls(**values, activation=_ACTIVATIONS[config.get("activation_function", "relu")])
 
-    def head_needs_embedding(self) -> bool:
-        """Tied checkpoints multiply by the token table of the embedding unit."""
-        return self.tied
-
     def embed(self, weights: NamedWeights, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """Token plus learned position, ``[T, D]``."""
         hidden_TE = F.embedding(token_ids_T, weights["tokens.weight"])

@@ -103,6 +103,10 @@ class OPTSizes:
             tied=bool(config.get("tie_word_embeddings", True)),
         )
 
+    def head_needs_embedding(self) -> bool:
+        """Tied checkpoints multiply by the token table of the embedding unit."""
+        return self.tied
+
     def units(self) -> tuple[UnitSpec, ...]:
         """Embedding, layers in order, head."""
         size, positions = self.shape.hidden_size, self.shape.max_positions + POSITION_OFFSET

@@ -76,13 +76,8 @@ class PassModel:
         self._head = hardware.head_rate(plan.dtype, shape.hidden_size)
         self._prompt_attention = hardware.prompt_rate(shape.hidden_size)
         self._decode_attention = hardware.decode_rate(shape.hidden_size)
-        # A weight takes part in one multiplication and one addition a token.
-        self._layer_flops = [
-            2 * stored.unit_bytes[layer_name(index)] / stored.dtype.num_bytes for index in range(shape.num_layers)
-        ]
-        self._head_flops = 2 * stored.unit_bytes[HEAD] / stored.dtype.num_bytes + 2 * (
-            shape.hidden_size * shape.vocab_size
-        )
+        self._layer_flops = sum(stored.unit_flops[layer_name(index)] for index in range(shape.num_layers))
+        self._head_flops = stored.unit_flops[HEAD]
         self._token_bytes = kv_bytes_per_token(shape, plan.dtype)
         self._layer_token_bytes = self._token_bytes / shape.num_layers
         self._query_bytes = shape.num_layers * shape.num_heads * shape.head_size * self._item
@@ -148,7 +143,7 @@ class PassModel:
         """Busy seconds of the device and of the host."""
         hardware, layers = self._hardware, self._shape.num_layers
         batches = self._batches(load.tokens)
-        compute_s = self._in_parts(self._matmul, sum(self._layer_flops), load.tokens, self._plan.micro_batch)
+        compute_s = self._in_parts(self._matmul, self._layer_flops, load.tokens, self._plan.micro_batch)
         compute_s += self._in_parts(self._head, self._head_flops, load.logits_rows, self._plan.logits_rows)
         pair_flops = 4 * self._shape.num_heads * self._shape.head_size * layers
         prompt_length = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 0.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from engine.dtypes import DType
 from engine.kvcache.sizes import kv_bytes_per_token
 from engine.memory.lane import LaneName
-from engine.model.family import layer_name
+from engine.model.family import HEAD, layer_name
 from engine.planner.hardware import Hardware
 from engine.planner.workload import Lengths
 from engine.shape import ModelShape
@@ -132,7 +132,8 @@ def _block_lanes(
     }
     lanes = {lane: hardware.lanes[lane].seconds(amount, max(layer_bytes)) for lane, amount in num_bytes.items()}
     matmul = hardware.matmul_rate(dtype)
-    flops = 2 * weight_bytes / stored.dtype.num_bytes * tokens + 2 * shape.hidden_size * shape.vocab_size * rows
+    flops = sum(stored.unit_flops[layer_name(index)] for index in range(layers)) * tokens
+    flops += stored.unit_flops[HEAD] * rows
     compute_s = matmul.seconds(flops, batch_tokens)
     pair_flops = 4 * shape.num_heads * shape.head_size * layers
     compute_s += hardware.prompt_attention.seconds(pair_flops * pairs, prompt)

@@ -24,7 +24,7 @@ class KnownModel:
 
     def stored(self, dtype: DType = DType.FLOAT16) -> StoredWeights:
         """Bytes of each unit, as ``overnight import --dtype`` would store them."""
-        return stored_as(self.sizes.units(), dtype)
+        return stored_as(self.sizes, dtype)
 
 
 KNOWN_MODELS = {name: KnownModel(name, sizes_for(config)) for name, config in known_configs().items()}

@@ -53,11 +53,11 @@ def compute_ceiling_per_s(
     hardware: Hardware, shape: ModelShape, stored: StoredWeights, workload: Workload, dtype: DType
 ) -> float:
     """Generated tokens per second if nothing took time but products with the layers' weights: no plan exceeds it."""
-    flops = sum(2 * stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers))
+    flops = sum(stored.unit_flops[layer_name(index)] for index in range(shape.num_layers))
     tokens = workload.mean(lambda each: each.reserved)
     fastest = max(rate for _, rate in hardware.matmul_rate(dtype, shape.hidden_size).points)
     generated = workload.generated / workload.requests
-    return generated * fastest * stored.dtype.num_bytes / (flops * tokens)
+    return generated * fastest / (flops * tokens)
 
 
 def usable_kv_tokens(workload: Workload, plan: Plan, token_bytes: int) -> float:

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from engine.dtypes import DType
 from engine.errors import CheckpointError
 from engine.units import MIB
-from engine.weights.stored import StoredWeights
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -71,11 +70,6 @@ class Manifest:
     source: str
     """The name of the checkpoint it was imported from, for people."""
     created_by: str
-
-    @property
-    def stored(self) -> StoredWeights:
-        """How large its units are."""
-        return StoredWeights(self.dtype, {unit.name: unit.num_bytes for unit in self.units})
 
     def unit(self, name: str) -> UnitEntry:
         """The entry of one unit.

@@ -17,6 +17,7 @@ from engine.planner.plan import PlanOptions
 from engine.planner.workload import Workload
 from engine.tiers import Shares
 from engine.units import KIB, MIB
+from engine.weights.layout import stored_in
 from engine.weights.manifest import read_manifest
 
 WORK = Workload.uniform(20, 8, 100)
@@ -32,7 +33,7 @@ BUDGETS = (KIB, 300 * KIB, 450 * KIB, 600 * KIB, 800 * KIB, MIB, 2 * MIB, 4 * MI
 
 def sizes(model_dir: Path) -> Sizes:
     manifest = read_manifest(model_dir)
-    stored = manifest.stored
+    stored = stored_in(manifest)
     return Sizes(sizes_for(manifest.config).shape, stored, model_dir)
 
 

@@ -26,6 +26,7 @@ from engine.tiers import Shares, TierName
 from engine.units import MIB
 from engine.weights.files import WeightFiles
 from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.layout import stored_in
 from engine.weights.manifest import read_manifest
 from engine.weights.stream import WeightStream
 from tests.engine.checkpoints import make_checkpoint
@@ -64,7 +65,7 @@ def open_stream() -> Iterator[Open]:
         plan = resolve_plan(
             PlanOptions(device_memory=32 * MIB, host_memory=32 * MIB, weights=shares, dtype=dtype, micro_batch=16),
             shape=family_for(manifest.config).shape,
-            stored=manifest.stored,
+            stored=stored_in(manifest),
             device=device.name,
             facts=facts_of(device),
             disk_dir=model_dir,
@@ -255,7 +256,7 @@ def test_a_tier_without_room_is_an_error_and_frees_what_was_taken(model_dir: Pat
     plan = resolve_plan(
         PlanOptions(device_memory=32 * MIB, host_memory=32 * MIB, weights=Shares(50, 50, 0)),
         shape=family_for(manifest.config).shape,
-        stored=manifest.stored,
+        stored=stored_in(manifest),
         device="simulated", facts=facts_of(device), disk_dir=model_dir,
     )  # fmt: skip
     tiers = {

@@ -1,0 +1,1 @@
+"""How tensors are stored and computed with."""
