@@ -1,4 +1,4 @@
-"""Whose fault was it? A failure is classified once, where it is caught; what follows is the drain's to do."""
+"""Whose fault was it? A failure is classified once, where it is caught; what follows is `worker.fault_policy`'s."""
 
 from enum import StrEnum
 

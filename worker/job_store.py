@@ -26,8 +26,8 @@ from worker.rows import RowKey
 class JobStore:
     """What a worker reads and writes of jobs. ``clock``: unix seconds.
 
-    Each method raises DatabaseUnreachable where the database cannot answer for longer than patience lasts, and those
-    that write claims or outputs raise ClaimLost where this worker was taken for dead.
+    Each method raises DatabaseUnreachable where the database cannot answer for longer than patience lasts; ``claim``,
+    ``claim_suspects`` and ``record`` raise ClaimLost where this worker was taken for dead.
     """
 
     def __init__(self, database: Database, worker_id: int, *, patience: Patience, clock: Callable[[], float]) -> None:
@@ -90,7 +90,7 @@ class JobStore:
         return self._patiently(lambda: give_back(self._database, self._worker_id, now=self._clock()))
 
     def give_back_rows(self, keys: Iterable[RowKey]) -> None:
-        """Some of them."""
+        """Some of the rows that this worker holds; those that it holds no longer are left alone."""
         claims = _claims(keys)
         self._patiently(lambda: give_back_requests(self._database, self._worker_id, claims))
 

@@ -46,8 +46,10 @@ class Loader:
         """The engine of a model, planned for what ``jobs`` still want. ``name``: as they name it.
 
         Raises:
-            ModelNotFound, EngineError, OSError: it cannot be loaded; nothing is resident then.
+            EngineError, OSError: it cannot be loaded. If its directory could not be made, the model that was resident
+                still is; otherwise none is.
             DatabaseUnreachable: for longer than patience lasts.
+            ClaimLost: this worker was taken for dead.
         """
 
         def sample() -> "Workload | None":

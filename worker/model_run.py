@@ -3,7 +3,7 @@
 Everything here runs on the drain's thread.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import closing
 
 from engine.request import Request
@@ -27,7 +27,7 @@ _COMMIT_S = 1.0
 
 
 class ModelRun:
-    """Feeds one engine until no job of its model waits, or another model's turn has come."""
+    """Feeds one engine until no job of its model waits, another model's turn has come, or the bell says stop."""
 
     def __init__(
         self,
@@ -43,10 +43,10 @@ class ModelRun:
         log: BoundLogger,
         clock: Callable[[], float],
         reconcile_s: float,
-        suspects_of: Sequence[Job] | None = None,
+        suspects_of: Sequence[Job] | None,
     ) -> None:
-        """``reconcile_s``: how often claims are compared with the database's; ``suspects_of``: run nothing but one
-        group of rows of these jobs that were in a crash together."""
+        """``reconcile_s``: how often claims are compared with the database's, in seconds; ``suspects_of``: run nothing
+        but one group of rows of these jobs that were in a crash together; None: rows of all jobs of the model."""
         self._engine = engine
         self._model = model
         self._store = store
@@ -58,9 +58,8 @@ class ModelRun:
         self._log = log
         self._clock = clock
         self._reconcile_s = reconcile_s
+        self._suspects_of = suspects_of
         self._ledger = Ledger(model)
-        refill = self._rows if suspects_of is None else self._suspects(suspects_of)
-        self._feed = Feed(refill, clock, begins=lambda request: box.begins(_row(request)))
 
     @property
     def jobs(self) -> frozenset[int]:
@@ -70,14 +69,20 @@ class ModelRun:
     def work(self, after_pass: Callable[[], None]) -> None:
         """Run to the end. ``after_pass`` is called between passes and may raise to end it.
 
+        However it ends, rows may still be claimed: what is computed of them waits for ``commit``, and giving the others
+        back is the caller's. So it is where the bell ended it, which is no error.
+
         Raises:
-            EngineError, or whatever else a pass ended in: `salvage` is the caller's to call, as after ``after_pass``.
+            EngineError, or whatever else a pass ended in.
             DatabaseUnreachable: for longer than patience lasts.
             ClaimLost: this worker was taken for dead.
         """
+        refill = self._rows if self._suspects_of is None else self._suspects(self._suspects_of)
+        # Not kept: a feed knows its run, and a run that knew its feed would be freed at some time or other.
+        feed = Feed(refill, self._clock, begins=lambda request: self._box.begins(_row(request)))
         watch = Watch()
         committed_at = reconciled_at = began_at = self._clock()
-        with closing(self._engine.passes(self._feed)) as passes:  # type: ignore[type-var]
+        with closing(self._engine.passes(feed)) as passes:  # type: ignore[type-var]
             for report in passes:
                 self._ledger.add(report, began_at=began_at)
                 self._box.ends(key_of(output) for output in report.outputs)
@@ -86,10 +91,10 @@ class ModelRun:
                 began_at = self._clock()
                 if began_at - committed_at >= _COMMIT_S or not self._ledger.jobs:
                     self.commit()
-                    self._drop_cancelled()
+                    self._drop_cancelled(feed)
                     committed_at = began_at
                     if began_at - reconciled_at >= self._reconcile_s:
-                        self._reconcile()
+                        self._reconcile(feed)
                         reconciled_at = began_at
                 if self._bell.is_stopping:
                     break
@@ -166,14 +171,14 @@ class ModelRun:
             except ValueError as error:
                 self._ledger.refuse(key, "invalid_request", str(error))
 
-    def _drop_cancelled(self) -> None:
+    def _drop_cancelled(self, feed: Feed) -> None:
         if not self._ledger.jobs:
             return
         for job_id in sorted(self._store.cancelled(self._ledger.jobs)):
-            dropped = self._forget(JobKeys([job_id]))
+            dropped = self._forget(feed, JobKeys([job_id]))
             self._log.info("dropped %d rows: cancelled", dropped, extra={"action": "cancel", "job": job_id})
 
-    def _reconcile(self) -> None:
+    def _reconcile(self, feed: Feed) -> None:
         """What the database thinks that we run, and what we do run, made equal.
 
         They differ where a job was cancelled and queued again between two looks, or a message of ours was lost.
@@ -183,10 +188,10 @@ class ModelRun:
             self._store.give_back_rows(strays)
             self._log.warning("gave back %d rows that nobody ran", len(strays), extra={"action": "give_back"})
         if lost := self._ledger.claims - held:
-            self._forget(lost)
+            self._forget(feed, lost)
 
-    def _forget(self, keys: JobKeys | Collection[RowKey]) -> int:
-        dropped = self._feed.forget(keys) + self._engine.drop(keys)
+    def _forget(self, feed: Feed, keys: JobKeys | Container[RowKey]) -> int:
+        dropped = feed.forget(keys) + self._engine.drop(keys)
         self._box.ends(self._ledger.forget(keys))
         return dropped
 

@@ -52,7 +52,10 @@ class Prospects:
     def look(self) -> list[Prospect]:
         """The jobs with rows to claim whose model is here and not left alone for now, in turn.
 
-        What is absent here is borne as a fault of this machine.
+        What is absent here is borne as a fault of this machine, which may fail the job.
+
+        Raises:
+            DatabaseUnreachable: for longer than patience lasts.
         """
         found: list[Prospect] = []
         for job in self._store.runnable(self._settings.queue):
@@ -66,7 +69,11 @@ class Prospects:
         return found
 
     def choose(self, waiting: Sequence[Prospect]) -> str | None:
-        """The model to work with now; None where nothing waits."""
+        """The model to work with now; None where nothing waits.
+
+        Raises:
+            DatabaseUnreachable: for longer than patience lasts.
+        """
         if not waiting:
             return None
         served = self._store.served_by_others()

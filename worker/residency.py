@@ -57,7 +57,7 @@ class Residency:
 
     @property
     def model(self) -> str | None:
-        """The same as a text, as jobs are compared by."""
+        """The resident model's directory as a text, by which jobs of one model are known; None: there is none."""
         return None if self._model_dir is None else str(self._model_dir)
 
     def ensure(self, model_dir: Path, sample: Sample = lambda: None, tell: Tell = lambda _: None) -> Engine:
