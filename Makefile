@@ -35,7 +35,7 @@ lint: venv ## style, types, import arrows
 	@PYTHONPATH=. $(BIN)/lint-imports
 
 claims: venv ## measure every figure that the documentation states; `make claims ONLY=name` for one
-	@$(BIN)/python -m benchmarks.claims $(ONLY)
+	@set -f; $(BIN)/python -m benchmarks.claims $(ONLY)
 
 format: venv ## mend what ruff can mend
 	@$(BIN)/ruff check --fix .

@@ -6,6 +6,7 @@ log-probabilities to 1e-5. With ``--speed`` they are timed in turn, too (`benchm
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 from benchmarks.outputs import differences
 
 ROOT = Path(__file__).resolve().parent.parent
+FIRST = "the one that added benchmarks/outputs.py"
 LINE = 0.97
 """The new commit's speed over the old one's, at least."""
 RUNS: dict[str, tuple[str, ...]] = {
@@ -35,12 +37,16 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 
 
+class TreeFailed(Exception):
+    """A tree could not be checked out or run; the text says why, for people."""
+
+
 @contextmanager
 def tree_of(commit: str) -> Iterator[Path]:
     """A checkout of a commit, gone when the block ends.
 
     Raises:
-        subprocess.CalledProcessError: git knows no such commit.
+        TreeFailed: git knows no such commit.
     """
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
@@ -55,12 +61,19 @@ def run_in(tree: Path, *words: str) -> str:
     """Run a module of a tree with this interpreter; its standard output.
 
     Raises:
-        subprocess.CalledProcessError: it failed; what it said is on standard error.
+        TreeFailed: it ended with an error; what it said is on standard error.
     """
-    # The tree comes before everything that is installed: `-m` puts the working directory first.
-    return subprocess.run(
-        [sys.executable, "-m", *words], cwd=tree, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
+    # `-m` puts the working directory before everything that is installed, unless it is told not to.
+    environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=tree, env=environ, check=False, stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise TreeFailed(
+            f"python -m {' '.join(words)} ended with {done.returncode} in {tree}; "
+            f"commits before {FIRST} cannot be compared"
+        )
+    return done.stdout
 
 
 def compare_outputs(trees: tuple[Path, Path]) -> list[str]:
@@ -90,7 +103,8 @@ def compare_speed(trees: tuple[Path, Path], repeat: int) -> dict[str, float]:
 
 
 def _git(*words: str) -> None:
-    subprocess.run(["git", "-C", str(ROOT), *words], check=True)
+    if subprocess.run(["git", "-C", str(ROOT), *words], check=False).returncode:
+        raise TreeFailed(f"git {' '.join(words)} failed")
 
 
 def main() -> int:
@@ -102,9 +116,13 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=5, help="of each timing (default: %(default)s)")
     parser.add_argument("--no-outputs", action="store_true", help="time alone")
     asked = parser.parse_args()
-    with tree_of(asked.before) as before, tree_of(asked.after) as after:
-        found = [] if asked.no_outputs else compare_outputs((before, after))
-        ratios = compare_speed((before, after), asked.repeat) if asked.speed else {}
+    try:
+        with tree_of(asked.before) as before, tree_of(asked.after) as after:
+            found = [] if asked.no_outputs else compare_outputs((before, after))
+            ratios = compare_speed((before, after), asked.repeat) if asked.speed else {}
+    except TreeFailed as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
     shown = {"differences": len(found), "first": found[:10], "ratios": ratios, "at_least": LINE}
     print(json.dumps(shown, indent=1, ensure_ascii=False))
     return 0 if not found and all(ratio >= LINE for ratio in ratios.values()) else 1

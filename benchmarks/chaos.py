@@ -366,7 +366,11 @@ def same(one: object, other: object) -> bool:
 
 @contextlib.contextmanager
 def chaos_round(models: Path, seed: int, load: Load) -> Iterator[Round]:
-    """A round that has begun, and that leaves nothing behind but, after a failure, its folder."""
+    """A round that has begun, and that leaves nothing behind but, after a failure, its folder.
+
+    Raises:
+        ChaosFound: its workers' logs hold a traceback, or spill files are left.
+    """
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     one = Round(folder, models, random.Random(seed))
     one.begin(load)
@@ -374,6 +378,7 @@ def chaos_round(models: Path, seed: int, load: Load) -> Iterator[Round]:
         yield one
     finally:
         one.end()
+    one.check_logs()
     shutil.rmtree(folder)
 
 

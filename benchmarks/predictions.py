@@ -112,7 +112,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if asked.json:
         rows = [{**asdict(each), "error": each.error, "memory_error": each.memory_error} for each in outcomes]
-        print(json.dumps({"outcomes": rows, "median": median(errors), "worst": max(errors)}, indent=1))
+        found = {
+            "median": median(errors),
+            "worst": max(errors),
+            "least_memory": min(memory),
+            "most_memory": max(memory),
+        }
+        print(json.dumps({"outcomes": rows, **found}, indent=1))
     else:
         for each in outcomes:
             print(_line(each))

@@ -16,6 +16,7 @@ def to_json(comparison: Comparison, machine: dict[str, object]) -> dict[str, obj
         "ours": {
             "tok_s": ours.tok_s,
             "peak_bytes": ours.peak_bytes,
+            "peak_over_budget": ours.peak_bytes / ours.budget_bytes if ours.budget_bytes else None,
             "bound_fraction": ours.bound_fraction,
             "peak_fraction": ours.peak_fraction,
             "bound_by": ours.bound_by,
@@ -26,6 +27,7 @@ def to_json(comparison: Comparison, machine: dict[str, object]) -> dict[str, obj
         },
         "ratio": comparison.ratio,
         "tokens_agree": comparison.tokens_agree,
+        "cap_missing": comparison.cap_missing,
     }
 
 

@@ -43,6 +43,7 @@ def run(models: Path, model: str, num_workers: int, rows: int, new_tokens: int) 
                 "seconds": (job.finished_at or 0.0) - (job.started_at or 0.0),
                 "outputs": place.outputs()[0],
                 "workers": len(workers),
+                "done": job.num_done,
                 "prefill_tokens": sum(totals.prefill_tokens for totals in passes),
                 "decode_tokens": sum(totals.decode_tokens for totals in passes),
                 "prompt_tokens": job.prompt_tokens,
@@ -74,6 +75,7 @@ def main() -> int:
         "two_s": round(two["seconds"], 2),
         "second_is_worth": round(one["seconds"] / two["seconds"], 3),
         "workers_that_computed": two["workers"],
+        "all_done": all(len(each["outputs"]) == asked.rows and each["done"] == asked.rows for each in (one, two)),
         "outputs_equal": all(same(one["outputs"][index], two["outputs"][index]) for index in one["outputs"]),
         "nothing_twice": all(
             each["prefill_tokens"] == each["prompt_tokens"] and each["decode_tokens"] == each["decoded_once"]
@@ -81,7 +83,7 @@ def main() -> int:
         ),
     }
     print(json.dumps(report, indent=1))
-    return 0 if report["outputs_equal"] and report["nothing_twice"] else 1
+    return 0 if report["all_done"] and report["outputs_equal"] and report["nothing_twice"] else 1
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import isfinite
 from typing import Any
 
 
@@ -53,13 +54,23 @@ class AtMost:
 Line = AtLeast | AtMost
 
 
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """A line that is known to be missed on a kind of machine."""
+
+    why: str
+    """What stands in its way, for people."""
+    yet: Line
+    """What holds all the same: worse than that is news."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
     """One figure."""
 
     name: str
     sentence: str
-    """What is claimed, in words; the figure stands behind it."""
+    """What is claimed, in words; the figure stands before it."""
     command: tuple[str, ...]
     """A module and its arguments, as after ``python -m``; it prints one JSON document."""
     figure: str
@@ -67,8 +78,9 @@ class Claim:
     line: Line | Mapping[Machine, Line]
     """For every machine, or by kind; a kind that is absent has no such claim."""
     needs: frozenset[Need] = frozenset()
-    missed: Mapping[Machine, str] = field(default_factory=dict)
-    """Where the line is known to be missed: what stands in its way."""
+    requires: Mapping[str, object] = field(default_factory=dict)
+    """What the report must say besides, for the figure to be worth anything."""
+    missed: Mapping[Machine, Missed] = field(default_factory=dict)
 
     def line_for(self, machine: Machine) -> Line | None:
         """Its line on a kind of machine; None: the claim is not for it."""
@@ -78,13 +90,22 @@ class Claim:
         """The figure in a report.
 
         Raises:
-            KeyError: it is not there; the key is in the text.
+            ValueError: it is not there, is no finite number, or the report does not say what it must.
         """
-        found: Any = document
-        for key in self.figure.split("."):
-            if not isinstance(found, Mapping) or key not in found:
-                raise KeyError(self.figure)
-            found = found[key]
-        if found is None:
-            raise KeyError(self.figure)
-        return float(found)
+        for path, wanted in self.requires.items():
+            if (found := _at(document, path)) != wanted:
+                raise ValueError(f"{path} is {found!r:.60} in the report, and must be {wanted!r}")
+        figure = _at(document, self.figure)
+        if not isinstance(figure, bool | int | float) or not isfinite(figure):
+            raise ValueError(f"{self.figure} is {figure!r:.60} in the report, and must be a number")
+        return float(figure)
+
+
+def _at(document: Mapping[str, Any], path: str) -> Any:
+    """The value at some keys; None where there is none."""
+    found: Any = document
+    for key in path.split("."):
+        if not isinstance(found, Mapping):
+            return None
+        found = found.get(key)
+    return found

@@ -3,6 +3,9 @@
 from benchmarks.claims.claim import AtLeast, AtMost, Claim, Machine, Need
 
 _CAP = frozenset({Need.MEMORY_CAP})
+_AGREES: dict[str, object] = {"tokens_agree": True}
+_CAPPED: dict[str, object] = {"cap_missing": None}
+_DONE: dict[str, object] = {"all_done": True, "workers_that_computed": 2}
 _AMX, _CPU = Machine.AMX, Machine.CPU
 
 
@@ -15,12 +18,12 @@ _MILLION = ("benchmarks.million",)
 _PREDICTIONS = ("benchmarks.predictions", "--json")
 _TWO_WORKERS = ("benchmarks.two_workers",)
 _MEMORY_125M = _generate("opt-125m", 32, "512", "32", "--weights", "device", "--peer-batches", "8,16", "--repeat", "3")
-_MEMORY_1_3B = _generate("opt-1.3b", 32, "512", "32", "--weights", "device", "--peer-batches", "8")
+_MEMORY_1_3B = _generate("opt-1.3b", 32, "512", "32", "--weights", "device", "--peer-batches", "8,16")
 _SPREAD_LENGTHS = _generate(
     *("opt-125m", 64, "32-1024", "8-128"), *("--weights", "device", "--peer-batches", "8,16", "--repeat", "3")
 )
 _FROM_DISK = _generate(
-    *("opt-1.3b", 32, "512", "32"), *("--weights", "disk", "--memory-cap", "3GiB", "--peer-batches", "8")
+    *("opt-1.3b", 32, "512", "32"), *("--weights", "disk", "--memory-cap", "3GiB", "--peer-batches", "8,16")
 )
 _SCORING = _generate(
     "opt-125m", 64, "512", "4", "--weights", "device", "--task", "score", "--peers", "none", "--repeat", "3"
@@ -40,6 +43,7 @@ CLAIMS: tuple[Claim, ...] = (
         command=_MEMORY_125M,
         figure="ratio.transformers",
         line=AtLeast(1.15),
+        requires=_AGREES,
     ),
     Claim(
         name="memory-1.3b",
@@ -47,6 +51,7 @@ CLAIMS: tuple[Claim, ...] = (
         command=_MEMORY_1_3B,
         figure="ratio.transformers",
         line={_AMX: AtLeast(1.5), _CPU: AtLeast(1.15)},
+        requires=_AGREES,
     ),
     Claim(
         name="memory-1.3b-peak",
@@ -54,6 +59,7 @@ CLAIMS: tuple[Claim, ...] = (
         command=_MEMORY_1_3B,
         figure="ours.peak_fraction",
         line={_AMX: AtLeast(0.5), _CPU: AtLeast(0.6)},
+        requires=_AGREES,
     ),
     Claim(
         name="spread-lengths",
@@ -61,6 +67,7 @@ CLAIMS: tuple[Claim, ...] = (
         command=_SPREAD_LENGTHS,
         figure="ratio.transformers",
         line=AtLeast(2.0),
+        requires=_AGREES,
     ),
     Claim(
         name="scoring-peak",
@@ -76,6 +83,7 @@ CLAIMS: tuple[Claim, ...] = (
         figure="ratio.accelerate",
         line={_AMX: AtLeast(3.0), _CPU: AtLeast(1.5)},
         needs=_CAP,
+        requires=_AGREES | _CAPPED,
     ),
     Claim(
         name="disk-1.3b-bound",
@@ -84,6 +92,16 @@ CLAIMS: tuple[Claim, ...] = (
         figure="ours.bound_fraction",
         line=AtLeast(0.8),
         needs=_CAP,
+        requires=_AGREES | _CAPPED,
+    ),
+    Claim(
+        name="disk-1.3b-memory",
+        sentence="of the plan's budgets is the peak of memory, the same run",
+        command=_FROM_DISK,
+        figure="ours.peak_over_budget",
+        line=AtMost(1.1),
+        needs=_CAP,
+        requires=_CAPPED,
     ),
     Claim(
         name="mixed-passes",
@@ -92,6 +110,7 @@ CLAIMS: tuple[Claim, ...] = (
         figure="ratio",
         line={_AMX: AtLeast(1.3), _CPU: AtLeast(0.95)},
         needs=_CAP,
+        requires=_CAPPED,
     ),
     Claim(
         name="tokens-agree",
@@ -136,6 +155,20 @@ CLAIMS: tuple[Claim, ...] = (
         line=AtMost(0.25),
     ),
     Claim(
+        name="prediction-memory",
+        sentence="of the memory that was taken was predicted beyond it, at most",
+        command=_PREDICTIONS,
+        figure="most_memory",
+        line=AtMost(0.15),
+    ),
+    Claim(
+        name="prediction-memory-least",
+        sentence="of the memory that was taken was predicted beyond it, at least",
+        command=_PREDICTIONS,
+        figure="least_memory",
+        line=AtLeast(0.0),
+    ),
+    Claim(
         name="planner-choice",
         sentence="of the best plan's speed has the one that the planner chooses, in the worse of two workloads",
         command=("benchmarks.choices", "--json"),
@@ -162,6 +195,7 @@ CLAIMS: tuple[Claim, ...] = (
         command=_TWO_WORKERS,
         figure="outputs_equal",
         line=AtLeast(1),
+        requires=_DONE,
     ),
     Claim(
         name="two-workers-once",
@@ -169,6 +203,7 @@ CLAIMS: tuple[Claim, ...] = (
         command=_TWO_WORKERS,
         figure="nothing_twice",
         line=AtLeast(1),
+        requires=_DONE,
     ),
     Claim(
         name="two-workers-speed",
@@ -176,6 +211,7 @@ CLAIMS: tuple[Claim, ...] = (
         command=_TWO_WORKERS,
         figure="second_is_worth",
         line=AtLeast(1.3),
+        requires=_DONE,
     ),
     Claim(
         name="chaos",

@@ -26,7 +26,7 @@ class MachineFacts:
 
     def computes(self, dtype: DType) -> bool:
         """Whether there are kernels for a dtype. PyTorch has attention in bfloat16 from Ampere on."""
-        return dtype is not DType.BFLOAT16 or self.capability is None or self.capability >= _BFLOAT16_FROM
+        return dtype != DType.BFLOAT16 or self.capability is None or self.capability >= _BFLOAT16_FROM
 
 
 def free_host_memory() -> int:
