@@ -84,7 +84,7 @@ def _together(
         host_memory=_ENDLESS, disk_space=0, micro_batch=max(effort.tokens),
     )  # fmt: skip
     plan = resolve_plan(
-        options, shape=shape, stored=StoredWeights(dtype, sizes), device=device.name, facts=facts_of(device),
+        options, shape=shape, stored=StoredWeights(dtype, sizes, {}), device=device.name, facts=facts_of(device),
         disk_dir=Path(),
     )  # fmt: skip
     tiers = {

@@ -50,7 +50,8 @@ def stored_in(manifest: Manifest) -> StoredWeights:
 
 
 def flops_of(sizes: Sizes) -> dict[str, float]:
-    """Operations of one token in each unit but the embedding, where it is looked up and not multiplied with."""
+    """Operations of one token in each unit but the embedding, where it is looked up: what is multiplied there, once a
+    token and not once a layer, is left out."""
     units = {unit.name: unit for unit in sizes.units()}
     flops = {name: token_flops(each.shape for each in unit.tensors) for name, unit in units.items() if name != EMBED}
     if sizes.head_needs_embedding():

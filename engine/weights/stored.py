@@ -1,7 +1,7 @@
 """How large the units of a model are, as stored and as computed with. No torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from engine.dtypes import DType
 
@@ -12,7 +12,7 @@ class StoredWeights:
 
     dtype: DType
     unit_bytes: Mapping[str, int]
-    unit_flops: Mapping[str, float] = field(default_factory=dict)
+    unit_flops: Mapping[str, float]
     """Floating-point operations of one token (of one row of logits, in the head) in each unit but the embedding; empty
     where nothing but sizes is asked for."""
 

@@ -13,6 +13,8 @@ from engine.devices.facts import MachineFacts
 from engine.dtypes import DType
 from engine.errors import EngineError, HardwareError, PlanDoesNotFit
 from engine.memory.lane import LaneName
+from engine.model.family import EMBED, HEAD, layer_name
+from engine.model.registry import known_configs, sizes_for
 from engine.planner.cost import AS_ENGINE, OVERLAPPED, WAITING, Overlap, PassCost, PassModel
 from engine.planner.default import resolve_plan
 from engine.planner.flexgen import BlockCost, BlockPolicy, block_cost
@@ -27,6 +29,7 @@ from engine.planner.search import Found, default_budgets, search
 from engine.planner.workload import Lengths, Workload
 from engine.tiers import Shares, TierName
 from engine.units import GIB, MIB
+from engine.weights.layout import stored_as
 
 T4 = load_hardware("t4-gcp")
 DEVICE, HOST, DISK = Shares(100, 0, 0), Shares(0, 100, 0), Shares(0, 0, 100)
@@ -201,6 +204,31 @@ def test_known_models_are_what_the_importer_would_write(name: str, dtype: str) -
     assert family.shape == known.shape
     written = {unit.name: UnitLayout.of(unit, dtype).num_bytes for unit in family.units()}
     assert written == known.stored(dtype).unit_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "head"),
+    [
+        ("opt-125m", 2 * (4 * 768**2 + 2 * 768 * 3072), 2 * 50272 * 768),
+        ("opt-350m", 2 * (4 * 1024**2 + 2 * 1024 * 4096), 2 * (50272 * 512 + 512 * 1024)),  # projects out first
+    ],
+)
+@pytest.mark.parametrize("dtype", DType)
+def test_operations_follow_from_shapes_however_weights_are_stored(
+    name: str, layer: float, head: float, dtype: DType
+) -> None:
+    flops = model(name).stored(dtype).unit_flops
+    assert (flops[layer_name(3)], flops[HEAD]) == (layer, head)
+    assert EMBED not in flops
+
+
+def test_an_untied_head_has_as_many_operations_as_a_tied_one() -> None:
+    config = known_configs()["facebook/opt-125m"]
+    tied, untied = (
+        stored_as(sizes_for({**config, "tie_word_embeddings": is_tied}), DType.FLOAT16) for is_tied in (True, False)
+    )
+    assert untied.unit_flops == tied.unit_flops
+    assert untied.unit_bytes[HEAD] > tied.unit_bytes[HEAD]
 
 
 def test_lengths_count_what_the_engine_will_do() -> None:
