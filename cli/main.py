@@ -15,6 +15,7 @@ import click
 from cli import __version__, exit_codes
 from cli.context import App
 from cli.display import say
+from cli.garbage import collect_seldom
 from cli.options import settings_options
 
 COMMANDS = {
@@ -71,6 +72,11 @@ class CommandGroup(click.Group):
             _close_stdout_quietly()
             raise click.exceptions.Exit(exit_codes.OK) from None
         return result
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """How a process begins; within one, as in tests, `main` is called."""
+        collect_seldom()
+        return super().__call__(*args, **kwargs)
 
     def main(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from cli.context import App
+from cli.garbage import collect_as_usual
 from cli.options import Text, placement_options, queue_option, settings_options
 from cli.placement import Placement
 from cli.workers import ALONE_VARIABLE, TRACE_VARIABLE
@@ -38,5 +39,6 @@ def command(app: App, /, model: str | None, **values: Any) -> None:
         trace=Path(trace) if trace else None,
         is_alone=bool(os.environ.get(ALONE_VARIABLE)),
     )
+    collect_as_usual()
     code = run_worker(app.settings, options)
     raise click.exceptions.Exit(code)
