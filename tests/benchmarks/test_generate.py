@@ -23,8 +23,11 @@ def test_one_call_measures_both_sides_and_compares_their_tokens(
     asked = ["--requests", "6", "--weights", "disk", "--memory-cap", "2GiB", "--peers", "accelerate", "--json"]
     assert main([*SMALL, *asked, "--cache-dir", str(cache), "--device", "cpu"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"machine", "limits", "ours", "peers", "ratio", "tokens_agree"}
-    assert set(found["ours"]) == {"tok_s", "peak_bytes", "bound_fraction", "peak_fraction", "bound_by"}
+    assert set(found) == {"machine", "limits", "ours", "peers", "ratio", "tokens_agree", "cap_missing"}
+    assert set(found["ours"]) == {
+        "tok_s", "peak_bytes", "peak_over_budget", "bound_fraction", "peak_fraction", "bound_by",
+    }  # fmt: skip
+    assert found["ours"]["peak_over_budget"] > 0
     assert found["tokens_agree"] is True
     assert found["peers"]["accelerate"]["batch"] == 2
     assert found["peers"]["accelerate"]["error"] is None
