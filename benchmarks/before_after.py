@@ -6,7 +6,6 @@ log-probabilities to 1e-5. With ``--speed`` they are timed in turn, too (`benchm
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.outputs import differences
+from benchmarks.turns import RunFailed, in_turn, run_module
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = "the one that added benchmarks/outputs.py"
@@ -37,16 +37,12 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 
 
-class TreeFailed(Exception):
-    """A tree could not be checked out or run; the text says why, for people."""
-
-
 @contextmanager
 def tree_of(commit: str) -> Iterator[Path]:
     """A checkout of a commit, gone when the block ends.
 
     Raises:
-        TreeFailed: git knows no such commit.
+        RunFailed: git knows no such commit.
     """
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
@@ -57,32 +53,13 @@ def tree_of(commit: str) -> Iterator[Path]:
             _git("worktree", "remove", "--force", str(tree))
 
 
-def run_in(tree: Path, *words: str) -> str:
-    """Run a module of a tree with this interpreter; its standard output.
-
-    Raises:
-        TreeFailed: it ended with an error; what it said is on standard error.
-    """
-    # `-m` puts the working directory before everything that is installed, unless it is told not to.
-    environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}
-    done = subprocess.run(
-        [sys.executable, "-m", *words], cwd=tree, env=environ, check=False, stdout=subprocess.PIPE, text=True
-    )
-    if done.returncode:
-        raise TreeFailed(
-            f"python -m {' '.join(words)} ended with {done.returncode} in {tree}; "
-            f"commits before {FIRST} cannot be compared"
-        )
-    return done.stdout
-
-
 def compare_outputs(trees: tuple[Path, Path]) -> list[str]:
     """Where the outputs of two trees differ."""
     records: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         for index, tree in enumerate(trees):
             file = Path(folder) / f"{index}.json"
-            run_in(tree, "benchmarks.outputs", str(file))
+            run_module(tree, "benchmarks.outputs", str(file))
             records.append(json.loads(file.read_text()))
     return list(differences(*records))
 
@@ -92,11 +69,9 @@ def compare_speed(trees: tuple[Path, Path], repeat: int) -> dict[str, float]:
     ratios: dict[str, float] = {}
     for name, words in RUNS.items():
         speeds: tuple[list[float], list[float]] = ([], [])
-        for turn in range(repeat):
-            # First one, then the other goes first: a machine that warms up or tires favours neither.
-            for side in (0, 1) if turn % 2 == 0 else (1, 0):
-                report = json.loads(run_in(trees[side], "benchmarks.generate", *words, "--peers", "none", "--json"))
-                speeds[side].append(report["ours"]["tok_s"])
+        for side in in_turn((0, 1), repeat):
+            report = json.loads(run_module(trees[side], "benchmarks.generate", *words, "--peers", "none", "--json"))
+            speeds[side].append(report["ours"]["tok_s"])
         ratios[name] = median(speeds[1]) / median(speeds[0])
         print(f"{name}: {ratios[name]:.3f} ({speeds[0]} before, {speeds[1]} after)", file=sys.stderr, flush=True)
     return ratios
@@ -104,7 +79,7 @@ def compare_speed(trees: tuple[Path, Path], repeat: int) -> dict[str, float]:
 
 def _git(*words: str) -> None:
     if subprocess.run(["git", "-C", str(ROOT), *words], check=False).returncode:
-        raise TreeFailed(f"git {' '.join(words)} failed")
+        raise RunFailed(f"git {' '.join(words)} failed")
 
 
 def main() -> int:
@@ -120,8 +95,8 @@ def main() -> int:
         with tree_of(asked.before) as before, tree_of(asked.after) as after:
             found = [] if asked.no_outputs else compare_outputs((before, after))
             ratios = compare_speed((before, after), asked.repeat) if asked.speed else {}
-    except TreeFailed as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
+    except RunFailed as error:
+        print(f"benchmarks: {error}; commits before {FIRST} cannot be compared", file=sys.stderr)
         return 2
     shown = {"differences": len(found), "first": found[:10], "ratios": ratios, "at_least": LINE}
     print(json.dumps(shown, indent=1, ensure_ascii=False))

@@ -2,28 +2,17 @@
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
+
+from benchmarks.turns import RunFailed, in_turn, run_module
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = (
     *("--shape", "opt-1.3b", "--requests", "48", "--prompt-len", "512", "--gen-len", "12"),
     *("--weights", "disk", "--memory-cap", "3GiB", "--peers", "none", "--json"),
 )
-
-
-def speed(schedule: str) -> tuple[float, str | None]:
-    """Tokens per second of one run, and why its cap could not be enforced.
-
-    Raises:
-        subprocess.CalledProcessError: it failed; what it said is on standard error.
-    """
-    words = [sys.executable, "-m", "benchmarks.generate", *RUN, "--schedule", schedule]
-    done = subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    report = json.loads(done.stdout)
-    return float(report["ours"]["tok_s"]), report["cap_missing"]
 
 
 def main() -> int:
@@ -33,11 +22,14 @@ def main() -> int:
     asked = parser.parse_args()
     speeds: dict[str, list[float]] = {"mixed": [], "block": []}
     cap_missing: str | None = None
-    for turn in range(asked.repeat):
-        for schedule in ("mixed", "block") if turn % 2 == 0 else ("block", "mixed"):
-            found, missing = speed(schedule)
-            speeds[schedule].append(found)
-            cap_missing = cap_missing or missing
+    try:
+        for schedule in in_turn(tuple(speeds), asked.repeat):
+            report = json.loads(run_module(ROOT, "benchmarks.generate", *RUN, "--schedule", schedule))
+            speeds[schedule].append(report["ours"]["tok_s"])
+            cap_missing = cap_missing or report["cap_missing"]
+    except RunFailed as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
     ratio = median(speeds["mixed"]) / median(speeds["block"])
     print(json.dumps({"tok_s": speeds, "ratio": ratio, "cap_missing": cap_missing}, indent=1))
     return 0

@@ -129,7 +129,7 @@ class Engine:
             self._device,
             memory,
             self._traffic,
-            homes=self.plan.layers,
+            layer_tiers=self.plan.layers,
             dtype=self.plan.dtype,
             num_slots=self.plan.staging_slots,
         )

@@ -28,7 +28,7 @@ class Fault:
 
 
 def wait_after(count: int, waits_s: Sequence[float], spared: int = 0) -> float:
-    """Seconds to leave a model alone after so many faults in a row: none after the first `spared`, then `waits_s` one
+    """Seconds to leave a model alone after `count` faults in a row: none after the first `spared`, then `waits_s` one
     after the other, the last again and again."""
     turn = count - 1 - spared
     return waits_s[min(turn, len(waits_s) - 1)] if turn >= 0 else 0.0

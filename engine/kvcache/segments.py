@@ -14,7 +14,7 @@ class Segment:
     """Position of its first token; equal to the tokens computed before it."""
     length: int
     keeps_kv: bool
-    """False where the segment is the whole sequence and nothing will ever look back at it."""
+    """False where the segment is the whole sequence and no later token attends to it."""
 
     @property
     def rows(self) -> range:

@@ -94,7 +94,7 @@ def _together(
     traffic = Traffic(device.compute_mark)
     found: list[float] = []
     opened = WeightStream(
-        files, device, tiers, traffic, homes=plan.layers, dtype=plan.dtype, num_slots=plan.staging_slots
+        files, device, tiers, traffic, layer_tiers=plan.layers, dtype=plan.dtype, num_slots=plan.staging_slots
     )
     with closing(opened) as stream:
         until = time.perf_counter() + effort.busy_s

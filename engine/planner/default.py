@@ -18,7 +18,7 @@ from engine.units import KIB, MIB, align_up, format_bytes
 from engine.weights.stored import StoredWeights
 
 MICRO_BATCH_TOKENS = 2048
-"""Sequences of up to so many tokens fit whole, so that scoring them needs no KV cache."""
+"""Tokens of a micro-batch. A sequence that is no longer fits whole, so that scoring it needs no KV cache."""
 STREAMED_MICRO_BATCHES = 2
 EXTENT_TOKENS = 1024
 STAGING_SLOTS = 2

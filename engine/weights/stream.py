@@ -51,11 +51,11 @@ class WeightStream:
         tiers: Mapping[TierName, MemoryTier],
         traffic: Traffic,
         *,
-        homes: Sequence[TierName],
+        layer_tiers: Sequence[TierName],
         dtype: DType,
         num_slots: int,
     ) -> None:
-        """``homes``: where each layer's weights live, in order of depth; ``dtype``: what they are computed in;
+        """``layer_tiers``: where each layer's weights live, in order of depth; ``dtype``: what they are computed in;
         ``num_slots``: staging buffers that streamed layers pass through."""
         self._files = files
         self._device = device
@@ -69,7 +69,7 @@ class WeightStream:
         self._lane = ThreadLane(LaneName.DISK_READ)
         self._begun = self._entered = 0
         try:
-            self._place(homes, num_slots)
+            self._place(layer_tiers, num_slots)
         except BaseException:
             self.close()
             raise
@@ -125,26 +125,26 @@ class WeightStream:
             ]
         )
 
-    def _place(self, layers: Sequence[TierName], num_slots: int) -> None:
+    def _place(self, layer_tiers: Sequence[TierName], num_slots: int) -> None:
         self._cast_block: Block | None = None
         self._streamed: list[str] = []
-        homes = {layer_name(index): home for index, home in enumerate(layers)}
-        for name in (EMBED, *homes, HEAD):
-            home = homes.get(name, TierName.DEVICE)
-            if home is TierName.DEVICE:
+        tier_of = {layer_name(index): tier for index, tier in enumerate(layer_tiers)}
+        for name in (EMBED, *tier_of, HEAD):
+            tier = tier_of.get(name, TierName.DEVICE)
+            if tier is TierName.DEVICE:
                 self._resident[name] = self._load(name)
-            elif home is TierName.HOST:
+            elif tier is TierName.HOST:
                 block = self._allocate(TierName.HOST, self._files.num_bytes(name))
                 self._read(name, block.data)
                 self._host[name] = block
-            if home is TierName.DISK or (home is TierName.HOST and not self._device.shares_host_memory):
+            if tier is TierName.DISK or (tier is TierName.HOST and not self._device.shares_host_memory):
                 self._streamed.append(name)
-        away = [name for name, home in homes.items() if home is not TierName.DEVICE]
+        away = [name for name, tier in tier_of.items() if tier is not TierName.DEVICE]
         if away and self._casts:
             self._cast_block = self._allocate(TierName.DEVICE, max(self._computed_bytes(name) for name in away))
         if self._streamed:
             size = max(self._files.num_bytes(name) for name in self._streamed)
-            bounce = not self._device.shares_host_memory and TierName.DISK in layers
+            bounce = not self._device.shares_host_memory and TierName.DISK in layer_tiers
             for _ in range(num_slots):
                 host = self._allocate(TierName.HOST, size) if bounce else None
                 self._slots.append(_Slot(self._allocate(TierName.DEVICE, size), host))

@@ -195,7 +195,7 @@ def test_known_models_are_as_large_as_their_names_say(name: str, parameters: flo
 
 @pytest.mark.parametrize("name", KNOWN_MODELS)
 @pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.FLOAT32])
-def test_known_models_are_what_the_importer_would_write(name: str, dtype: str) -> None:
+def test_known_models_are_what_the_importer_would_write(name: str, dtype: DType) -> None:
     from engine.model.registry import family_for, known_configs
     from engine.weights.layout import UnitLayout
 

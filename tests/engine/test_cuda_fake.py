@@ -264,7 +264,7 @@ class Resident:
         return self.units[HEAD]
 
 
-def plan_for(family: Family, dtype: str, disk_dir: Path) -> Plan:
+def plan_for(family: Family, dtype: DType, disk_dir: Path) -> Plan:
     sizes = {
         unit.name: sum(torch.Size(spec.shape).numel() for spec in unit.tensors) * dtype.num_bytes
         for unit in family.units()
@@ -310,7 +310,7 @@ Make = Callable[[Family, str], tuple[Executor, KVStore, FakeCuda]]
 
 @pytest.fixture
 def make(guard: OneDevice, tmp_path: Path) -> Make:
-    def make_one(family: Family, dtype: str) -> tuple[Executor, KVStore, FakeCuda]:
+    def make_one(family: Family, dtype: DType) -> tuple[Executor, KVStore, FakeCuda]:
         device = FakeCuda()
         plan = plan_for(family, dtype, tmp_path)
         as_device: Device = device  # type: ignore[assignment]
@@ -334,7 +334,7 @@ def run_fake(executor: Executor, kv: KVStore, running: Mapping[str, Tokens]) -> 
 @pytest.mark.parametrize("dtype", DType)
 @pytest.mark.parametrize("variant", ["125m-like", "350m-like", "odd-heads"])
 def test_a_whole_pass_stays_on_the_device(
-    variant: str, dtype: str, has_flash: bool, make: Make, guard: OneDevice
+    variant: str, dtype: DType, has_flash: bool, make: Make, guard: OneDevice
 ) -> None:
     """Decode, prefill over extents, chunked prefill, scoring with and without a cache: what a pass may hold."""
     family = family_for(config(**VARIANTS[variant]))

@@ -166,7 +166,7 @@ def test_what_fits_in_any_way_has_a_least_plan(
     kv: Shares | None,
     batch: int | None,
     shares_memory: bool,
-    dtype: str,
+    dtype: DType,
 ) -> None:
     """Or planning would refuse what a search finds."""
     facts = MachineFacts(8 * GIB, 8 * GIB, shares_host_memory=shares_memory)

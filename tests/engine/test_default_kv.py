@@ -50,7 +50,7 @@ def plan_of(model: str, facts: MachineFacts, options: PlanOptions | None = None)
     kv=st.none() | st.sampled_from([Shares(100, 0, 0), Shares(50, 50, 0)]),
 )
 def test_a_model_that_is_on_the_device_whole_keeps_its_cache_there(
-    model: str, device: float, host: float, dtype: str, kv: Shares | None
+    model: str, device: float, host: float, dtype: DType, kv: Shares | None
 ) -> None:
     facts = MachineFacts(int(device * GIB), int(host * GIB), shares_host_memory=False)
     known = known_model(model)

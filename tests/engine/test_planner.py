@@ -81,14 +81,14 @@ SHAPE = ModelShape(
 UNIT_BYTES = {EMBED: 80 * MIB, HEAD: 4 * KIB, **{layer_name(i): 14 * MIB for i in range(12)}}
 
 
-def plan(options: PlanOptions, facts: MachineFacts | None = None, dtype: str = DType.FLOAT16) -> Plan:
+def plan(options: PlanOptions, facts: MachineFacts | None = None, dtype: DType = DType.FLOAT16) -> Plan:
     facts = facts or MachineFacts(64 * GIB, 64 * GIB, shares_host_memory=False)
     return resolve_plan(
         options, shape=SHAPE, stored=StoredWeights(dtype, UNIT_BYTES, {}), device="any", facts=facts, disk_dir=Path("/")
     )
 
 
-def held(chosen: Plan, stored_dtype: str, shares_host_memory: bool) -> dict[TierName, int]:
+def held(chosen: Plan, stored_dtype: DType, shares_host_memory: bool) -> dict[TierName, int]:
     """What must lie in each tier by the plan's own words, reckoned anew: weights, cache, activations, workspace."""
     wider = chosen.dtype.num_bytes / stored_dtype.num_bytes
     total = dict(chosen.kv_bytes)

@@ -80,7 +80,7 @@ def open_stream() -> Iterator[Open]:
             device,
             tiers,
             traffic,
-            homes=plan.layers,
+            layer_tiers=plan.layers,
             dtype=plan.dtype,
             num_slots=plan.staging_slots,
         )
@@ -269,7 +269,7 @@ def test_a_tier_without_room_is_an_error_and_frees_what_was_taken(model_dir: Pat
             device,
             tiers,
             Traffic(),
-            homes=plan.layers,
+            layer_tiers=plan.layers,
             dtype=plan.dtype,
             num_slots=plan.staging_slots,
         )

@@ -11,23 +11,18 @@ from transformers import OPTForCausalLM
 from engine import Engine, Generate, Generation, PlanOptions, Request, SamplingParams, Score, Scoring
 from engine.devices.cuda import CudaDevice
 from engine.memory.lane import LaneName, Reached
-from engine.tiers import Shares, TierName
+from engine.tiers import TierName
 from engine.tokenizer import Tokenizer
 from engine.units import MIB
 from engine.weights.importers.huggingface import import_checkpoint
 from tests.engine.checkpoints import Checkpoint, make_checkpoint
+from tests.engine.placements import PLACEMENTS, options_of, scattered
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device here: run tests/gpu on a GPU machine"
 )
 
 BUDGETS = {"device_memory": 512 * MIB, "host_memory": 256 * MIB, "disk_space": 256 * MIB}
-PLACEMENTS: dict[str, dict[str, object]] = {
-    "all-device": {"weights": "100/0/0", "kv": "100/0/0"},
-    "all-host": {"weights": "0/100/0", "kv": "0/100/0", "activations": "host"},
-    "all-disk": {"weights": "0/0/100", "kv": "0/0/100", "activations": "disk"},
-    "split": {"weights": "20/30/50", "kv": "20/30/50"},
-}
 LENGTHS = (1, 9, 40, 130, 250)
 
 
@@ -64,10 +59,8 @@ def requests() -> list[Request]:
     return made + [Request(("score", i), Score(text, " and so on")) for i, text in enumerate(texts())]
 
 
-def options(placement: dict[str, object], disk_dir: Path, **more: object) -> PlanOptions:
-    shares = {name: Shares.parse(str(placement[name])) for name in ("weights", "kv")}
-    small = {"micro_batch": 48, "micro_batches": 4, "extent_tokens": 32, "device": "cuda:0", "disk_dir": disk_dir}
-    return PlanOptions(**{**BUDGETS, **small, **placement, **shares, **more})  # type: ignore[arg-type]
+def options(name: str, disk_dir: Path) -> PlanOptions:
+    return options_of(name, device="cuda:0", **BUDGETS, **scattered(disk_dir))
 
 
 def results(engine: Engine) -> dict[object, object]:
@@ -89,14 +82,14 @@ def test_every_placement_says_what_transformers_says(name: str, checkpoint: Chec
     """Each greedy token is the likeliest, within rounding; scores are alike."""
     tokenizer = Tokenizer.load(checkpoint.folder / "tokenizer.json", 2)
     exact = checkpoint.model.dtype == torch.float32
-    with Engine.load(checkpoint.folder, options(PLACEMENTS[name], tmp_path)) as engine:
+    with Engine.load(checkpoint.folder, options(name, tmp_path)) as engine:
         found = results(engine)
         engine.check_integrity()
         for tier in engine.tiers.values():
             assert tier.peak <= tier.budget
         # Spill files aside, resident weights are never read again.
         second = [report.stats.weight_bytes for report in engine.passes(iter(requests()))]
-        assert (sum(second) == 0) == (name == "all-device")
+        assert (sum(second) == 0) == (PLACEMENTS[name]["weights"] == "100/0/0")
         assert results(engine) == found or not exact
     for index, text in enumerate(texts()):
         prompt = tokenizer.encode(text)
@@ -116,7 +109,7 @@ def test_placements_agree_in_float32(name: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "hf", num_hidden_layers=10)
     import_checkpoint(tmp_path / "hf", tmp_path / "model")
     found = []
-    for placement in (PLACEMENTS["all-device"], PLACEMENTS[name]):
+    for placement in ("all-device", name):
         with Engine.load(tmp_path / "model", options(placement, tmp_path)) as engine:
             found.append(results(engine))
     for key, value in found[0].items():
@@ -126,9 +119,9 @@ def test_placements_agree_in_float32(name: str, tmp_path: Path) -> None:
 def test_closing_gives_the_memory_back(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "hf")
     import_checkpoint(tmp_path / "hf", tmp_path / "model")
-    Engine.load(tmp_path / "model", options(PLACEMENTS["all-host"], tmp_path)).close()
+    Engine.load(tmp_path / "model", options("all-host", tmp_path)).close()
     before = torch.cuda.memory_reserved()
-    with Engine.load(tmp_path / "model", options(PLACEMENTS["all-device"], tmp_path)) as engine:
+    with Engine.load(tmp_path / "model", options("all-device", tmp_path)) as engine:
         results(engine)
         assert torch.cuda.memory_allocated() <= engine.plan.budgets[TierName.DEVICE]
     assert torch.cuda.memory_reserved() <= before
