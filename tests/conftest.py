@@ -1,6 +1,7 @@
 """What every room's tests share: a clean environment, a real Redis, a database, and a tiny model that is really run."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 from storage.database import Database
 from worker.private_redis import PrivateRedis
 from worker.settings import Settings, load_settings
+
+# A suite in the background (`make test &` in a script) ignores Ctrl-C, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is no failure of the code under test.
 hypothesis.settings.register_profile(
