@@ -8,11 +8,11 @@ from torch import Tensor
 
 from engine.activations import Activations
 from engine.devices.base import Device
+from engine.formats.linear import padded_rows
 from engine.kvcache.segments import MicroBatch, Segment
 from engine.kvcache.store import KVStore
 from engine.memory.tensors import torch_dtype
 from engine.model.family import Family
-from engine.model.linear import padded_rows
 from engine.model.sampling import next_tokens, score_tokens, uniform
 from engine.passes import Pass
 from engine.planner.plan import Plan

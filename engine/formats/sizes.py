@@ -1,14 +1,72 @@
-"""Bytes and operations of tensors, from their shapes. No torch."""
+"""How tensors are stored: the formats that a manifest can name, their bytes, and operations from shapes. No torch."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from math import prod
+from typing import Any, ClassVar, Protocol
 
 from engine.dtypes import DType
 
 
-def num_bytes(shape: tuple[int, ...], dtype: DType) -> int:
-    """Bytes of a tensor as it is stored, row-major and without gaps."""
-    return prod(shape) * dtype.num_bytes
+class TensorFormat(Protocol):
+    """How one tensor is stored. The module of this package that has the format's name reads it, with torch."""
+
+    @property
+    def name(self) -> str:
+        """As a manifest names it."""
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of this shape, as it is stored."""
+
+    def is_ready(self, dtype: DType) -> bool:
+        """Whether the stored bytes are what is computed with in ``dtype``: nothing must be unpacked."""
+
+    def fields(self) -> dict[str, Any]:
+        """What a manifest says of it: its name and its parameters; the other way is ``format_from``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """The values one after another, row-major and without gaps."""
+
+    dtype: DType
+    name: ClassVar[str] = "plain"
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of this shape, as it is stored."""
+        return prod(shape) * self.dtype.num_bytes
+
+    def is_ready(self, dtype: DType) -> bool:
+        """Whether it is stored in the number type that is computed in."""
+        return dtype is self.dtype
+
+    def fields(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"name": self.name, "dtype": self.dtype}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Plain":
+        """See ``format_from``."""
+        name = fields["dtype"]
+        if name not in tuple(DType):
+            raise ValueError(f"its dtype {name!r} is not one of {', '.join(DType)}")
+        return cls(DType(name))
+
+
+_FORMATS: Mapping[str, Callable[[Mapping[str, Any]], TensorFormat]] = {Plain.name: Plain.from_fields}
+
+
+def format_from(fields: Mapping[str, Any]) -> TensorFormat:
+    """The format that an object of a manifest describes.
+
+    Raises:
+        KeyError: a field is missing.
+        ValueError: a value is none that this version knows; the text is a sentence fragment for people.
+    """
+    name = fields["name"]
+    if name not in tuple(_FORMATS):
+        raise ValueError(f"its format {name!r} is not one of {', '.join(_FORMATS)}; upgrade overnight")
+    return _FORMATS[name](fields)
 
 
 def token_flops(shapes: Iterable[tuple[int, ...]]) -> float:

@@ -205,7 +205,12 @@ def cache_plan(
         weights=Shares(100, 0, 0), micro_batch=max(effort.lengths),
     )  # fmt: skip
     plan = resolve_plan(
-        options, shape=shape, stored=StoredWeights(dtype, units, {}), device=device, facts=facts, disk_dir=Path()
+        options,
+        shape=shape,
+        stored=StoredWeights.of_one_tensor(dtype, units),
+        device=device,
+        facts=facts,
+        disk_dir=Path(),
     )
     # Extents of a spill file are whole pages.
     pages = _SPILLED * PAGE_BYTES if tier is TierName.DISK else 0

@@ -110,7 +110,7 @@ def _small_model(path: Path, depth: int, dtype: DType) -> Path:
     path.mkdir()
     units = []
     for unit in family_for(config).units():
-        layout = UnitLayout.of(unit, dtype)
+        layout = UnitLayout.plain(unit, dtype)
         values = torch.randn(layout.num_bytes // torch_dtype(dtype).itemsize).mul_(0.02).to(torch_dtype(dtype))
         data = values.view(torch.uint8).numpy().tobytes()
         (path / unit.name).write_bytes(data)

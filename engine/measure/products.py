@@ -11,10 +11,10 @@ from torch import Tensor
 
 from engine.devices.base import Device
 from engine.dtypes import DType
+from engine.formats.linear import padded_rows
 from engine.measure.effort import Effort, Points, timed
 from engine.memory.tensors import torch_dtype
 from engine.model.family import EMBED, HEAD, Attend, Family, NamedWeights, layer_name
-from engine.model.linear import padded_rows
 from engine.model.registry import family_for, reference_config
 from engine.model.sampling import next_tokens
 from engine.request import SamplingParams

@@ -128,4 +128,4 @@ class _Width:
 
     def _unit(self, name: str, dtype: DType) -> int:
         unit = next(unit for unit in self._family.units() if unit.name == name)
-        return UnitLayout.of(unit, dtype).num_bytes
+        return UnitLayout.plain(unit, dtype).num_bytes

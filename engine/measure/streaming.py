@@ -56,10 +56,10 @@ def streamed(
     """
     family = family_of(hidden_size, effort)
     spec = next(unit for unit in family.units() if unit.name == layer_name(0))
-    layout = UnitLayout.of(spec, dtype)
+    layout = UnitLayout.plain(spec, dtype)
     number = max(MIN_STREAMED, effort.streamed_bytes // layout.num_bytes)
     layers = [layer_name(index) for index in range(number)]
-    nothing = UnitLayout({}, UnitLayout.of(replace(spec, tensors=()), dtype).num_bytes)
+    nothing = UnitLayout({}, UnitLayout.plain(replace(spec, tensors=()), dtype).num_bytes)
     units = {EMBED: nothing, **dict.fromkeys(layers, layout), HEAD: nothing}
     with unit_files(folder / f"width-{hidden_size}", units, dtype, effort) as files:
         alone = read_rate(files, layers, device, effort)
@@ -84,8 +84,8 @@ def _together(
         host_memory=_ENDLESS, disk_space=0, micro_batch=max(effort.tokens),
     )  # fmt: skip
     plan = resolve_plan(
-        options, shape=shape, stored=StoredWeights(dtype, sizes, {}), device=device.name, facts=facts_of(device),
-        disk_dir=Path(),
+        options, shape=shape, stored=StoredWeights.of_one_tensor(dtype, sizes), device=device.name,
+        facts=facts_of(device), disk_dir=Path(),
     )  # fmt: skip
     tiers = {
         TierName.DEVICE: MemoryTier(TierName.DEVICE, plan.other_bytes[TierName.DEVICE], device.allocate),

@@ -13,15 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.memory.malloc import LARGEST_KEPT
+from engine.formats.linear import linear, row_parts
 from engine.model.family import Attend, Config, NamedWeights
-from engine.model.linear import linear
 from engine.model.opt_sizes import POSITION_OFFSET, OPTSizes
-from engine.units import MIB, div_ceil
-
-FFN_BYTES = LARGEST_KEPT - MIB
-"""Of the widest tensor of a layer: the feed-forward block takes so many tokens at a time that this one is memory that
-was used a moment ago instead of fresh pages, and no fewer, for small products run at less speed."""
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -108,8 +102,7 @@ class OPT(OPTSizes):
         if not self.norm_before:
             hidden_TD = self._norm(weights, "attention_norm", hidden_TD)
         x_TD = self._norm(weights, "ffn_norm", hidden_TD) if self.norm_before else hidden_TD
-        width = self.shape.ffn_size * x_TD.element_size()
-        parts = max(1, div_ceil(x_TD.shape[0] * width, FFN_BYTES))  # of equal size: a small rest would be slow
+        parts = row_parts(x_TD.shape[0], self.shape.ffn_size * x_TD.element_size())
         for rows_RD, x_RD in zip(torch.chunk(hidden_TD, parts), torch.chunk(x_TD, parts), strict=True):
             rows_RD.add_(self._feed_forward(weights, x_RD))
         return hidden_TD if self.norm_before else self._norm(weights, "ffn_norm", hidden_TD)

@@ -129,8 +129,8 @@ def resolve_plan(
 
     fixed = dict.fromkeys(TierName, 0)
     fixed[TierName.DEVICE] += workspace + slots * largest_layer + kv_slots * slot_bytes
-    if streamed and dtype != stored.dtype:
-        fixed[TierName.DEVICE] += largest_layer * dtype.num_bytes // stored.dtype.num_bytes
+    if streamed and not stored.is_ready(dtype):
+        fixed[TierName.DEVICE] += max(stored.computed_bytes(layer_name(index), dtype) for index in range(len(layers)))
     activation_bytes = micro_batches * batch_bytes
     # Pieces of a spill file are whole pages.
     fixed[activations] += align_up(activation_bytes, 4 * KIB) if activations is TierName.DISK else activation_bytes

@@ -7,7 +7,6 @@ undamaged, their checksums show when they are read.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.dtypes import DType
 from engine.errors import CheckpointError
 from engine.model.family import Sizes, UnitSpec
 from engine.model.registry import sizes_for
@@ -57,25 +56,26 @@ def check_units(manifest: Manifest, model_dir: Path) -> Sizes:
         what = "lists no unit" if name in wanted else "lists the unknown unit"
         raise CheckpointError(f"{path} {what} {name!r}; import the model again")
     for name, unit in wanted.items():
-        _check_unit(found[name], unit, manifest.dtype, path)
+        _check_unit(found[name], unit, path)
     return sizes
 
 
-def _check_unit(found: UnitEntry, wanted: UnitSpec, dtype: DType, path: Path) -> None:
-    layout = UnitLayout.of(wanted, dtype)
-    for name in layout.tensors.keys() ^ found.tensors.keys():
-        what = "has no tensor" if name in layout.tensors else "has the unknown tensor"
+def _check_unit(found: UnitEntry, wanted: UnitSpec, path: Path) -> None:
+    shapes = {tensor.name: tensor.shape for tensor in wanted.tensors}
+    for name in shapes.keys() ^ found.tensors.keys():
+        what = "has no tensor" if name in shapes else "has the unknown tensor"
         raise CheckpointError(f"{path}: unit {wanted.name!r} {what} {name!r}; import the model again")
-    for name, entry in layout.tensors.items():
-        if found.tensors[name].shape != entry.shape:
+    for name, shape in shapes.items():
+        if found.tensors[name].shape != shape:
             raise CheckpointError(
                 f"{path}: tensor {name!r} of unit {wanted.name!r} has shape {found.tensors[name].shape}, and the "
-                f"configuration asks for {entry.shape}; import the model again"
+                f"configuration asks for {shape}; import the model again"
             )
+    layout = UnitLayout.of(wanted, {name: entry.format for name, entry in found.tensors.items()})
     if found.num_bytes != layout.num_bytes or dict(found.tensors) != dict(layout.tensors):
         raise CheckpointError(
-            f"{path}: unit {wanted.name!r} is not laid out as {layout.num_bytes} bytes of {dtype}; import the model "
-            "again"
+            f"{path}: the {found.num_bytes} bytes of unit {wanted.name!r} are not laid out as tensors of these formats "
+            f"are, in {layout.num_bytes} bytes; import the model again"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError, LaneFailed
-from engine.memory.tensors import torch_dtype
+from engine.formats.operands import operand, unpack
 from engine.units import MIB
 from engine.weights.manifest import PAGE_BYTES, Manifest, TensorEntry, UnitEntry, read_manifest
 
@@ -33,9 +33,6 @@ class WeightFiles:
     def __init__(self, model_dir: Path, manifest: Manifest) -> None:
         self._dir = model_dir
         self._units = {unit.name: unit for unit in manifest.units}
-        self.dtype = torch_dtype(manifest.dtype)
-        """How the weights are stored."""
-        self._item_bytes = manifest.dtype.num_bytes
         self._lock = Lock()  # guards the two below
         self._open: dict[str, _File] = {}
         self._verified: set[str] = set()
@@ -101,14 +98,20 @@ class WeightFiles:
         return unit.num_bytes
 
     def tensors(self, name: str, raw: Tensor) -> dict[str, Tensor]:
-        """A unit's tensors as views of its file's bytes, ``uint8 [>= num_bytes]`` on any device; nothing is copied."""
-        views = {}
-        for tensor_name, entry in self._units[name].tensors.items():
-            num_bytes = self._item_bytes
-            for size in entry.shape:
-                num_bytes *= size
-            views[tensor_name] = raw[entry.offset : entry.offset + num_bytes].view(self.dtype).view(entry.shape)
-        return views
+        """A unit's tensors over its file's bytes, ``uint8 [>= num_bytes]`` on any device; nothing is copied.
+
+        For units whose tensors are all stored as they are computed with.
+        """
+        return {
+            tensor_name: operand(entry.format, raw[entry.offset : entry.offset + entry.num_bytes], entry.shape)
+            for tensor_name, entry in self._units[name].tensors.items()
+        }
+
+    def unpack(self, name: str, raw: Tensor, out: Mapping[str, Tensor]) -> None:
+        """The values of some of a unit's tensors, from its file's bytes into tensors of the compute dtype."""
+        for tensor_name, tensor in out.items():
+            entry = self._units[name].tensors[tensor_name]
+            unpack(entry.format, raw[entry.offset : entry.offset + entry.num_bytes], tensor)
 
     def close(self) -> None:
         """Ends the threads and closes every file; no read may be under way."""

@@ -3,15 +3,16 @@ count on. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Self
 
 from engine.dtypes import DType
-from engine.formats.sizes import num_bytes, token_flops
+from engine.formats.sizes import Plain, TensorFormat, token_flops
 from engine.model.family import EMBED, HEAD, Sizes, UnitSpec
 from engine.model.registry import sizes_for
 from engine.units import align_up
-from engine.weights.manifest import PAGE_BYTES, TENSOR_ALIGNMENT, Manifest, TensorEntry
-from engine.weights.stored import StoredWeights
+from engine.weights.manifest import PAGE_BYTES, Manifest, TensorEntry
+from engine.weights.stored import TENSOR_ALIGNMENT, StoredWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +24,26 @@ class UnitLayout:
     """The file's size, a multiple of ``PAGE_BYTES``."""
 
     @classmethod
-    def of(cls, unit: UnitSpec, dtype: DType) -> Self:
-        """The layout of ``unit`` stored in ``dtype``: its tensors in order, each aligned."""
+    def of(cls, unit: UnitSpec, formats: Mapping[str, TensorFormat]) -> Self:
+        """The layout of ``unit``, its tensors stored in these formats: in order, each aligned."""
         tensors, end = {}, 0
         for tensor in unit.tensors:
+            stored = formats[tensor.name]
             offset = align_up(end, TENSOR_ALIGNMENT)
-            tensors[tensor.name] = TensorEntry(offset, tensor.shape)
-            end = offset + num_bytes(tensor.shape, dtype)
+            tensors[tensor.name] = TensorEntry(offset, tensor.shape, stored)
+            end = offset + stored.num_bytes(tensor.shape)
         return cls(tensors, max(PAGE_BYTES, align_up(end, PAGE_BYTES)))
+
+    @classmethod
+    def plain(cls, unit: UnitSpec, dtype: DType) -> Self:
+        """The layout of ``unit`` with all its tensors plain, in ``dtype``."""
+        return cls.of(unit, {tensor.name: Plain(dtype) for tensor in unit.tensors})
 
 
 def stored_as(sizes: Sizes, dtype: DType) -> StoredWeights:
     """A model as its import would store it in ``dtype``."""
-    units = sizes.units()
-    return StoredWeights(dtype, {unit.name: UnitLayout.of(unit, dtype).num_bytes for unit in units}, flops_of(sizes))
+    unit_bytes = {unit.name: UnitLayout.plain(unit, dtype).num_bytes for unit in sizes.units()}
+    return StoredWeights(dtype, unit_bytes, _values_of(sizes), flops_of(sizes))
 
 
 def stored_in(manifest: Manifest) -> StoredWeights:
@@ -45,8 +52,9 @@ def stored_in(manifest: Manifest) -> StoredWeights:
     Raises:
         CheckpointError: its configuration is of no family that there is.
     """
-    flops = flops_of(sizes_for(manifest.config))
-    return StoredWeights(manifest.dtype, {unit.name: unit.num_bytes for unit in manifest.units}, flops)
+    sizes = sizes_for(manifest.config)
+    unit_bytes = {unit.name: unit.num_bytes for unit in manifest.units}
+    return StoredWeights(manifest.dtype, unit_bytes, _values_of(sizes), flops_of(sizes))
 
 
 def flops_of(sizes: Sizes) -> dict[str, float]:
@@ -57,3 +65,7 @@ def flops_of(sizes: Sizes) -> dict[str, float]:
     if sizes.head_needs_embedding():
         flops[HEAD] += token_flops([units[EMBED].tensors[0].shape])
     return flops
+
+
+def _values_of(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    return {unit.name: tuple(prod(tensor.shape) for tensor in unit.tensors) for unit in sizes.units()}

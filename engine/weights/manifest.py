@@ -7,24 +7,25 @@ import json
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from math import prod
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.dtypes import DType
 from engine.errors import CheckpointError
+from engine.formats.sizes import Plain, TensorFormat, format_from
 from engine.units import MIB
+from engine.weights.stored import TENSOR_ALIGNMENT
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 knew no formats: every tensor was plain, in the dtype of the whole."""
 MOST_BYTES = 256 * MIB
 """The largest manifest or tokenizer that is taken for one: they are read whole."""
 PAGE_BYTES = 4096
 """Weight files are whole pages long, so that direct reads need no special last piece."""
-TENSOR_ALIGNMENT = 256
-"""Where a tensor may begin within its file: what GPU kernels and host vector units like best."""
 PARTIAL_NAME = re.compile(r"\..+\.partial-\d+")
 """Directories that an import is still writing, or left behind when it was killed."""
 
@@ -35,10 +36,16 @@ _UNIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies in its unit's file, row-major."""
+    """Where one tensor lies in its unit's file, and how."""
 
     offset: int
     shape: tuple[int, ...]
+    format: TensorFormat
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes from ``offset`` on."""
+        return self.format.num_bytes(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class Manifest:
     config: Mapping[str, Any]
     """The checkpoint's ``config.json``, whole."""
     dtype: DType
-    """How the weights are stored."""
+    """The number type of the weights that are plain, and the default to compute in."""
     units: tuple[UnitEntry, ...]
     num_bytes: int
     """Equal to ``sum(unit.num_bytes for unit in units)``."""
@@ -84,7 +91,9 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        fields = {each.name: getattr(self, each.name) for each in dataclass_fields(self)}
+        fields["units"] = [_unit_fields(unit) for unit in self.units]
+        return json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
@@ -107,12 +116,13 @@ class Manifest:
                 f"its format version is {version}, and this overnight reads up to {FORMAT_VERSION}; upgrade overnight"
             )
         try:
+            model_type = _typed(fields["model_type"], str)
+            plain = Plain.from_fields(fields)
             manifest = cls(
-                format_version=version,
-                model_type=_typed(fields["model_type"], str),
+                model_type=model_type,
                 config=_typed(fields["config"], dict),
-                dtype=_dtype(fields["dtype"]),
-                units=tuple(_unit(entry) for entry in _typed(fields["units"], list)),
+                dtype=plain.dtype,
+                units=tuple(_unit(entry, plain if version == 1 else None) for entry in _typed(fields["units"], list)),
                 num_bytes=_typed(fields["num_bytes"], int),
                 source=_typed(fields["source"], str),
                 created_by=_typed(fields["created_by"], str),
@@ -141,7 +151,11 @@ class Manifest:
             if unit.num_bytes % PAGE_BYTES or not unit.checksum.startswith("sha256:"):
                 raise ValueError(f"unit {unit.name!r} has an impossible size or checksum")
             for name, tensor in unit.tensors.items():
-                end = tensor.offset + prod(tensor.shape) * self.dtype.num_bytes
+                if isinstance(tensor.format, Plain) and tensor.format.dtype is not self.dtype:
+                    raise ValueError(
+                        f"tensor {name!r} of unit {unit.name!r} is {tensor.format.dtype}, not {self.dtype}"
+                    )
+                end = tensor.offset + tensor.num_bytes
                 if tensor.offset < 0 or tensor.offset % TENSOR_ALIGNMENT or end > unit.num_bytes:
                     raise ValueError(f"tensor {name!r} of unit {unit.name!r} does not lie within its file")
 
@@ -213,30 +227,33 @@ def _check_file(path: Path, num_bytes: int) -> None:
         raise CheckpointError(f"{path} has {stats.st_size} bytes instead of {num_bytes}; import the model again")
 
 
-def _unit(fields: Any) -> UnitEntry:
+def _unit_fields(unit: UnitEntry) -> dict[str, Any]:
+    tensors = {
+        name: {"offset": entry.offset, "shape": entry.shape, "format": entry.format.fields()}
+        for name, entry in unit.tensors.items()
+    }
+    return {**{each.name: getattr(unit, each.name) for each in dataclass_fields(unit)}, "tensors": tensors}
+
+
+def _unit(fields: Any, default: TensorFormat | None) -> UnitEntry:
+    """``default``: the format of all its tensors, where a manifest names none."""
     fields = _typed(fields, dict)
     return UnitEntry(
         name=_typed(fields["name"], str),
         file=_typed(fields["file"], str),
         num_bytes=_typed(fields["num_bytes"], int),
         checksum=_typed(fields["checksum"], str),
-        tensors={name: _tensor(entry) for name, entry in _typed(fields["tensors"], dict).items()},
+        tensors={name: _tensor(entry, default) for name, entry in _typed(fields["tensors"], dict).items()},
     )
 
 
-def _tensor(fields: Any) -> TensorEntry:
+def _tensor(fields: Any, default: TensorFormat | None) -> TensorEntry:
     fields = _typed(fields, dict)
     shape = tuple(_typed(size, int) for size in _typed(fields["shape"], list))
     if any(size < 0 for size in shape):
         raise TypeError("a negative size in a shape")
-    return TensorEntry(offset=_typed(fields["offset"], int), shape=shape)
-
-
-def _dtype(value: Any) -> DType:
-    name = _typed(value, str)
-    if name not in tuple(DType):
-        raise ValueError(f"its dtype {name!r} is not one of {', '.join(DType)}")
-    return DType(name)
+    stored = default or format_from(_typed(fields["format"], dict))
+    return TensorEntry(offset=_typed(fields["offset"], int), shape=shape, format=stored)
 
 
 def _typed(value: Any, kind: type[T]) -> T:

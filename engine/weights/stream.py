@@ -6,6 +6,7 @@ The ring runs on across the end of a pass: while the last layers are computed, t
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from engine.memory.traffic import Traffic
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
 from engine.tiers import TierName
 from engine.weights.files import WeightFiles
+from engine.weights.stored import unpacked_bytes
 
 _REACHED = Reached()
 
@@ -60,7 +62,7 @@ class WeightStream:
         self._files = files
         self._device = device
         self._traffic = traffic
-        self._dtype = torch_dtype(dtype)
+        self._dtype = dtype
         self._tiers = tiers
         self._blocks: list[Block] = []
         self._resident: dict[str, NamedWeights] = {}
@@ -94,7 +96,7 @@ class WeightStream:
             return
         if self._device.shares_host_memory and name in self._host:
             self._traffic.computes(name)
-            yield self._cast(name, self._files.tensors(name, self._host[name].data))
+            yield self._operands(name, self._host[name].data)
             return
         if self._streamed[self._entered % len(self._streamed)] != name:
             raise EngineError(f"{name} is entered out of turn")
@@ -104,8 +106,7 @@ class WeightStream:
         with self._traffic.waiting(then=name):
             slot.filled.wait()
             self._device.compute_after(slot.copied)
-        weights = self._cast(name, self._files.tensors(name, slot.device.data))
-        yield weights
+        yield self._operands(name, slot.device.data)
         slot.freed = self._device.compute_mark()
         self._entered += 1
         self._begin_next()
@@ -126,7 +127,7 @@ class WeightStream:
         )
 
     def _place(self, layer_tiers: Sequence[TierName], num_slots: int) -> None:
-        self._cast_block: Block | None = None
+        self._unpacked: Block | None = None
         self._streamed: list[str] = []
         tier_of = {layer_name(index): tier for index, tier in enumerate(layer_tiers)}
         for name in (EMBED, *tier_of, HEAD):
@@ -140,8 +141,9 @@ class WeightStream:
             if tier is TierName.DISK or (tier is TierName.HOST and not self._device.shares_host_memory):
                 self._streamed.append(name)
         away = [name for name, tier in tier_of.items() if tier is not TierName.DEVICE]
-        if away and self._casts:
-            self._cast_block = self._allocate(TierName.DEVICE, max(self._computed_bytes(name) for name in away))
+        to_unpack = [self._unpacked_bytes(name) for name in away if not self._is_ready(name)]
+        if to_unpack:
+            self._unpacked = self._allocate(TierName.DEVICE, max(to_unpack))
         if self._streamed:
             size = max(self._files.num_bytes(name) for name in self._streamed)
             bounce = not self._device.shares_host_memory and TierName.DISK in layer_tiers
@@ -151,12 +153,13 @@ class WeightStream:
             for _ in self._slots:
                 self._begin_next()
 
-    @property
-    def _casts(self) -> bool:
-        return self._dtype != self._files.dtype
+    def _is_ready(self, name: str) -> bool:
+        """Whether all tensors of a unit are computed with as they are stored."""
+        return all(entry.format.is_ready(self._dtype) for entry in self._files.entries(name).values())
 
-    def _computed_bytes(self, name: str) -> int:
-        return self._files.num_bytes(name) * self._dtype.itemsize // self._files.dtype.itemsize
+    def _unpacked_bytes(self, name: str) -> int:
+        entries = self._files.entries(name).values()
+        return sum(unpacked_bytes(prod(entry.shape), self._dtype) for entry in entries)
 
     def _allocate(self, tier: TierName, num_bytes: int) -> Block:
         block = self._tiers[tier].allocate(num_bytes, "weights")
@@ -164,42 +167,49 @@ class WeightStream:
         return block
 
     def _load(self, name: str) -> NamedWeights:
-        """A unit that stays on the device: read once, cast once."""
-        block = self._allocate(TierName.DEVICE, self._computed_bytes(name))
-        if not self._casts and self._device.shares_host_memory:
-            self._read(name, block.data)
+        """A unit that stays on the device: read once, unpacked once."""
+        if self._is_ready(name):
+            block = self._allocate(TierName.DEVICE, self._files.num_bytes(name))
+            if self._device.shares_host_memory:
+                self._read(name, block.data)
+            else:
+                raw = self._device.allocate_host(self._files.num_bytes(name))
+                self._read(name, raw)
+                self._copy_in(name, block.data, raw).wait()
             return self._files.tensors(name, block.data)
+        # Unpacked on the host: the device budget has no room for a second copy of the largest unit.
+        block = self._allocate(TierName.DEVICE, self._unpacked_bytes(name))
         raw = self._device.allocate_host(self._files.num_bytes(name))
         self._read(name, raw)
-        if not self._casts:
-            self._copy_in(name, block.data, raw).wait()
-            return self._files.tensors(name, block.data)
-        # Cast on the host: the device budget has no room for a second copy of the largest unit.
-        views = self._views(name, block.data)
-        for tensor_name, stored in self._files.tensors(name, raw).items():
-            if self._device.shares_host_memory:
-                views[tensor_name].copy_(stored)
-            else:
-                self._copy_in(name, views[tensor_name], stored.to(self._dtype)).wait()
-        return views
+        if self._device.shares_host_memory:
+            return self._unpack(name, raw, block.data)
+        places = self._places(name, block.data)
+        for tensor_name, place in places.items():
+            unpacked = torch.empty_like(place, device="cpu")
+            self._files.unpack(name, raw, {tensor_name: unpacked})
+            self._copy_in(name, place, unpacked).wait()
+        return places
 
-    def _views(self, name: str, data: Tensor) -> dict[str, Tensor]:
-        """A unit's tensors in the compute dtype over ``data``: the stored layout, scaled."""
-        stored, computed = self._files.dtype.itemsize, self._dtype.itemsize
-        views = {}
+    def _places(self, name: str, data: Tensor) -> dict[str, Tensor]:
+        """Where a unit's tensors lie in ``data`` once they are unpacked: one behind the other."""
+        places, begin = {}, 0
         for tensor_name, entry in self._files.entries(name).items():
-            offset = entry.offset * computed // stored
-            shape = torch.Size(entry.shape)
-            views[tensor_name] = data[offset : offset + shape.numel() * computed].view(self._dtype).view(shape)
-        return views
+            num_values = prod(entry.shape)
+            end = begin + num_values * self._dtype.num_bytes
+            places[tensor_name] = data[begin:end].view(torch_dtype(self._dtype)).view(entry.shape)
+            begin += unpacked_bytes(num_values, self._dtype)
+        return places
 
-    def _cast(self, name: str, stored: NamedWeights) -> NamedWeights:
-        if self._cast_block is None:
-            return stored
-        views = self._views(name, self._cast_block.data)
-        for tensor_name, tensor in stored.items():
-            views[tensor_name].copy_(tensor)
-        return views
+    def _unpack(self, name: str, raw: Tensor, into: Tensor) -> NamedWeights:
+        places = self._places(name, into)
+        self._files.unpack(name, raw, places)
+        return places
+
+    def _operands(self, name: str, raw: Tensor) -> NamedWeights:
+        """What a layer that does not stay is computed with: its bytes as they lie, or the buffer for unpacked ones."""
+        if self._unpacked is None or self._is_ready(name):
+            return self._files.tensors(name, raw)
+        return self._unpack(name, raw, self._unpacked.data)
 
     def _begin_next(self) -> None:
         """Queue the next streamed layer for the slot that was freed last."""

@@ -275,7 +275,7 @@ def plan_for(family: Family, dtype: DType, disk_dir: Path) -> Plan:
     return resolve_plan(
         options,
         shape=family.shape,
-        stored=StoredWeights(dtype, sizes, {}),
+        stored=StoredWeights.of_one_tensor(dtype, sizes),
         device="cuda:0",
         facts=MachineFacts(64 * MIB, 64 * MIB, shares_host_memory=False),
         disk_dir=disk_dir,

@@ -501,7 +501,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path) -> None:
         from engine.model.family import TensorSpec, UnitSpec
         from engine.weights.layout import UnitLayout
         from engine.weights.writer import ModelWriter
-        layout = UnitLayout.of(UnitSpec("embed", (TensorSpec("w", (1 << 20,), ("w",)),)), DType.FLOAT32)
+        layout = UnitLayout.plain(UnitSpec("embed", (TensorSpec("w", (1 << 20,), ("w",)),)), DType.FLOAT32)
         try:
             with ModelWriter(Path(sys.argv[1]) / "model", 4096) as writer:
                 writer.write_unit("embed", layout, [("w", [bytes(4 << 20)])])
@@ -524,10 +524,10 @@ def test_layouts_align_tensors_and_pad_files() -> None:
     from engine.model.family import TensorSpec, UnitSpec
 
     unit = UnitSpec("u", (TensorSpec("a", (3,), ("a",)), TensorSpec("b", (5, 7), ("b",)), TensorSpec("c", (), ("c",))))
-    layout = UnitLayout.of(unit, DType.FLOAT16)
+    layout = UnitLayout.plain(unit, DType.FLOAT16)
     assert [tensor.offset for tensor in layout.tensors.values()] == [0, 256, 512]
     assert layout.num_bytes == 4096
-    assert UnitLayout.of(UnitSpec("empty", ()), DType.FLOAT32).num_bytes == 4096
+    assert UnitLayout.plain(UnitSpec("empty", ()), DType.FLOAT32).num_bytes == 4096
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import engine.model.linear as linear_module
+import engine.formats.linear as linear_module
+from engine.formats.linear import padded_rows
 from engine.memory.kernels import CAPACITY, limit_kept_kernels
 from engine.model.attention import CAUSAL_ROWS, KERNEL_STEP, _causal_blocks
-from engine.model.linear import padded_rows
 
 CPU = torch.device("cpu")
 

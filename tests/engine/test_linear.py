@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import engine.model.linear as linear_module
-from engine.model.linear import linear
+import engine.formats.linear as linear_module
+from engine.formats.linear import linear
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 

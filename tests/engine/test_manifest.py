@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.dtypes import DType
 from engine.errors import CheckpointError
+from engine.formats.sizes import Plain
 from engine.weights.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -23,13 +25,15 @@ from engine.weights.manifest import (
 
 def make_manifest() -> Manifest:
     units = tuple(
-        UnitEntry(name, f"{name}.bin", PAGE_BYTES, "sha256:00", {"weight": TensorEntry(256, (3, 5))})
+        UnitEntry(
+            name, f"{name}.bin", PAGE_BYTES, "sha256:00", {"weight": TensorEntry(256, (3, 5), Plain(DType.FLOAT16))}
+        )
         for name in ("embed", "layer.0", "head")
     )
     return Manifest(
         model_type="opt",
         config={"model_type": "opt", "nested": {"list": [1, 2.5, None, "ü"]}},
-        dtype="float16",
+        dtype=DType.FLOAT16,
         units=units,
         num_bytes=3 * PAGE_BYTES,
         source="opt-tiny",
@@ -51,6 +55,35 @@ def model_dir(tmp_path: Path) -> Path:
 
 def test_round_trip() -> None:
     assert Manifest.from_json(make_manifest().to_json()) == make_manifest()
+
+
+def test_version_1_named_no_formats() -> None:
+    fields = json.loads(make_manifest().to_json())
+    assert fields["units"][0]["tensors"]["weight"]["format"] == {"name": "plain", "dtype": "float16"}
+    for unit in fields["units"]:
+        del unit["tensors"]["weight"]["format"]
+    with pytest.raises(ValueError, match="its field 'format' is missing"):
+        Manifest.from_json(json.dumps(fields))
+    assert Manifest.from_json(json.dumps(fields | {"format_version": 1})) == make_manifest()
+
+
+@pytest.mark.parametrize(
+    ("described", "says"),
+    [
+        ({"name": "int3"}, "its format 'int3' is not one of plain; upgrade overnight"),
+        ({"name": ["plain"]}, "is not one of plain"),
+        ({"name": "plain", "dtype": "int8"}, "its dtype 'int8' is not one of"),
+        ({"name": "plain"}, "its field 'dtype' is missing"),
+        ({"name": "plain", "dtype": "float32"}, "tensor 'weight' of unit 'embed' is float32, not float16"),
+        ("plain", "wrong type"),
+        ({}, "its field 'name' is missing"),
+    ],
+)
+def test_what_is_no_format(described: object, says: str) -> None:
+    fields = json.loads(make_manifest().to_json())
+    fields["units"][0]["tensors"]["weight"]["format"] = described
+    with pytest.raises(ValueError, match=says):
+        Manifest.from_json(json.dumps(fields))
 
 
 def test_a_complete_directory_is_read(model_dir: Path) -> None:

@@ -84,7 +84,12 @@ UNIT_BYTES = {EMBED: 80 * MIB, HEAD: 4 * KIB, **{layer_name(i): 14 * MIB for i i
 def plan(options: PlanOptions, facts: MachineFacts | None = None, dtype: DType = DType.FLOAT16) -> Plan:
     facts = facts or MachineFacts(64 * GIB, 64 * GIB, shares_host_memory=False)
     return resolve_plan(
-        options, shape=SHAPE, stored=StoredWeights(dtype, UNIT_BYTES, {}), device="any", facts=facts, disk_dir=Path("/")
+        options,
+        shape=SHAPE,
+        stored=StoredWeights.of_one_tensor(dtype, UNIT_BYTES),
+        device="any",
+        facts=facts,
+        disk_dir=Path("/"),
     )
 
 

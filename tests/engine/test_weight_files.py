@@ -12,11 +12,13 @@ import torch
 
 from engine.dtypes import DType
 from engine.errors import CheckpointError, LaneFailed
+from engine.formats.sizes import Plain
 from engine.memory.aligned import aligned_empty
 from engine.units import MIB
 from engine.weights.files import READ_BYTES, WeightFiles, _File
 from engine.weights.manifest import PAGE_BYTES, Manifest, TensorEntry, UnitEntry
 
+PLAIN = Plain(DType.BFLOAT16)
 SIZES = {"embed": PAGE_BYTES, "layer.0": 2 * READ_BYTES + 3 * PAGE_BYTES, "layer.1": READ_BYTES, "head": 5 * PAGE_BYTES}
 
 CONTENTS = os.urandom(max(SIZES.values()))
@@ -31,9 +33,9 @@ def manifest(tmp_path: Path) -> Manifest:
         content = CONTENTS[:size]
         (tmp_path / f"{name}.bin").write_bytes(content)
         tensors = {
-            "a": TensorEntry(0, (3, 5)),
-            "b": TensorEntry(256, (size // 2 - 128,)),
-            "none": TensorEntry(0, (0, 9)),
+            "a": TensorEntry(0, (3, 5), PLAIN),
+            "b": TensorEntry(256, (size // 2 - 128,), PLAIN),
+            "none": TensorEntry(0, (0, 9), PLAIN),
         }
         units.append(UnitEntry(name, f"{name}.bin", size, CHECKSUMS[name], tensors))
     return Manifest(

@@ -62,7 +62,7 @@ def import_checkpoint(
     with Checkpoint(source) as checkpoint:
         checkpoint.check(units)
         stored = dtype or checkpoint.default_dtype(config, units)
-        layouts = {unit.name: UnitLayout.of(unit, stored) for unit in units}
+        layouts = {unit.name: UnitLayout.plain(unit, stored) for unit in units}
         num_bytes = sum(layout.num_bytes for layout in layouts.values())
         report = _Reporter(on_progress, num_bytes)
         with ModelWriter(destination, num_bytes) as writer:

@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.units import align_up
+from engine.memory.malloc import LARGEST_KEPT
+from engine.units import MIB, align_up, div_ceil
 
+WIDEST_BYTES = LARGEST_KEPT - MIB
+"""Of one result: the C library keeps freed memory up to a size, and returns larger pieces to the system at once."""
 _FEW_ROWS = 256
 _STEPS = 16, 32
 """Few rows are padded to a multiple of the first, the height of a matrix unit's tile; more, to one of the second."""
@@ -23,6 +26,15 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, relu: bool
         return fused
     out_TO = F.linear(x_TI, weight_OI, bias_O)
     return torch.relu_(out_TO) if relu else out_TO  # in place: the widest tensor of a layer need not exist twice
+
+
+def row_parts(num_rows: int, widest_bytes: int) -> int:
+    """In how many parts, of equal size, rows should go through a block whose widest tensor has so many bytes a row.
+
+    So that this tensor is memory that was used a moment ago, not fresh pages; and no more parts than that takes, since
+    small products run at less speed.
+    """
+    return max(1, div_ceil(num_rows * widest_bytes, WIDEST_BYTES))
 
 
 def padded_rows(num_rows: int, dtype: torch.dtype, device: torch.device) -> int:
