@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from engine import engine as engine_module
-from engine.devices.base import Device
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
 from engine.engine import Engine
+from engine.memory.device import Device
 from engine.request import Choose, Generate, Request, SamplingParams
 from engine.weights.importers.huggingface import import_checkpoint
 from tests.engine.placements import PLACEMENTS, options_of

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from engine.devices.base import Device
+from engine.memory.device import Device
 from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier, Extent
 from engine.memory.tensors import torch_dtype

@@ -9,12 +9,12 @@ from typing import Self
 
 from engine.activations import Activations
 from engine.balance import Balance
-from engine.closing import run_all
-from engine.devices.base import Device
 from engine.devices.open import facts_of, open_device
 from engine.errors import EngineError
 from engine.executor import Executor
 from engine.kvcache.store import KVStore
+from engine.memory.closing import run_all
+from engine.memory.device import Device
 from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
 from engine.memory.tier import MemoryTier, Tier

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from engine.activations import Activations
-from engine.devices.base import Device
 from engine.formats.linear import padded_rows
 from engine.kvcache.segments import MicroBatch, Segment
 from engine.kvcache.store import KVStore
+from engine.memory.device import Device
 from engine.memory.tensors import torch_dtype
 from engine.model.family import Family
 from engine.model.sampling import next_tokens, score_tokens, uniform

@@ -66,7 +66,7 @@ class _Pinned(mmap.mmap):
 
 
 class CudaDevice:
-    """Implements ``engine.devices.base.Device`` for one GPU. Nothing here counts on the calling thread's stream."""
+    """Implements ``engine.memory.device.Device`` for one GPU. Nothing here counts on the calling thread's stream."""
 
     shares_host_memory = False
 

@@ -12,7 +12,7 @@ from engine.memory.malloc import keep_freed_memory
 
 
 class HostDevice:
-    """Implements ``engine.devices.base.Device`` on the CPU; the calling thread is the compute lane."""
+    """Implements ``engine.memory.device.Device`` on the CPU; the calling thread is the compute lane."""
 
     name = "cpu"
     shares_host_memory = True

@@ -2,11 +2,11 @@
 
 import torch
 
-from engine.devices.base import Device
 from engine.devices.facts import MachineFacts, free_host_memory
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
 from engine.errors import DeviceUnavailable
+from engine.memory.device import Device
 
 
 def open_device(name: str | None) -> Device:

@@ -23,7 +23,7 @@ def poison(memory: Tensor) -> None:
 
 
 class SimulatedDevice:
-    """Implements ``engine.devices.base.Device``; links run at ``bytes_per_second``, each copy is ``delay_s`` late."""
+    """Implements ``engine.memory.device.Device``; links run at ``bytes_per_second``, each copy is ``delay_s`` late."""
 
     name = "simulated"
     shares_host_memory = False

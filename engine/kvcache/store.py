@@ -15,8 +15,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from engine.closing import run_all
-from engine.devices.base import Device
 from engine.errors import DiskFull, EngineError, TierFull
 from engine.kvcache.extents import DiskExtent, ExtentLayout, HostExtent, MemoryExtent
 from engine.kvcache.segments import MicroBatch, Segment
@@ -24,6 +22,8 @@ from engine.kvcache.sizes import kv_bytes_per_token, kv_slot_bytes
 from engine.kvcache.stream import KV, KVStream, Visit
 from engine.kvcache.workers import AttentionWorkers, one_core
 from engine.memory.arena import Arena
+from engine.memory.closing import run_all
+from engine.memory.device import Device
 from engine.memory.spill import DiskTier
 from engine.memory.tensors import torch_dtype
 from engine.memory.tier import MemoryTier

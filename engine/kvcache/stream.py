@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.closing import run_all
-from engine.devices.base import Device
 from engine.errors import EngineError
 from engine.kvcache.extents import DiskExtent, HostExtent
+from engine.memory.closing import run_all
+from engine.memory.device import Device
 from engine.memory.lane import Event, LaneEvent, LaneName, Reached, ThreadLane
 from engine.memory.tensors import torch_dtype
 from engine.memory.tier import Block, MemoryTier

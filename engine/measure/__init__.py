@@ -9,7 +9,6 @@ from statistics import median
 
 import torch
 
-from engine.devices.base import Device
 from engine.devices.facts import MachineFacts, free_disk_space
 from engine.devices.open import facts_of
 from engine.dtypes import DType
@@ -19,6 +18,7 @@ from engine.measure.identity import identity_of
 from engine.measure.overheads import overheads
 from engine.measure.room import measuring_budgets, within
 from engine.measure.widths import least_segment_s, width_of
+from engine.memory.device import Device
 from engine.memory.lane import LaneName
 from engine.planner.hardware import Hardware
 from engine.planner.plan import PlanOptions

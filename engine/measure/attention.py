@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from engine.devices.base import Device
 from engine.devices.facts import MachineFacts
 from engine.devices.open import facts_of
 from engine.dtypes import DType
@@ -22,6 +21,7 @@ from engine.kvcache.store import KVStore
 from engine.measure.effort import Effort, Points, timed
 from engine.measure.overheads import Overheads
 from engine.measure.products import curve, family_of, without
+from engine.memory.device import Device
 from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
 from engine.memory.tensors import torch_dtype

@@ -14,9 +14,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from engine.devices.base import Device
 from engine.dtypes import DType
 from engine.measure.effort import Effort, Points, timed
+from engine.memory.device import Device
 from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
 from engine.memory.tensors import torch_dtype

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 
-from engine.devices.base import Device
 from engine.errors import Interrupted
+from engine.memory.device import Device
 from engine.units import MIB
 
 SOURCE = "measured on this machine"

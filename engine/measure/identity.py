@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from engine.devices.base import Device
+from engine.memory.device import Device
 
 
 def identity_of(device: Device, folder: Path) -> dict[str, str]:

@@ -13,10 +13,10 @@ from time import perf_counter
 import torch
 from tokenizers import Tokenizer, models
 
-from engine.devices.base import Device
 from engine.dtypes import DType
 from engine.engine import Engine
 from engine.measure.effort import Effort
+from engine.memory.device import Device
 from engine.memory.tensors import torch_dtype
 from engine.model.registry import family_for, reference_config
 from engine.planner.plan import PlanOptions

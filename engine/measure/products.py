@@ -9,10 +9,10 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from engine.devices.base import Device
 from engine.dtypes import DType
 from engine.formats.linear import padded_rows
 from engine.measure.effort import Effort, Points, timed
+from engine.memory.device import Device
 from engine.memory.tensors import torch_dtype
 from engine.model.family import EMBED, HEAD, Attend, Family, NamedWeights, layer_name
 from engine.model.registry import family_for, reference_config

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from engine.devices.base import Device
 from engine.devices.open import facts_of
 from engine.dtypes import DType
 from engine.measure.disk import read_rate, unit_files
 from engine.measure.effort import Effort
 from engine.measure.products import family_of
+from engine.memory.device import Device
 from engine.memory.lane import LaneName
 from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic

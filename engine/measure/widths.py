@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from engine.devices.base import Device
 from engine.dtypes import DType
 from engine.measure.attention import Cache, Spilled, cache_in, decode_points, least_decode_s, prompt_points, spilled
 from engine.measure.effort import SOURCE, Effort, Points
 from engine.measure.overheads import Overheads
 from engine.measure.products import Layers, curve, head_points, without
 from engine.measure.streaming import Streamed, streamed
+from engine.memory.device import Device
 from engine.planner.hardware import Width
 from engine.planner.rates import Rate
 from engine.tiers import TierName

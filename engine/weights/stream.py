@@ -11,10 +11,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from engine.closing import run_all, settle
-from engine.devices.base import Device
 from engine.dtypes import DType
 from engine.errors import EngineError
+from engine.memory.closing import run_all, settle
+from engine.memory.device import Device
 from engine.memory.lane import Event, LaneEvent, LaneName, Reached, ThreadLane
 from engine.memory.tensors import torch_dtype
 from engine.memory.tier import Block, MemoryTier

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from engine.activations import Activations
-from engine.closing import run_all
-from engine.devices.base import Device
 from engine.devices.simulated import SimulatedDevice
 from engine.engine import Engine
 from engine.errors import DeviceFailed, EngineError
 from engine.executor import Executor
 from engine.kvcache.store import KVStore
 from engine.kvcache.stream import KVStream
+from engine.memory.closing import run_all
+from engine.memory.device import Device
 from engine.memory.spill import DiskTier
 from engine.planner.plan import PlanOptions
 from engine.request import Generate, Request, SamplingParams

@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.activations import Activations
-from engine.devices.base import Device
 from engine.devices.facts import MachineFacts
 from engine.dtypes import DType
 from engine.executor import Executor
 from engine.kvcache.segments import MicroBatch, Segment
 from engine.kvcache.store import KVStore
+from engine.memory.device import Device
 from engine.memory.lane import Reached
 from engine.memory.spill import DiskTier
 from engine.memory.tier import MemoryTier

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from engine import Choose, Engine, Generate, Generation, PlanDoesNotFit, PlanOptions, Request, SamplingParams, Score
-from engine.devices.base import Device
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
 from engine.dtypes import DType
+from engine.memory.device import Device
 from engine.tiers import Shares, TierName
 from engine.units import MIB
 from engine.weights.importers.huggingface import import_checkpoint

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.devices.base import Device, Event
 from engine.devices.host import HostDevice
 from engine.devices.open import facts_of
 from engine.devices.simulated import SimulatedDevice
 from engine.errors import CheckpointError, EngineError, LaneFailed, TierFull
 from engine.memory.aligned import aligned_empty
+from engine.memory.device import Device, Event
 from engine.memory.lane import LaneName
 from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic

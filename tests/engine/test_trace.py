@@ -11,9 +11,9 @@ import pytest
 from torch import Tensor
 
 from engine import Engine, Generate, PassReport, PassStats, PlanOptions, Request, SamplingParams, Score, Shares
-from engine.devices.base import Device
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
+from engine.memory.device import Device
 from engine.memory.lane import Event as LaneEvent
 from engine.memory.lane import LaneName
 from engine.trace import TraceFile

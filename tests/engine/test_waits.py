@@ -21,9 +21,9 @@ import torch
 
 import engine
 from engine import Engine, EngineError, Generate, Generation, PlanOptions, Request, SamplingParams, Score
-from engine.devices.base import Device
 from engine.devices.host import HostDevice
 from engine.dtypes import DType
+from engine.memory.device import Device
 from engine.memory.spill import DiskTier
 from engine.tiers import Shares
 from engine.units import MIB
@@ -38,7 +38,7 @@ NOT_WAITS_OF_THE_SCHEDULE = (
     "memory/lane.py",
     "memory/traffic.py",
     "kvcache/workers.py",
-    "closing.py",
+    "memory/closing.py",
     "measure/",
 )
 """What implements waiting, what watches it, threads that never outlive one call, and stopwatches."""
