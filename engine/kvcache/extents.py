@@ -1,12 +1,13 @@
 """One extent of KV cache: in memory that compute can address, in host memory across a link, or in a spill file."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.memory.arena import Piece
 from engine.memory.lane import Event
+from engine.memory.ring import REACHED, HostPlace, Place
 from engine.memory.spill import Extent
 
 
@@ -57,44 +58,44 @@ class MemoryExtent:
         self._piece.release()
 
 
-@dataclass(slots=True, eq=False)
-class HostExtent:
-    """An extent in host memory that the device cannot address, ``[layer][token][k|v][head][dim]``.
+class SpilledExtent:
+    """An extent in host memory that compute cannot address, or in a spill file: ``[layer][token][k|v][head][dim]``.
 
-    Tokens are contiguous, so that what comes is as long as what is there, and what is added is one piece.
+    Tokens are contiguous, so that what is fetched is as long as what is there, and what is added is one piece.
     """
 
-    layout: ExtentLayout
-    _piece: Piece
-    stored: dict[int, Event] = field(default_factory=dict)
-    """When the tokens that were added last to each layer are there."""
+    def __init__(self, layout: ExtentLayout, room: Piece | Extent) -> None:
+        self.layout = layout
+        self._room = room
+        size = layout.layer_bytes
+        begins = range(0, layout.num_bytes, size)
+        self._layers: list[Place] = (
+            [HostPlace(room.data[begin : begin + size]) for begin in begins]
+            if isinstance(room, Piece)
+            else [_SpilledLayer(room, begin) for begin in begins]
+        )
 
-    def tokens(self, layer: int, first: int, count: int) -> Tensor:
-        """The bytes of some tokens in one layer."""
-        begin = layer * self.layout.layer_bytes + first * self.layout.token_bytes
-        return self._piece.data[begin : begin + count * self.layout.token_bytes]
-
-    def release(self) -> None:
-        """Free the memory."""
-        self._piece.release()
-
-
-@dataclass(slots=True, eq=False)
-class DiskExtent:
-    """An extent in a spill file, laid out as ``HostExtent`` is."""
-
-    layout: ExtentLayout
-    _extent: Extent
-    stored: dict[int, Event] = field(default_factory=dict)
-
-    def read(self, layer: int, into: Tensor) -> None:
-        """Fill host bytes with a layer's first tokens."""
-        self._extent.read(layer * self.layout.layer_bytes, into)
-
-    def write(self, layer: int, first: int, data: Tensor) -> None:
-        """Write contiguous host bytes of tokens ``first ..``."""
-        self._extent.write(layer * self.layout.layer_bytes + first * self.layout.token_bytes, data)
+    def layer(self, layer: int) -> Place:
+        """Where one layer lies."""
+        return self._layers[layer]
 
     def release(self) -> None:
         """Free the room."""
-        self._extent.release()
+        self._room.release()
+
+
+@dataclass(slots=True, eq=False)
+class _SpilledLayer:
+    """One layer in a spill file."""
+
+    extent: Extent
+    begin: int
+    stored: Event = REACHED
+
+    def read(self, into: Tensor) -> None:
+        """Fill host bytes with the first tokens."""
+        self.extent.read(self.begin, into)
+
+    def write(self, offset: int, data: Tensor) -> None:
+        """Write contiguous host bytes of tokens."""
+        self.extent.write(self.begin + offset, data)

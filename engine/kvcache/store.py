@@ -1,13 +1,14 @@
 """The KV cache: each sequence's keys and values as extents in one tier.
 
 A sequence reserves its maximum at admission and frees it at its end. Where the extent is in memory that compute can
-address, attention reads it as it lies; else it passes, one extent of one layer at a time, through a ``KVStream``.
+address, attention reads it as it lies; else it passes, one extent of one layer at a time, through a ``Ring``.
 
 Shapes: T tokens of a micro-batch, t of one segment, N query heads, K key/value heads, H head size.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -16,14 +17,14 @@ import torch
 from torch import Tensor
 
 from engine.errors import DiskFull, EngineError, TierFull
-from engine.kvcache.extents import DiskExtent, ExtentLayout, HostExtent, MemoryExtent
+from engine.kvcache.extents import ExtentLayout, MemoryExtent, SpilledExtent
 from engine.kvcache.segments import MicroBatch, Segment
 from engine.kvcache.sizes import kv_bytes_per_token, kv_slot_bytes
-from engine.kvcache.stream import KV, KVStream, Visit
 from engine.kvcache.workers import AttentionWorkers, one_core
 from engine.memory.arena import Arena
 from engine.memory.closing import run_all
 from engine.memory.device import Device
+from engine.memory.ring import Item, Ring
 from engine.memory.spill import DiskTier
 from engine.memory.tensors import torch_dtype
 from engine.memory.tier import MemoryTier
@@ -34,6 +35,8 @@ from engine.sequence import Sequence
 from engine.shape import ModelShape
 from engine.tiers import TierName
 
+KV = "KV cache"
+
 
 class SequenceKV:
     """One sequence's extents, in order of position: some in memory that compute can address, or some elsewhere."""
@@ -42,12 +45,14 @@ class SequenceKV:
         self.tier = tier
         self.num_bytes = num_bytes
         self.extents: list[MemoryExtent] = []
-        self.spilled: list[HostExtent | DiskExtent] = []
+        self.spilled: list[SpilledExtent] = []
 
     def release(self) -> None:
         """Free the extents."""
-        for extent in (*self.extents, *self.spilled):
+        for extent in self.extents:
             extent.release()
+        for spilled in self.spilled:
+            spilled.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +102,17 @@ class KVStore:
         self._workers: AttentionWorkers | None = None
         if device.shares_host_memory and torch.get_num_threads() > 1:
             self._workers = AttentionWorkers(torch.get_num_threads())
-        self._stream: KVStream | None = None
+        self._ring: Ring | None = None
         if plan.kv_slots:
-            slot_bytes = kv_slot_bytes(shape, plan.dtype, plan.extent_tokens)
-            self._stream = KVStream(plan, slot_bytes, device, tiers, traffic)
+            self._ring = Ring(
+                device,
+                tiers,
+                traffic,
+                what=KV,
+                slot_bytes=kv_slot_bytes(shape, plan.dtype, plan.extent_tokens),
+                num_slots=plan.kv_slots,
+                from_files=plan.kv_bytes[TierName.DISK] > 0,
+            )
 
     @property
     def largest_sequence(self) -> int:
@@ -167,14 +179,14 @@ class KVStore:
 
     def begin(self, batches: SequenceOf[MicroBatch]) -> None:
         """A pass over all layers begins, with these micro-batches in each: what lies elsewhere is brought ahead."""
-        if self._stream is not None:
+        if self._ring is not None:
             spilled = [segment for batch in batches for segment in batch.segments if self._is_spilled(segment)]
-            self._stream.begin(self._visits(spilled))
+            self._ring.begin(self._visits(spilled))
 
     def settle(self) -> None:
         """After a pass: wait until everything that it added is where it is kept."""
-        if self._stream is not None:
-            self._stream.settle()
+        if self._ring is not None:
+            self._ring.settle()
 
     def attend(self, layer: int, batch: MicroBatch, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Store a micro-batch's keys and values and attend, segment by segment: ``[T, N, H]``.
@@ -193,8 +205,8 @@ class KVStore:
                     decode(begin, extent.layer(layer), segment.start)
                     return
                 # Meanwhile other cores read what comes next.
-                with one_core(), self._stream_of().enter(layer, extent) as (visit, kv_c2KH):
-                    decode(begin, kv_c2KH.permute(1, 2, 0, 3), visit.past)
+                with one_core(), self._fetched(layer, extent) as (past, kv_c2KH):
+                    decode(begin, kv_c2KH.permute(1, 2, 0, 3), past)
                 return
             rows = slice(begin, begin + segment.length)
             group = q_TNH.shape[1] // k_TKH.shape[1]
@@ -251,7 +263,7 @@ class KVStore:
             rows = end if segment.length == 1 else rows
         return rows
 
-    def _only_extent(self, segment: Segment) -> MemoryExtent | HostExtent | DiskExtent | None:
+    def _only_extent(self, segment: Segment) -> MemoryExtent | SpilledExtent | None:
         """Where one token finds all its sequence's keys and values, if that is one extent."""
         if segment.length > 1 or not segment.keeps_kv:
             return None
@@ -259,27 +271,37 @@ class KVStore:
         extent = held.spilled[0] if held.spilled else held.extents[0]
         return extent if segment.start < extent.layout.capacity else None
 
-    def _stream_of(self) -> KVStream:
-        assert self._stream is not None
-        return self._stream
+    @contextmanager
+    def _fetched(self, layer: int, extent: SpilledExtent) -> Iterator[tuple[int, Tensor]]:
+        """How many tokens of an extent there are, and they and those that follow them: ``[token, k|v, head, dim]``.
+
+        Those that follow are for the caller to fill in; they are kept when the context ends.
+        """
+        assert self._ring is not None
+        layout = extent.layout
+        with self._ring.enter(extent.layer(layer)) as (item, raw):
+            end = item.fetched if item.changed is None else item.changed.stop
+            shape = (end // layout.token_bytes, 2, layout.num_heads, layout.head_size)
+            yield item.fetched // layout.token_bytes, raw[:end].view(self._dtype).view(shape)
 
     def _is_spilled(self, segment: Segment) -> bool:
         held = self._sequences.get(segment.sequence)
         return held is not None and held.tier not in self._addressable
 
-    def _visits(self, spilled: SequenceOf[Segment]) -> Iterator[Visit]:
+    def _visits(self, spilled: SequenceOf[Segment]) -> Iterator[Item]:
         """What attention will enter in a pass, in its order."""
         for layer in range(self._shape.num_layers if spilled else 0):
-            seen: set[Sequence] = set()
             for segment in spilled:
                 end = segment.start + segment.length
                 for extent in self._sequences[segment.sequence].spilled:
-                    first = extent.layout.start
-                    past = min(max(0, segment.start - first), extent.layout.capacity)
-                    added = min(max(0, end - first), extent.layout.capacity) - past
-                    if past + added:
-                        yield Visit(layer, extent, past, added, at_once=segment.sequence not in seen)
-                seen.add(segment.sequence)
+                    layout = extent.layout
+                    past, there = (
+                        min(max(0, position - layout.start), layout.capacity) * layout.token_bytes
+                        for position in (segment.start, end)
+                    )
+                    if there:
+                        added = slice(past, there) if past < there else None
+                        yield Item(KV, extent.layer(layer), past, added)
 
     def _runs(self, segments: Iterable[Segment]) -> "Iterator[list[_Part]]":
         """Segments, gathered as far as they may be computed side by side.
@@ -309,7 +331,7 @@ class KVStore:
         """Free everything."""
         run_all(
             [
-                *([self._stream.close] if self._stream is not None else []),
+                *([self._ring.close] if self._ring is not None else []),
                 *(partial(self.release, sequence) for sequence in list(self._sequences)),
                 *(arena.close for arena in self._arenas.values()),
                 *([self._workers.close] if self._workers is not None else []),
@@ -332,13 +354,13 @@ class KVStore:
 
     def _extend(self, held: SequenceKV, layout: ExtentLayout) -> None:
         if held.tier is TierName.DISK:
-            held.spilled.append(DiskExtent(layout, self._disk.allocate(layout.num_bytes, KV)))
+            held.spilled.append(SpilledExtent(layout, self._disk.allocate(layout.num_bytes, KV)))
             return
         piece = self._arenas[held.tier].allocate(layout.num_bytes)
         if held.tier in self._addressable:
             held.extents.append(MemoryExtent(layout, piece, self._dtype))
         else:
-            held.spilled.append(HostExtent(layout, piece))
+            held.spilled.append(SpilledExtent(layout, piece))
 
     def _attend_segment(
         self, layer: int, segment: Segment, heads: slice, q_NtH: Tensor, k_KtH: Tensor, v_KtH: Tensor
@@ -372,12 +394,13 @@ class KVStore:
         for extent in held.spilled:
             if extent.layout.start >= end:
                 break
-            with self._stream_of().enter(layer, extent) as (visit, kv_c2KH):
-                kv_c2KH[visit.past :] = kv_t2KH[done : done + visit.added]
-                done += visit.added
+            with self._fetched(layer, extent) as (past, kv_c2KH):
+                added = kv_c2KH.shape[0] - past
+                kv_c2KH[past:] = kv_t2KH[done : done + added]
+                done += added
                 # Its own tokens, if all are here, are read with the rest: one piece less to merge.
-                whole = visit.added == segment.length
-                k_KsH, v_KsH = kv_c2KH[: None if whole else visit.past].permute(1, 2, 0, 3)
+                whole = added == segment.length
+                k_KsH, v_KsH = kv_c2KH[: None if whole else past].permute(1, 2, 0, 3)
                 if k_KsH.shape[1]:
                     pieces.append(attend(q_NtH, k_KsH, v_KsH, causal=whole))
         if not whole:

@@ -6,6 +6,7 @@ The ring runs on across the end of a pass: while the last layers are computed, t
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from math import prod
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from engine.dtypes import DType
 from engine.errors import EngineError
-from engine.memory.closing import run_all, settle
+from engine.memory.closing import run_all
 from engine.memory.device import Device
-from engine.memory.lane import Event, LaneEvent, LaneName, Reached, ThreadLane
+from engine.memory.lane import Event, LaneName
+from engine.memory.ring import REACHED, HostPlace, Item, Ring
 from engine.memory.tensors import torch_dtype
 from engine.memory.tier import Block, MemoryTier
 from engine.memory.traffic import Traffic
@@ -24,23 +26,24 @@ from engine.tiers import TierName
 from engine.weights.files import WeightFiles
 from engine.weights.stored import unpacked_bytes
 
-_REACHED = Reached()
+WEIGHTS = "weights"
 
 
-@dataclass(slots=True)
-class _Slot:
-    """One staging buffer on the device and, where the device has its own memory, the host buffer that feeds it."""
+@dataclass(slots=True, eq=False)
+class _UnitFile:
+    """A unit's file, as a place of the ring's; nobody ever changes it."""
 
-    device: Block
-    host: Block | None
-    holds: str | None = None
-    freed: Event = _REACHED
-    filled: LaneEvent | None = None
-    copied: Event = _REACHED
+    files: WeightFiles
+    name: str
+    stored: Event = REACHED
 
-    def settle(self) -> None:
-        """Wait until nothing is copied into it any more."""
-        settle(self.copied)
+    def read(self, into: Tensor) -> None:
+        """The whole file."""
+        self.files.read_unit(self.name, into)
+
+    def write(self, offset: int, data: Tensor) -> None:
+        """Never."""
+        raise EngineError(f"{self.name} is written back, and weights never change")
 
 
 class WeightStream:
@@ -67,9 +70,9 @@ class WeightStream:
         self._blocks: list[Block] = []
         self._resident: dict[str, NamedWeights] = {}
         self._host: dict[str, Block] = {}
-        self._slots: list[_Slot] = []
-        self._lane = ThreadLane(LaneName.DISK_READ)
-        self._begun = self._entered = 0
+        self._streamed: dict[str, Item] = {}
+        self._ring: Ring | None = None
+        self._unpacked: Block | None = None
         try:
             self._place(layer_tiers, num_slots)
         except BaseException:
@@ -98,60 +101,57 @@ class WeightStream:
             self._traffic.computes(name)
             yield self._operands(name, self._host[name].data)
             return
-        if self._streamed[self._entered % len(self._streamed)] != name:
-            raise EngineError(f"{name} is entered out of turn")
-        slot = self._slots[self._entered % len(self._slots)]
-        if slot.filled is None:
-            raise EngineError(f"{name} was never begun")
-        with self._traffic.waiting(then=name):
-            slot.filled.wait()
-            self._device.compute_after(slot.copied)
-        yield self._operands(name, slot.device.data)
-        slot.freed = self._device.compute_mark()
-        self._entered += 1
-        self._begin_next()
+        if self._ring is None:
+            raise EngineError(f"{name} is entered, and this model has no such layer")
+        with self._ring.enter(self._streamed[name].place, then=name) as (_, raw):
+            yield self._operands(name, raw)
 
     def close(self) -> None:
         """Stop reading and free every byte."""
         blocks, self._blocks = self._blocks, []
-        slots, self._slots = self._slots, []
         run_all(
             [
-                self._lane.close,
+                *([self._ring.close] if self._ring is not None else []),
                 self._resident.clear,
                 self._host.clear,
-                *(slot.settle for slot in slots),
+                self._streamed.clear,
                 *(block.release for block in blocks),
                 self._files.close,
             ]
         )
 
     def _place(self, layer_tiers: Sequence[TierName], num_slots: int) -> None:
-        self._unpacked: Block | None = None
-        self._streamed: list[str] = []
         tier_of = {layer_name(index): tier for index, tier in enumerate(layer_tiers)}
         for name in (EMBED, *tier_of, HEAD):
             tier = tier_of.get(name, TierName.DEVICE)
             if tier is TierName.DEVICE:
                 self._resident[name] = self._load(name)
-            elif tier is TierName.HOST:
+                continue
+            if tier is TierName.HOST:
                 block = self._allocate(TierName.HOST, self._files.num_bytes(name))
                 self._read(name, block.data)
                 self._host[name] = block
-            if tier is TierName.DISK or (tier is TierName.HOST and not self._device.shares_host_memory):
-                self._streamed.append(name)
-        away = [name for name, tier in tier_of.items() if tier is not TierName.DEVICE]
-        to_unpack = [self._unpacked_bytes(name) for name in away if not self._is_ready(name)]
+            if tier is TierName.DISK or not self._device.shares_host_memory:
+                place = HostPlace(self._host[name].data) if tier is TierName.HOST else _UnitFile(self._files, name)
+                self._streamed[name] = Item(name, place, self._files.num_bytes(name), is_weights=True)
+        to_unpack = [self._unpacked_bytes(name) for name in tier_of if not self._stays(name)]
         if to_unpack:
             self._unpacked = self._allocate(TierName.DEVICE, max(to_unpack))
         if self._streamed:
-            size = max(self._files.num_bytes(name) for name in self._streamed)
-            bounce = not self._device.shares_host_memory and TierName.DISK in layer_tiers
-            for _ in range(num_slots):
-                host = self._allocate(TierName.HOST, size) if bounce else None
-                self._slots.append(_Slot(self._allocate(TierName.DEVICE, size), host))
-            for _ in self._slots:
-                self._begin_next()
+            self._ring = Ring(
+                self._device,
+                self._tiers,
+                self._traffic,
+                what=WEIGHTS,
+                slot_bytes=max(item.fetched for item in self._streamed.values()),
+                num_slots=num_slots,
+                from_files=TierName.DISK in layer_tiers,
+            )
+            self._ring.begin(cycle(self._streamed.values()))
+
+    def _stays(self, name: str) -> bool:
+        """Whether a layer is on the device, or wherever it is, as it is computed with."""
+        return name in self._resident or self._is_ready(name)
 
     def _is_ready(self, name: str) -> bool:
         """Whether all tensors of a unit are computed with as they are stored."""
@@ -162,7 +162,7 @@ class WeightStream:
         return sum(unpacked_bytes(prod(entry.shape), self._dtype) for entry in entries)
 
     def _allocate(self, tier: TierName, num_bytes: int) -> Block:
-        block = self._tiers[tier].allocate(num_bytes, "weights")
+        block = self._tiers[tier].allocate(num_bytes, WEIGHTS)
         self._blocks.append(block)
         return block
 
@@ -211,34 +211,12 @@ class WeightStream:
             return self._files.tensors(name, raw)
         return self._unpack(name, raw, self._unpacked.data)
 
-    def _begin_next(self) -> None:
-        """Queue the next streamed layer for the slot that was freed last."""
-        name = self._streamed[self._begun % len(self._streamed)]
-        slot = self._slots[self._begun % len(self._slots)]
-        self._begun += 1
-        if slot.holds == name:
-            return
-        slot.holds = name
-        slot.filled = self._lane.submit(lambda: self._stage(name, slot))
-
-    def _stage(self, name: str, slot: _Slot) -> None:
-        """On the lane: bring one layer into its slot."""
-        size = self._files.num_bytes(name)
-        if name in self._host:
-            slot.copied = self._copy_in(name, slot.device.data[:size], self._host[name].data, slot.freed)
-        elif slot.host is None:
-            self._read(name, slot.device.data)  # compute on host memory is over when the layer is left
-        else:
-            slot.copied.wait()  # the buffer's last contents have left it
-            self._read(name, slot.host.data)
-            slot.copied = self._copy_in(name, slot.device.data[:size], slot.host.data[:size], slot.freed)
-
     def _read(self, name: str, out: Tensor) -> None:
         with self._traffic.moving(LaneName.DISK_READ, self._files.num_bytes(name), name, weights=True):
             self._files.read_unit(name, out)
 
-    def _copy_in(self, name: str, destination: Tensor, source: Tensor, after: Event = _REACHED) -> Event:
-        copied = self._device.copy(LaneName.HOST_TO_DEVICE, destination, source, after)
+    def _copy_in(self, name: str, destination: Tensor, source: Tensor) -> Event:
+        copied = self._device.copy(LaneName.HOST_TO_DEVICE, destination, source, REACHED)
         num_bytes = source.numel() * source.element_size()
         self._traffic.follow(LaneName.HOST_TO_DEVICE, copied, num_bytes, name, weights=True)
         return copied

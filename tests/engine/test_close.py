@@ -11,9 +11,9 @@ from engine.engine import Engine
 from engine.errors import DeviceFailed, EngineError
 from engine.executor import Executor
 from engine.kvcache.store import KVStore
-from engine.kvcache.stream import KVStream
 from engine.memory.closing import run_all
 from engine.memory.device import Device
+from engine.memory.ring import Ring
 from engine.memory.spill import DiskTier
 from engine.planner.plan import PlanOptions
 from engine.request import Generate, Request, SamplingParams
@@ -105,7 +105,7 @@ def test_what_went_wrong_while_loading_is_told_and_not_what_followed(
 def test_a_ring_that_fails_leaves_no_memory_of_the_cache(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an event does on a GPU whose context is lost: with no error of the engine's own."""
     engine = used(tiny_model, SimulatedDevice())
-    fail(monkeypatch, KVStream, "close", RuntimeError("CUDA error"))
+    fail(monkeypatch, Ring, "close", RuntimeError("CUDA error"))
     with pytest.raises(RuntimeError, match="CUDA error"):
         engine.close()
     assert all(tier.used == 0 for tier in engine.tiers.values())

@@ -1,0 +1,258 @@
+"""The staging ring: what compute needs next is fetched ahead of it, and what it changed is written back behind it.
+
+Whatever lies where compute cannot address it passes through a few device buffers, one *item* after the other, in an
+order that is known ahead: a layer's weights, a layer's keys and values of one extent, a micro-batch's hidden states.
+While compute is at one item, the next are fetched and those before are written back, on lanes of their own.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.errors import EngineError
+from engine.memory.closing import run_all, settle
+from engine.memory.device import Device
+from engine.memory.lane import Event, LaneEvent, LaneName, Reached, ThreadLane
+from engine.memory.tier import Block, MemoryTier
+from engine.memory.traffic import Traffic
+from engine.tiers import TierName
+
+REACHED = Reached()
+
+
+@dataclass(slots=True, eq=False)
+class HostPlace:
+    """Bytes in host memory that the device cannot address: copied over the link."""
+
+    data: Tensor
+    """``uint8``, as long as whatever is fetched from it or written back to it."""
+    stored: Event = REACHED
+    """When all that was written back to it is there."""
+
+
+class FilePlace(Protocol):
+    """Bytes in a file: read into host memory, and copied over the link if the device has memory of its own."""
+
+    stored: Event
+    """When all that was written back to it is there."""
+
+    def read(self, into: Tensor) -> None:
+        """Fill host bytes from the place's beginning."""
+
+    def write(self, offset: int, data: Tensor) -> None:
+        """Write contiguous host bytes from ``offset`` on."""
+
+
+Place = HostPlace | FilePlace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Item:
+    """One visit of compute to one place."""
+
+    what: str
+    """For whoever watches the traffic."""
+    place: Place
+    fetched: int
+    """Bytes from the place's beginning that compute needs."""
+    changed: slice | None = None
+    """Bytes that compute sets, to be written back."""
+    is_weights: bool = False
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One buffer on the device and, between a file and a device with its own memory, one on the host."""
+
+    device: Block
+    host: Block | None
+    item: Item | None = None
+    """The last that it was begun for."""
+    filled: LaneEvent | None = None
+    ready: Event = REACHED
+    """The device's buffer holds what was fetched; known once ``filled`` was waited for."""
+    left: Event = REACHED
+    """Nobody needs the device's buffer for the last item any more."""
+    file_left: Event = REACHED
+    """Nor the one that files are read into and written from: the host's, or on a device without memory of its own the
+    same."""
+
+
+class Ring:
+    """Owns the buffers and the lanes that fill and empty them. One thread computes, and enters item after item."""
+
+    def __init__(
+        self,
+        device: Device,
+        tiers: Mapping[TierName, MemoryTier],
+        traffic: Traffic,
+        *,
+        what: str,
+        slot_bytes: int,
+        num_slots: int,
+        from_files: bool,
+    ) -> None:
+        """Take ``num_slots`` buffers of ``slot_bytes`` of the tiers.
+
+        ``what``: whose bytes these are; ``from_files``: whether some places are files.
+
+        Raises:
+            TierFull: a budget would be exceeded.
+        """
+        self._device = device
+        self._traffic = traffic
+        # Threads of its own: a large item that waits for a buffer must not hold up a small one of another ring.
+        self._fetching = ThreadLane(LaneName.DISK_READ if from_files else LaneName.HOST_TO_DEVICE)
+        self._writing = ThreadLane(LaneName.DISK_WRITE)
+        self._slots: list[_Slot] = []
+        self._order: Iterator[Item] = iter(())
+        self._next: Item | None = None
+        self._begun: deque[tuple[Item, _Slot]] = deque()
+        try:
+            for _ in range(num_slots):
+                self._slots.append(_Slot(tiers[TierName.DEVICE].allocate(slot_bytes, what), None))
+                if from_files and not device.shares_host_memory:
+                    self._slots[-1].host = tiers[TierName.HOST].allocate(slot_bytes, what)
+        except BaseException:
+            self.close()
+            raise
+        self._free = deque(self._slots)
+
+    def begin(self, items: Iterable[Item]) -> None:
+        """These will be entered next, in this order, which may be endless.
+
+        Raises:
+            EngineError: items of before were never entered.
+        """
+        if self._begun or self._next is not None:
+            raise EngineError("something was fetched that compute never looked at")
+        self._order = iter(items)
+        self._next = next(self._order, None)
+        self._run_ahead()
+
+    @contextmanager
+    def enter(self, place: Place, then: str | None = None) -> Iterator[tuple[Item, Tensor]]:
+        """The next item and its bytes on the device, ``uint8``: what was fetched, as long as the context lasts.
+
+        Args:
+            place: where the item must be from.
+            then: what compute is at afterwards, for whoever watches; by default what it was at before.
+
+        Raises:
+            EngineError: the next item is of another place.
+            LaneFailed: fetching it failed, or writing back what it consists of.
+        """
+        if not self._begun:
+            self._begin_next()
+        item, slot = self._begun[0]
+        if item.place is not place:
+            raise EngineError(f"{item.what} is next, and something else is entered")
+        assert slot.filled is not None
+        with self._traffic.waiting(then):
+            slot.filled.wait()
+            self._device.compute_after(slot.ready)
+        yield item, slot.device.data
+        self._leave(item, slot)
+        self._begun.popleft()
+        self._free.append(slot)
+        self._run_ahead()
+
+    def settle(self) -> None:
+        """Wait for what is under way; each buffer knows the last of its own.
+
+        What fails is told to whoever needs it: the outputs of a pass are right without it.
+        """
+        for slot in self._slots:
+            for event in (slot.ready, slot.left, slot.file_left):
+                settle(event)
+
+    def close(self) -> None:
+        """Stop the lanes, and free the buffers when nothing is under way any more. What is not kept yet is lost."""
+        blocks = [block for slot in self._slots for block in (slot.device, slot.host) if block is not None]
+        run_all(
+            [
+                self._fetching.close,
+                self._writing.close,
+                self.settle,
+                self._slots.clear,
+                *(block.release for block in blocks),
+            ]
+        )
+
+    def _run_ahead(self) -> None:
+        while self._free and self._next is not None and not self._is_to_change(self._next.place):
+            self._begin_next()
+
+    def _is_to_change(self, place: Place) -> bool:
+        """Whether an item that was begun changes a place: then nobody knows yet when it will be written back."""
+        return any(item.place is place and item.changed is not None for item, _ in self._begun)
+
+    def _begin_next(self) -> None:
+        item = self._next
+        if item is None:
+            raise EngineError("something is entered that nobody spoke of")
+        self._next = next(self._order, None)
+        slot = self._free.popleft()
+        self._begun.append((item, slot))
+        if slot.item is item and item.changed is None:
+            return  # nothing else was in the buffer since
+        slot.item = item
+        stored = item.place.stored
+        slot.filled = self._fetching.submit(lambda: self._fill(item, slot, stored))
+
+    def _fill(self, item: Item, slot: _Slot, stored: Event) -> None:
+        """On the lane: fetch an item into its buffer."""
+        if not isinstance(item.place, HostPlace):
+            slot.file_left.wait()
+        if not item.fetched:
+            slot.ready = slot.left
+            return
+        stored.wait()
+        if isinstance(item.place, HostPlace):
+            slot.ready = self._copy_in(item, slot, item.place.data)
+            return
+        buffer = (slot.host or slot.device).data
+        with self._traffic.moving(LaneName.DISK_READ, item.fetched, item.what, weights=item.is_weights):
+            item.place.read(buffer[: item.fetched])
+        slot.ready = slot.file_left = REACHED if slot.host is None else self._copy_in(item, slot, buffer)
+
+    def _copy_in(self, item: Item, slot: _Slot, source: Tensor) -> Event:
+        size = item.fetched
+        copied = self._device.copy(LaneName.HOST_TO_DEVICE, slot.device.data[:size], source[:size], slot.left)
+        self._traffic.follow(LaneName.HOST_TO_DEVICE, copied, size, item.what, weights=item.is_weights)
+        return copied
+
+    def _leave(self, item: Item, slot: _Slot) -> None:
+        """Write back what compute changed; the buffer is free for another item when that is done."""
+        slot.left = self._device.compute_mark()
+        if item.changed is None:
+            return
+        place, data = item.place, slot.device.data[item.changed]
+        if isinstance(place, HostPlace):
+            place.stored = slot.left = self._copy_out(item, place.data[item.changed], data, slot.left)
+        elif slot.host is None:
+            place.stored = slot.left = slot.file_left = self._write(item, place, data, slot.left)
+        else:
+            on_host = slot.host.data[item.changed]
+            slot.left = self._copy_out(item, on_host, data, slot.left)
+            place.stored = slot.file_left = self._write(item, place, on_host, slot.left)
+
+    def _copy_out(self, item: Item, destination: Tensor, source: Tensor, after: Event) -> Event:
+        copied = self._device.copy(LaneName.DEVICE_TO_HOST, destination, source, after)
+        self._traffic.follow(LaneName.DEVICE_TO_HOST, copied, source.numel(), item.what)
+        return copied
+
+    def _write(self, item: Item, place: FilePlace, data: Tensor, after: Event) -> Event:
+        assert item.changed is not None
+        offset = item.changed.start
+
+        def work() -> None:
+            after.wait()
+            with self._traffic.moving(LaneName.DISK_WRITE, data.numel(), item.what):
+                place.write(offset, data)
+
+        return self._writing.submit(work)
