@@ -131,7 +131,7 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outco
     from benchmarks.checkpoints import make_checkpoint
     from engine.engine import Engine
     from engine.model.registry import sizes_for
-    from engine.planner.cost import AS_ENGINE
+    from engine.planner.cost import OVERLAPPED
     from engine.planner.predict import bytes_taken, predict
     from engine.planner.workload import Workload
     from engine.weights.layout import stored_in
@@ -153,7 +153,7 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outco
         with Engine.load(checkpoint.model_dir, options) as engine:
             workload = Workload.of((len(item.prompt), len(item.continuation)) for item in items)
             prediction = predict(
-                hardware, sizes_for(manifest.config).shape, stored, engine.plan, workload, overlap=AS_ENGINE
+                hardware, sizes_for(manifest.config).shape, stored, engine.plan, workload, overlap=OVERLAPPED
             )
             taken = bytes_taken(engine.plan, shape, workload)
             generated(engine, items)  # a worker's first job touches memory and compiles kernels

@@ -1,15 +1,16 @@
 """Where a pass's hidden states wait between layers: device, host or disk memory, one place for all micro-batches."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
+from engine.memory.closing import run_all
 from engine.memory.device import Device
-from engine.memory.lane import LaneName
-from engine.memory.spill import DiskTier, Extent
+from engine.memory.ring import HostPlace, Item, Place, Ring
+from engine.memory.spill import DiskTier, SpilledPlace
 from engine.memory.tensors import torch_dtype
-from engine.memory.tier import Block, MemoryTier
+from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic
 from engine.planner.plan import Plan
 from engine.tiers import TierName
@@ -18,7 +19,11 @@ ACTIVATIONS = "activations"
 
 
 class Activations:
-    """Room for one pass's hidden states ``[tokens, D]``; ``load`` and ``store`` by micro-batch."""
+    """Room for one pass's hidden states ``[tokens, D]``, by micro-batch.
+
+    Where compute cannot address it, micro-batches pass through a ring: one is fetched and another written back while a
+    third is computed.
+    """
 
     def __init__(
         self,
@@ -29,76 +34,79 @@ class Activations:
         disk: DiskTier,
         traffic: Traffic,
     ) -> None:
-        self._device = device
-        self._traffic = traffic
         self._hidden_size = hidden_size
         self._dtype = torch_dtype(plan.dtype)
-        self._batch_bytes = plan.micro_batch * hidden_size * self._dtype.itemsize
-        self._addressable = plan.activations is TierName.DEVICE or (
-            plan.activations is TierName.HOST and device.shares_host_memory
-        )
-        self._memory: Block | None = None
-        self._extent: Extent | None = None
-        self._bounce: Block | None = None
-        num_bytes = self._batch_bytes * plan.micro_batches
+        batch_bytes = plan.micro_batch * hidden_size * self._dtype.itemsize
+        num_bytes = batch_bytes * plan.micro_batches
+        self._sizes: list[int] = []
+        self._ring: Ring | None = None
+        begins = range(0, num_bytes, batch_bytes)
         if plan.activations is TierName.DISK:
-            self._extent = disk.allocate(num_bytes, ACTIVATIONS)
-            if not device.shares_host_memory:
-                self._bounce = tiers[TierName.HOST].allocate(self._batch_bytes, ACTIVATIONS)
+            extent = disk.allocate(num_bytes, ACTIVATIONS)
+            self._release = extent.release
+            self._places: list[Place] = [SpilledPlace(extent, begin) for begin in begins]
         else:
-            self._memory = tiers[plan.activations].allocate(num_bytes, ACTIVATIONS)
+            block = tiers[plan.activations].allocate(num_bytes, ACTIVATIONS)
+            self._release = block.release
+            self._places = [HostPlace(block.data[begin : begin + batch_bytes]) for begin in begins]
+        if plan.activation_slots:
+            try:
+                self._ring = Ring(
+                    device,
+                    tiers,
+                    traffic,
+                    what=ACTIVATIONS,
+                    slot_bytes=batch_bytes,
+                    num_slots=plan.activation_slots,
+                    from_files=plan.activations is TierName.DISK,
+                )
+            except BaseException:
+                self._release()
+                raise
 
-    def load(self, index: int, num_tokens: int) -> Tensor:
-        """The hidden states of micro-batch ``index`` on the device, ``[num_tokens, D]``; compute may overwrite them."""
-        size = num_tokens * self._hidden_size * self._dtype.itemsize
-        if self._memory is not None and self._addressable:
-            return self._shaped(self._place(self._memory, index, size))
-        on_device = self._device.allocate(size)
-        if self._extent is not None:
-            host = on_device if self._bounce is None else self._bounce.data[:size]
-            with self._traffic.waiting(), self._traffic.moving(LaneName.DISK_READ, size, ACTIVATIONS):
-                self._extent.read(index * self._batch_bytes, host)
+    def begin(self, num_rows: Sequence[int], num_layers: int, wanted: Sequence[bool]) -> None:
+        """A pass begins.
+
+        Each micro-batch will be entered once to be embedded, once a layer, and at the end, if it is wanted: all of them
+        in turn each time.
+
+        Args:
+            num_rows: rows of each micro-batch.
+            num_layers: how many layers there are.
+            wanted: whether a micro-batch's hidden states are looked at after the last layer.
+        """
+        self._sizes = [rows * self._hidden_size * self._dtype.itemsize for rows in num_rows]
+        if self._ring is not None:
+            self._ring.begin(self._items(num_layers, wanted))
+
+    def _items(self, num_layers: int, wanted: Sequence[bool]) -> Iterator[Item]:
+        batches = list(zip(self._places, self._sizes, strict=False))
+        for layer in range(-1, num_layers):
+            for place, size in batches:
+                yield Item(ACTIVATIONS, place, size if layer >= 0 else 0, slice(0, size))
+        for (place, size), is_wanted in zip(batches, wanted, strict=True):
+            if is_wanted:
+                yield Item(ACTIVATIONS, place, size)
+
+    @contextmanager
+    def enter(self, index: int) -> Iterator[Tensor]:
+        """Hidden states of micro-batch ``index`` on the device, ``[rows, D]``; what compute writes there is kept."""
+        place = self._places[index]
+        if self._ring is not None:
+            with self._ring.enter(place) as (_, raw):
+                yield self._shaped(raw, index)
         else:
-            assert self._memory is not None
-            host = self._place(self._memory, index, size)
-        if host is not on_device:
-            with self._traffic.waiting():
-                copied = self._device.copy(LaneName.HOST_TO_DEVICE, on_device, host, self._device.compute_mark())
-                self._device.compute_after(copied)
-            self._traffic.follow(LaneName.HOST_TO_DEVICE, copied, size, ACTIVATIONS)
-        return self._shaped(on_device)
+            assert isinstance(place, HostPlace)
+            yield self._shaped(place.data, index)
 
-    def store(self, index: int, hidden_TD: Tensor) -> None:
-        """Keep the hidden states of micro-batch ``index`` until they are loaded again."""
-        data = hidden_TD.contiguous().view(-1).view(torch.uint8)
-        size = data.numel()
-        if self._memory is not None and self._addressable:
-            place = self._place(self._memory, index, size)
-            if place.data_ptr() != data.data_ptr():
-                place.copy_(data)
-            return
-        if not self._device.shares_host_memory:
-            block = self._memory or self._bounce
-            assert block is not None
-            host = self._place(block, index, size) if block is self._memory else block.data[:size]
-            with self._traffic.waiting():
-                copied = self._device.copy(LaneName.DEVICE_TO_HOST, host, data, self._device.compute_mark())
-                copied.wait()
-            self._traffic.follow(LaneName.DEVICE_TO_HOST, copied, size, ACTIVATIONS)
-            data = host
-        if self._extent is not None:
-            with self._traffic.waiting(), self._traffic.moving(LaneName.DISK_WRITE, size, ACTIVATIONS):
-                self._extent.write(index * self._batch_bytes, data)
+    def settle(self) -> None:
+        """After a pass: wait until what it moved has arrived."""
+        if self._ring is not None:
+            self._ring.settle()
 
     def close(self) -> None:
         """Free the room."""
-        for owned in (self._memory, self._extent, self._bounce):
-            if owned is not None:
-                owned.release()
+        run_all([*([self._ring.close] if self._ring is not None else []), self._release])
 
-    def _place(self, block: Block, index: int, size: int) -> Tensor:
-        begin = index * self._batch_bytes
-        return block.data[begin : begin + size]
-
-    def _shaped(self, data: Tensor) -> Tensor:
-        return data.view(self._dtype).view(-1, self._hidden_size)
+    def _shaped(self, raw: Tensor, index: int) -> Tensor:
+        return raw[: self._sizes[index]].view(self._dtype).view(-1, self._hidden_size)

@@ -22,7 +22,7 @@ from engine.memory.traffic import Span, Traffic
 from engine.model.family import EMBED
 from engine.model.registry import family_for
 from engine.passes import Pass, PassReport, PassStats
-from engine.planner.cost import AS_ENGINE, PassModel
+from engine.planner.cost import OVERLAPPED, PassModel
 from engine.planner.decide import Decision, Outlook, decide_plan
 from engine.planner.load import load_of
 from engine.planner.plan import Plan, PlanOptions
@@ -112,7 +112,7 @@ class Engine:
         self._hardware = decision.hardware
         self._expected: PassModel | None = None
         if decision.hardware is not None:
-            self._expected = PassModel(decision.hardware, self._shape, stored, self.plan, overlap=AS_ENGINE)
+            self._expected = PassModel(decision.hardware, self._shape, stored, self.plan, overlap=OVERLAPPED)
         self._traffic = Traffic(self._device.compute_mark, self._recorder)
         memory = {
             TierName.DEVICE: MemoryTier(TierName.DEVICE, self.plan.budgets[TierName.DEVICE], self._device.allocate),
@@ -134,11 +134,11 @@ class Engine:
             num_slots=self.plan.staging_slots,
         )
         self._closers.append(weights.close)
-        activations = Activations(self.plan, self._shape.hidden_size, self._device, memory, disk, self._traffic)
-        self._closers.append(activations.close)
+        self._activations = Activations(self.plan, self._shape.hidden_size, self._device, memory, disk, self._traffic)
+        self._closers.append(self._activations.close)
         self._kv = KVStore(self.plan, self._shape, self._device, memory, disk, self._traffic)
         self._closers.append(self._kv.close)
-        self._executor = Executor(self.plan, family, self._device, weights, self._kv, activations)
+        self._executor = Executor(self.plan, family, self._device, weights, self._kv, self._activations)
         self._running: dict[Sequence, InProgress] = {}
         self._balance = Balance()
         self._scheduler: Scheduler | None = None
@@ -177,7 +177,7 @@ class Engine:
         if better.layers == self.plan.layers and better.micro_batch == self.plan.micro_batch:
             return -1.0
         now, then = (
-            predict(hardware, self._shape, self._stored, plan, workload, overlap=AS_ENGINE).seconds
+            predict(hardware, self._shape, self._stored, plan, workload, overlap=OVERLAPPED).seconds
             for plan in (self.plan, better)
         )
         rate = hardware.lanes[LaneName.DISK_READ].at(max(self._stored.unit_bytes.values()))
@@ -338,6 +338,7 @@ class Engine:
         with self._device.computing():
             self._device.compute_mark().wait()
             self._kv.settle()
+            self._activations.settle()
 
     def _stats(self, this_pass: Pass, scheduler: Scheduler, span: Span) -> PassStats:
         segments = this_pass.segments

@@ -57,21 +57,27 @@ class Executor:
 
     def _run(self, this_pass: Pass) -> list[SegmentResult]:
         batches = this_pass.micro_batches
+        num_layers = self._family.shape.num_layers
+        wanted = [any(segment.rows for segment in batch.segments) for batch in batches]
         self._kv.begin(batches)
+        self._activations.begin([self._num_rows(batch) for batch in batches], num_layers, wanted)
         positions = [self._positions(batch) for batch in batches]
         for index, batch in enumerate(batches):
-            self._activations.store(index, self._embed(batch, positions[index]))
-        for layer in range(self._family.shape.num_layers):
+            with self._activations.enter(index) as hidden_TD:
+                hidden_TD.copy_(self._embed(batch, positions[index]))
+        for layer in range(num_layers):
             with self._weights.layer(layer) as weights:
                 for index, batch in enumerate(batches):
-                    hidden_TD = self._activations.load(index, self._num_rows(batch))
                     attend = partial(self._kv.attend, layer, batch)
-                    hidden_TD = self._family.layer(weights, hidden_TD, positions[index], attend)
-                    self._activations.store(index, hidden_TD)
+                    with self._activations.enter(index) as hidden_TD:
+                        after_TD = self._family.layer(weights, hidden_TD, positions[index], attend)
+                        if after_TD.data_ptr() != hidden_TD.data_ptr():
+                            hidden_TD.copy_(after_TD)
         results: list[SegmentResult] = []
         for index, batch in enumerate(batches):
-            if any(segment.rows for segment in batch.segments):
-                results += self._finish(batch, self._activations.load(index, self._num_rows(batch)))
+            if wanted[index]:
+                with self._activations.enter(index) as hidden_TD:
+                    results += self._finish(batch, hidden_TD)
         return results
 
     def _embed(self, batch: MicroBatch, positions_T: Tensor) -> Tensor:

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from engine.memory.arena import Piece
-from engine.memory.lane import Event
-from engine.memory.ring import REACHED, HostPlace, Place
-from engine.memory.spill import Extent
+from engine.memory.ring import HostPlace, Place
+from engine.memory.spill import Extent, SpilledPlace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +71,7 @@ class SpilledExtent:
         self._layers: list[Place] = (
             [HostPlace(room.data[begin : begin + size]) for begin in begins]
             if isinstance(room, Piece)
-            else [_SpilledLayer(room, begin) for begin in begins]
+            else [SpilledPlace(room, begin) for begin in begins]
         )
 
     def layer(self, layer: int) -> Place:
@@ -82,20 +81,3 @@ class SpilledExtent:
     def release(self) -> None:
         """Free the room."""
         self._room.release()
-
-
-@dataclass(slots=True, eq=False)
-class _SpilledLayer:
-    """One layer in a spill file."""
-
-    extent: Extent
-    begin: int
-    stored: Event = REACHED
-
-    def read(self, into: Tensor) -> None:
-        """Fill host bytes with the first tokens."""
-        self.extent.read(self.begin, into)
-
-    def write(self, offset: int, data: Tensor) -> None:
-        """Write contiguous host bytes of tokens."""
-        self.extent.write(self.begin + offset, data)

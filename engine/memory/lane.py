@@ -47,6 +47,9 @@ class Reached:
         return self._at, self._at
 
 
+REACHED = Reached()
+
+
 class LaneEvent:
     """The end of one piece of work on a ``ThreadLane``."""
 

@@ -16,12 +16,10 @@ from torch import Tensor
 from engine.errors import EngineError
 from engine.memory.closing import run_all, settle
 from engine.memory.device import Device
-from engine.memory.lane import Event, LaneEvent, LaneName, Reached, ThreadLane
+from engine.memory.lane import REACHED, Event, LaneEvent, LaneName, ThreadLane
 from engine.memory.tier import Block, MemoryTier
 from engine.memory.traffic import Traffic
 from engine.tiers import TierName
-
-REACHED = Reached()
 
 
 @dataclass(slots=True, eq=False)

@@ -3,11 +3,13 @@
 import errno
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from engine.errors import DiskFull, LaneFailed, TierFull
+from engine.memory.lane import REACHED, Event
 from engine.memory.ranges import FreeRanges
 from engine.memory.tier import Tier
 from engine.tiers import TierName
@@ -131,3 +133,20 @@ class Extent:
         if not self._released:
             self._released = True
             self._tier.recycle(self.offset, self.size, self._what)
+
+
+@dataclass(slots=True, eq=False)
+class SpilledPlace:
+    """A piece of an extent, as a place of a ``Ring``'s."""
+
+    extent: Extent
+    begin: int
+    stored: Event = REACHED
+
+    def read(self, into: Tensor) -> None:
+        """Fill host bytes from its beginning."""
+        self.extent.read(self.begin, into)
+
+    def write(self, offset: int, data: Tensor) -> None:
+        """Write contiguous host bytes from ``offset`` on."""
+        self.extent.write(self.begin + offset, data)

@@ -30,12 +30,11 @@ class Overlap:
     kv: bool = True
     """Keys and values that attention needs from another tier are brought ahead of time."""
     activations: bool = True
-    """So are hidden states that wait in host memory or on disk."""
+    """So are the hidden states of other micro-batches that wait in host memory or on disk."""
 
 
 OVERLAPPED = Overlap()
-AS_ENGINE = Overlap(activations=False)
-"""What this engine does: weights, keys and values run ahead; activations of other tiers are asked for when needed."""
+"""What this engine does."""
 WAITING = Overlap(kv=False, activations=False)
 """Compute asks for both only when it needs them. Weights run ahead in either case."""
 
@@ -107,13 +106,15 @@ class PassModel:
         lane_seconds: dict[LaneName, float] = {LaneName.DEVICE_COMPUTE: compute_s, LaneName.HOST_COMPUTE: host_s}
         batch_bytes = self._hidden_bytes * load.tokens / self._batches(load.tokens)
         waits_s = 0.0
+        # One micro-batch alone is written back before it can be fetched again.
+        overlaps = self._overlap.activations and self._batches(load.tokens) > 1
         for lane in LINKS:
             rate = self._hardware.lanes[lane]
             kv_s = self._kv_seconds(lane, kv[lane], load)
             activations_s = rate.seconds(activations[lane], batch_bytes)
             lane_bytes[lane] = weights[lane] + kv[lane] + activations[lane]
             lane_seconds[lane] = rate.seconds(weights[lane], self._transfer_bytes) + kv_s + activations_s
-            waits_s += (0.0 if self._overlap.kv else kv_s) + (0.0 if self._overlap.activations else activations_s)
+            waits_s += (0.0 if self._overlap.kv else kv_s) + (0.0 if overlaps else activations_s)
         if not self._overlap.kv:
             waits_s += host_s
         seconds = self._longest(lane_seconds, compute_s + waits_s)

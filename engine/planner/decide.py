@@ -7,7 +7,7 @@ from pathlib import Path
 from engine.devices.facts import MachineFacts
 from engine.errors import HardwareError, PlanDoesNotFit
 from engine.model.family import layer_name
-from engine.planner.cost import AS_ENGINE
+from engine.planner.cost import OVERLAPPED
 from engine.planner.default import budgets_of, compute_dtype, resolve_plan
 from engine.planner.hardware import Hardware
 from engine.planner.least import has_room, least_plan
@@ -57,7 +57,7 @@ class Question:
                 budgets=budgets,
                 fixed=fixed,
                 host_attention=ENGINE_ATTENDS_ON_HOST,
-                overlap=AS_ENGINE,
+                overlap=OVERLAPPED,
                 disk_dir=fixed.disk_dir or Path(),
                 facts=self.facts,
             )

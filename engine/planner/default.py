@@ -27,6 +27,8 @@ BOUNCED_SLOTS = 3
 """Where a layer is read to the host first and copied on from there: one is read, one copied, one computed."""
 KV_SLOTS = 4
 """One extent's layer is brought while two wait or are looked at and one is taken back."""
+ACTIVATION_SLOTS = 3
+"""One micro-batch's hidden states are fetched while another's are computed and a third's are written back."""
 LOGITS_BYTES = 64 * MIB
 DEVICE_SHARE, HOST_SHARE = 0.8, 0.7
 """Of the memory found free, how much a plan takes unasked: the rest is for the page cache and for other people."""
@@ -102,6 +104,9 @@ def resolve_plan(
     slot_bytes = kv_slot_bytes(shape, dtype, extent_tokens)
     batch_bytes = micro_batch * shape.hidden_size * dtype.num_bytes
 
+    is_addressable = activations is TierName.DEVICE or (activations is TierName.HOST and facts.shares_host_memory)
+    activation_slots = 0 if is_addressable else ACTIVATION_SLOTS
+
     def placed(kv_slots: int) -> tuple[TierName, ...]:
         return _place_layers(
             options,
@@ -109,7 +114,7 @@ def resolve_plan(
             stored,
             dtype,
             budgets,
-            workspace=workspace + kv_slots * slot_bytes,
+            workspace=workspace + kv_slots * slot_bytes + activation_slots * batch_bytes,
             batch_bytes=batch_bytes if activations is TierName.DEVICE else 0,
             bounces=not facts.shares_host_memory,
         )
@@ -129,6 +134,7 @@ def resolve_plan(
 
     fixed = dict.fromkeys(TierName, 0)
     fixed[TierName.DEVICE] += workspace + slots * largest_layer + kv_slots * slot_bytes
+    fixed[TierName.DEVICE] += activation_slots * batch_bytes
     if streamed and not stored.is_ready(dtype):
         fixed[TierName.DEVICE] += max(stored.computed_bytes(layer_name(index), dtype) for index in range(len(layers)))
     activation_bytes = micro_batches * batch_bytes
@@ -140,7 +146,7 @@ def resolve_plan(
         if options.kv is not None and options.kv.disk:
             fixed[TierName.HOST] += kv_slots * slot_bytes
         if activations is TierName.DISK:
-            fixed[TierName.HOST] += batch_bytes
+            fixed[TierName.HOST] += activation_slots * batch_bytes
     fixed[TierName.DEVICE] += sum(stored.computed_bytes(unit, dtype) for unit in (EMBED, HEAD))
     for index, home in enumerate(layers):
         unit = layer_name(index)
@@ -168,6 +174,7 @@ def resolve_plan(
         logits_rows=logits_rows,
         staging_slots=slots,
         kv_slots=kv_slots,
+        activation_slots=activation_slots,
         workspace_bytes=workspace,
         schedule=options.schedule or SCHEDULES[0],
         other_bytes=fixed,

@@ -89,6 +89,8 @@ class Plan:
     """Device buffers that streamed layers pass through; 0 where every layer is resident."""
     kv_slots: int
     """Device buffers for a layer of an extent, through which KV cache from elsewhere passes; 0 where there is none."""
+    activation_slots: int
+    """Device buffers for a micro-batch's hidden states, through which they pass where they live elsewhere, else 0."""
     workspace_bytes: int
     """Device bytes reserved for what lives no longer than one operation."""
     other_bytes: Mapping[TierName, int]

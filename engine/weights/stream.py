@@ -16,8 +16,8 @@ from engine.dtypes import DType
 from engine.errors import EngineError
 from engine.memory.closing import run_all
 from engine.memory.device import Device
-from engine.memory.lane import Event, LaneName
-from engine.memory.ring import REACHED, HostPlace, Item, Ring
+from engine.memory.lane import REACHED, Event, LaneName
+from engine.memory.ring import HostPlace, Item, Ring
 from engine.memory.tensors import torch_dtype
 from engine.memory.tier import Block, MemoryTier
 from engine.memory.traffic import Traffic

@@ -109,6 +109,10 @@ def held(chosen: Plan, stored_dtype: DType, shares_host_memory: bool) -> dict[Ti
     total[TierName.DEVICE] += slots
     if not shares_host_memory and chosen.kv_bytes[TierName.DISK]:
         total[TierName.HOST] += slots
+    batch = chosen.micro_batch * 768 * chosen.dtype.num_bytes
+    total[TierName.DEVICE] += chosen.activation_slots * batch
+    if not shares_host_memory and chosen.activations is TierName.DISK:
+        total[TierName.HOST] += chosen.activation_slots * batch
     total[chosen.activations] += chosen.tokens_per_pass * 768 * chosen.dtype.num_bytes
     return total
 
