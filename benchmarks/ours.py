@@ -12,9 +12,9 @@ from benchmarks.jobs import Job, PeakMemory
 from benchmarks.workload import Item, as_text
 from engine.dtypes import DType
 from engine.engine import Engine
-from engine.passes import PassStats
 from engine.planner.plan import PlanOptions
 from engine.request import Generate, Generation, Output, Rejection, Request, SamplingParams, Score
+from engine.schedule.passes import PassStats
 from engine.tiers import Shares
 from engine.tokenizer import Tokenizer
 from engine.units import MIB

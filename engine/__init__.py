@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from engine.errors import LaneFailed as LaneFailed
     from engine.errors import PlanDoesNotFit as PlanDoesNotFit
     from engine.errors import TierFull as TierFull
-    from engine.passes import PassReport as PassReport
-    from engine.passes import PassStats as PassStats
     from engine.planner.plan import Plan as Plan
     from engine.planner.plan import PlanOptions as PlanOptions
     from engine.request import Choice as Choice
@@ -31,6 +29,8 @@ if TYPE_CHECKING:
     from engine.request import Score as Score
     from engine.request import Scoring as Scoring
     from engine.request import TokenScore as TokenScore
+    from engine.schedule.passes import PassReport as PassReport
+    from engine.schedule.passes import PassStats as PassStats
     from engine.tiers import Shares as Shares
 
 _HOMES = {
@@ -44,7 +44,7 @@ _HOMES = {
         "PlanDoesNotFit",
         "TierFull",
     ),
-    "engine.passes": ("PassReport", "PassStats"),
+    "engine.schedule.passes": ("PassReport", "PassStats"),
     "engine.planner.plan": ("Plan", "PlanOptions"),
     "engine.request": (
         "Choice",

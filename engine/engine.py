@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Self
 
 from engine.activations import Activations
-from engine.balance import Balance
 from engine.devices.open import facts_of, open_device
 from engine.errors import EngineError
 from engine.executor import Executor
@@ -21,7 +20,6 @@ from engine.memory.tier import MemoryTier, Tier
 from engine.memory.traffic import Span, Traffic
 from engine.model.family import EMBED
 from engine.model.registry import family_for
-from engine.passes import Pass, PassReport, PassStats
 from engine.planner.cost import OVERLAPPED, PassModel
 from engine.planner.decide import Decision, Outlook, decide_plan
 from engine.planner.load import load_of
@@ -29,7 +27,9 @@ from engine.planner.plan import Plan, PlanOptions
 from engine.planner.predict import predict
 from engine.planner.workload import Workload
 from engine.request import Output, Request
-from engine.scheduler import Scheduler
+from engine.schedule.balance import Balance
+from engine.schedule.passes import Pass, PassReport, PassStats
+from engine.schedule.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.tasks import InProgress, begin, rejected
 from engine.tiers import TierName

@@ -14,8 +14,8 @@ from engine.memory.device import Device
 from engine.memory.tensors import torch_dtype
 from engine.model.family import Family
 from engine.model.sampling import next_tokens, score_tokens, uniform
-from engine.passes import Pass
 from engine.planner.plan import Plan
+from engine.schedule.passes import Pass
 from engine.weights.stream import WeightStream
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from engine.memory.lane import LaneName
 from engine.memory.traffic import LaneRecorder, Span
-from engine.passes import PassStats
+from engine.schedule.passes import PassStats
 
 _PROCESS = 1
 _THREADS = ("passes", *LaneName)

@@ -9,7 +9,7 @@ from storage.results import PassTotals, RequestResult
 from worker.rows import Row, RowKey, to_row
 
 if TYPE_CHECKING:
-    from engine.passes import PassReport, PassStats
+    from engine.schedule.passes import PassReport, PassStats
 
 
 class Ledger:

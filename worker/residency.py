@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Protocol
 from engine.request import Request
 
 if TYPE_CHECKING:
-    from engine.passes import PassReport
     from engine.planner.plan import Plan
     from engine.planner.workload import Workload
+    from engine.schedule.passes import PassReport
 
 Sample = Callable[[], "Workload | None"]
 """What waits for a model; ``None``: nothing is known."""

@@ -4,7 +4,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.passes import PassStats
+    from engine.schedule.passes import PassStats
 
 PASSES = 10
 TOLERANCE = 1.25

@@ -73,7 +73,7 @@ class _Part:
 
 
 class KVStore:
-    """Owns every sequence's keys and values; implements ``engine.scheduler.KVReservations``."""
+    """Owns every sequence's keys and values; implements ``engine.schedule.scheduler.KVReservations``."""
 
     def __init__(
         self,

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, replace
 
-from engine.balance import MIN_PROMPT_TOKENS, Balance
 from engine.dtypes import DType
 from engine.kvcache.sizes import kv_bytes_per_token
 from engine.memory.lane import LaneName
@@ -13,6 +12,8 @@ from engine.planner.hardware import LINKS, Hardware
 from engine.planner.load import PassLoad, mean_request_load, residency_passes
 from engine.planner.plan import Plan
 from engine.planner.workload import Workload
+from engine.schedule.balance import Balance
+from engine.schedule.policy import most_prompt_tokens, sustaining_prompt_tokens
 from engine.shape import ModelShape
 from engine.tiers import TierName
 from engine.weights.stored import StoredWeights
@@ -229,10 +230,9 @@ class _Run:
         )
 
     def _sustaining_prompt_tokens(self) -> float:
-        """As ``engine.scheduler``: what a pass must carry so that no room of the KV cache stands empty."""
-        rooms = min(self._room / self._reserved, float(self._plan.tokens_per_pass))
+        running = min(self._room / self._reserved, float(self._plan.tokens_per_pass))
         steps = sum(kind.share * kind.steps for kind in self._kinds)
-        return max(MIN_PROMPT_TOKENS, (rooms - 1) * self._starting.prompt_tokens / max(1.0, steps))
+        return sustaining_prompt_tokens(running, self._starting.prompt_tokens, steps)
 
     def _simulate(self, steady: PassCost) -> tuple[float, float]:
         """Passes and seconds, as the scheduler fills passes: decode tokens first, then prompts that find room.
@@ -265,11 +265,15 @@ class _Run:
                 max(0.0, room) / self._reserved,
                 max(0.0, self._plan.tokens_per_pass - decoding.tokens) / self._starting.prompt_tokens,
             )
-            prompt_tokens = balance.prompt_tokens
-            if prompt_tokens is not None and waiting * self._reserved > room:
-                # Where nobody decodes, nobody is kept waiting: a whole prompt begins.
-                least = sustaining if decoding.tokens else max(sustaining, self._starting.prompt_tokens)
-                admitted = min(admitted, max(least, prompt_tokens) / self._starting.prompt_tokens)
+            most = most_prompt_tokens(
+                balance.prompt_tokens,
+                sustaining,
+                self._starting.prompt_tokens,
+                more_wait=waiting * self._reserved > room,
+                nobody_runs=not decoding.tokens,
+            )
+            if most is not None:
+                admitted = min(admitted, most / self._starting.prompt_tokens)
             cost = self._model.cost(decoding + self._starting.scaled(admitted))
             seconds += cost.seconds
             begun.append(begun[now] + admitted)

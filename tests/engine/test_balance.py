@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.balance import MIN_PROMPT_TOKENS, RECENT, Balance
 from engine.memory.lane import LaneName
-from engine.passes import PassStats
+from engine.schedule.balance import MIN_PROMPT_TOKENS, RECENT, Balance
+from engine.schedule.passes import PassStats
 
 
 def stats(compute_s: float, links_s: float, prefill: int, decode: int) -> PassStats:

@@ -33,10 +33,10 @@ from engine.model.attention import attend, merge
 from engine.model.family import EMBED, HEAD, Family, NamedWeights, layer_name
 from engine.model.registry import family_for
 from engine.model.sampling import next_tokens, score_tokens
-from engine.passes import Pass
 from engine.planner.default import resolve_plan
 from engine.planner.plan import Plan, PlanOptions
 from engine.request import SamplingParams
+from engine.schedule.passes import Pass
 from engine.sequence import Sequence as Tokens
 from engine.tiers import Shares, TierName
 from engine.units import MIB

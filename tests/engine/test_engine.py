@@ -25,12 +25,12 @@ from engine import (
     Scoring,
     Shares,
 )
-from engine.balance import MIN_PROMPT_TOKENS, PROMPTS
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
 from engine.engine import REJECTIONS_A_PASS
 from engine.kvcache.sizes import kv_bytes_per_token
-from engine.scheduler import LOOK_AHEAD
+from engine.schedule.balance import MIN_PROMPT_TOKENS, PROMPTS
+from engine.schedule.scheduler import LOOK_AHEAD
 from engine.tiers import TierName
 from engine.units import KIB, MIB
 from engine.weights.manifest import read_manifest

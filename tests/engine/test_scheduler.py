@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.passes import Pass
 from engine.request import SamplingParams
-from engine.scheduler import LOOK_AHEAD, Scheduler
+from engine.schedule.passes import Pass
+from engine.schedule.scheduler import LOOK_AHEAD, Scheduler
 from engine.sequence import Sequence
 
 SAMPLING = SamplingParams()

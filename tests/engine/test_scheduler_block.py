@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import Choose, Engine, Generate, PlanOptions, Request, SamplingParams, Score
-from engine.passes import Pass, PassStats
-from engine.scheduler import Scheduler
+from engine.schedule.passes import Pass, PassStats
+from engine.schedule.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.units import MIB
 from tests.engine.test_scheduler import CountingKV, generation, scored

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 
 from engine.memory.lane import LaneName
-from engine.passes import PassStats
 from engine.planner.cost import PassCost
+from engine.schedule.passes import PassStats
 from worker.watch import PASSES, Watch
 
 COMPUTE, DISK = LaneName.DEVICE_COMPUTE, LaneName.DISK_READ

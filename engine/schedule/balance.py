@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from engine.memory.lane import LaneName
 
 if TYPE_CHECKING:
-    from engine.passes import PassStats
+    from engine.schedule.passes import PassStats
 
 MIN_PROMPT_TOKENS = 64
 """A pass carries so many in any case: prompts must not starve where decoding alone takes as long as the links."""

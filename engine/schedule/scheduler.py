@@ -13,7 +13,8 @@ from itertools import count
 from typing import Protocol
 
 from engine.kvcache.segments import MicroBatch, Segment
-from engine.passes import Pass
+from engine.schedule.passes import Pass
+from engine.schedule.policy import most_prompt_tokens, sustaining_prompt_tokens
 from engine.sequence import Sequence
 
 LOOK_AHEAD = 64
@@ -153,13 +154,16 @@ class Scheduler:
         for running in [running for running in self._running if running.is_decoding]:
             if packer.left:
                 self._add_chunk(packer, running)
-        if prompt_tokens is None or not self._more_wait_than_fit(pull):
-            prompt_tokens = packer.left
-        else:
-            prompt_tokens = max(prompt_tokens, self._sustaining_prompt_tokens())
-            if not self._running:  # nobody is kept waiting, and the job's first token comes with its first pass
-                prompt_tokens = max(prompt_tokens, self._waiting[0].num_to_compute)
-        least = packer.left - prompt_tokens
+        most = None
+        if prompt_tokens is not None and self._more_wait_than_fit(pull):
+            most = most_prompt_tokens(
+                prompt_tokens,
+                self._sustaining_prompt_tokens(),
+                self._waiting[0].num_to_compute,
+                more_wait=True,
+                nobody_runs=not self._running,
+            )
+        least = 0 if most is None else packer.left - int(most)
         for running in [running for running in self._running if not running.is_decoding]:
             if packer.left > least:
                 self._add_chunk(packer, running, packer.left - least)
@@ -211,20 +215,17 @@ class Scheduler:
             elif not packer.add_whole(running, running.num_to_compute):
                 return
 
-    def _sustaining_prompt_tokens(self) -> int:
-        """How many a pass must carry so that as many prompts end as sequences do while the KV cache is full.
-
-        With fewer, rooms stand empty, and each pass does less while it costs as much. By Little's law, R sequences
-        with prompts of P tokens and D decode steps stay for D + P / n passes each, and R = n / P * (D + P / n).
-        """
+    def _sustaining_prompt_tokens(self) -> float:
+        """By the sequences that are known: those that run or wait, and need a KV cache."""
         known = [each for each in (*self._running, *self._waiting) if self.needs_kv(each)]
         held = sum(each.num_kv_tokens for each in self._running)
         if not known:
-            return 0
+            return 0.0
         room = (self._kv.free_tokens + held) * len(known) / max(1, sum(each.num_kv_tokens for each in known))
         prompts = sum(each.num_to_compute if each.is_scored else each.num_prompt_tokens for each in known)
         steps = sum(each.max_tokens - 1 - each.num_prompt_tokens for each in known if not each.is_scored)
-        return int((min(room, self._micro_batch * self._micro_batches) - 1) * prompts / max(steps, len(known)))
+        running = min(room, self._micro_batch * self._micro_batches)
+        return sustaining_prompt_tokens(running, prompts / len(known), steps / len(known))
 
     def _more_wait_than_fit(self, pull: Callable[[], list[Sequence] | None]) -> bool:
         """Pulls requests until they would fill the KV cache, or until one comes that needs none."""
