@@ -19,8 +19,8 @@ from typing import Any
 from benchmarks.inprocess import generated, measured_here
 from benchmarks.workload import Item, Range
 from benchmarks.workload import Workload as Texts
+from engine.attention.sizes import kv_bytes_per_token
 from engine.errors import EngineError, PlanDoesNotFit
-from engine.kvcache.sizes import kv_bytes_per_token
 from engine.openmp import limit_spinning
 from engine.planner.decide import Question
 from engine.planner.default import budgets_of, resolve_plan
@@ -148,7 +148,7 @@ def _grid(question: Question) -> Iterator[PlanOptions]:
             )  # fmt: skip
         except PlanDoesNotFit:
             continue
-        if max(plan.kv_bytes.values()) >= longest * kv_bytes_per_token(question.shape, plan.dtype):
+        if max(plan.kv_bytes.values()) >= longest * kv_bytes_per_token(question.shape, plan.kv_format):
             yield options
 
 

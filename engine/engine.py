@@ -8,10 +8,11 @@ from types import TracebackType
 from typing import Self
 
 from engine.activations import Activations
+from engine.attention.attention import Attention
 from engine.devices.open import facts_of, open_device
 from engine.errors import EngineError
 from engine.executor import Executor
-from engine.kvcache.store import KVStore
+from engine.kvcache.cache import KVCache
 from engine.memory.closing import run_all
 from engine.memory.device import Device
 from engine.memory.lane import LaneName
@@ -136,9 +137,26 @@ class Engine:
         self._closers.append(weights.close)
         self._activations = Activations(self.plan, self._shape.hidden_size, self._device, memory, disk, self._traffic)
         self._closers.append(self._activations.close)
-        self._kv = KVStore(self.plan, self._shape, self._device, memory, disk, self._traffic)
-        self._closers.append(self._kv.close)
-        self._executor = Executor(self.plan, family, self._device, weights, self._kv, self._activations)
+        tokens = self.plan.kv_tokens(self._shape)
+        self._attention = Attention(
+            self._shape,
+            self.plan.kv_format,
+            self._device,
+            memory,
+            disk,
+            self._traffic,
+            tokens=tokens,
+            num_slots=self.plan.kv_slots,
+            slot_tokens=self.plan.extent_tokens,
+        )
+        self._closers.append(self._attention.close)
+        self._kv = KVCache(
+            tokens,
+            extent_tokens=self.plan.extent_tokens,
+            fills_together=self.plan.kv_fills_together,
+            claim=self._attention.claim,
+        )
+        self._executor = Executor(self.plan, family, self._device, weights, self._attention, self._activations)
         self._running: dict[Sequence, InProgress] = {}
         self._balance = Balance()
         self._scheduler: Scheduler | None = None
@@ -337,7 +355,7 @@ class Engine:
         """
         with self._device.computing():
             self._device.compute_mark().wait()
-            self._kv.settle()
+            self._attention.settle()
             self._activations.settle()
 
     def _stats(self, this_pass: Pass, scheduler: Scheduler, span: Span) -> PassStats:

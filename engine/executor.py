@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from engine.activations import Activations
+from engine.attention.attention import Attention
 from engine.formats.linear import padded_rows
 from engine.kvcache.segments import MicroBatch, Segment
-from engine.kvcache.store import KVStore
 from engine.memory.device import Device
 from engine.memory.tensors import torch_dtype
 from engine.model.family import Family
@@ -39,14 +39,14 @@ class Executor:
         family: Family,
         device: Device,
         weights: WeightStream,
-        kv: KVStore,
+        attention: Attention,
         activations: Activations,
     ) -> None:
         self._plan = plan
         self._family = family
         self._device = device
         self._weights = weights
-        self._kv = kv
+        self._attention = attention
         self._activations = activations
 
     @torch.inference_mode()
@@ -59,7 +59,7 @@ class Executor:
         batches = this_pass.micro_batches
         num_layers = self._family.shape.num_layers
         wanted = [any(segment.rows for segment in batch.segments) for batch in batches]
-        self._kv.begin(batches)
+        self._attention.begin(batches)
         self._activations.begin([self._num_rows(batch) for batch in batches], num_layers, wanted)
         positions = [self._positions(batch) for batch in batches]
         for index, batch in enumerate(batches):
@@ -67,8 +67,8 @@ class Executor:
                 hidden_TD.copy_(self._embed(batch, positions[index]))
         for layer in range(num_layers):
             with self._weights.layer(layer) as weights:
-                for index, batch in enumerate(batches):
-                    attend = partial(self._kv.attend, layer, batch)
+                for index in range(len(batches)):
+                    attend = partial(self._attention.attend, layer, index)
                     with self._activations.enter(index) as hidden_TD:
                         after_TD = self._family.layer(weights, hidden_TD, positions[index], attend)
                         if after_TD.data_ptr() != hidden_TD.data_ptr():

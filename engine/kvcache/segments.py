@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from engine.kvcache.cache import Holding
 from engine.sequence import Sequence
 
 
@@ -13,8 +14,8 @@ class Segment:
     start: int
     """Position of its first token; equal to the tokens computed before it."""
     length: int
-    keeps_kv: bool
-    """False where the segment is the whole sequence and no later token attends to it."""
+    holding: Holding | None = None
+    """Where its keys and values are kept; ``None`` where it is the whole sequence: no later token attends to it."""
 
     @property
     def rows(self) -> range:
@@ -29,7 +30,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Segments computed together, their tokens packed one after another."""
+    """Segments computed together, their tokens packed one after another; no two are of one sequence."""
 
     segments: tuple[Segment, ...]
 

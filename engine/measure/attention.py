@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
+from engine.attention.attention import Attention
+from engine.attention.sizes import kv_bytes_per_token, kv_layer_bytes
 from engine.devices.facts import MachineFacts
 from engine.devices.open import facts_of
 from engine.dtypes import DType
+from engine.formats.sizes import Plain
+from engine.kvcache.cache import KVCache
 from engine.kvcache.segments import MicroBatch, Segment
-from engine.kvcache.sizes import kv_bytes_per_token
-from engine.kvcache.store import KVStore
 from engine.measure.effort import Effort, Points, timed
 from engine.measure.overheads import Overheads
 from engine.measure.products import curve, family_of, without
@@ -73,7 +75,7 @@ def _decode_s(cache: "Cache", length: int) -> float:
         for prompt in prompts:  # untouched memory would be read faster than any
             cache.effort.pause()
             cache.fill([prompt])
-        steps = [Segment(prompt.sequence, length - 1, 1, keeps_kv=True) for prompt in prompts]
+        steps = [replace(prompt, start=length - 1, length=1) for prompt in prompts]
         return cache.seconds(steps) / number
 
 
@@ -95,7 +97,7 @@ def spilled(cache: "Cache") -> Spilled:
     token_bytes = float(cache.layer_token_bytes)
     for length in cache.effort.spilled:
         with cache.prompts(_SPILLED, length, more=1) as prompts:
-            steps = [Segment(prompt.sequence, length, 1, keeps_kv=True) for prompt in prompts]
+            steps = [replace(prompt, start=length, length=1) for prompt in prompts]
             cache.moved(prompts)  # the first time, the file grows
             writes[token_bytes * length] = _rate(cache.moved(prompts)[1], LaneName.DISK_WRITE)
             cache.moved(steps)
@@ -122,8 +124,9 @@ class Cache:
 
     def __init__(self, device: Device, dtype: DType, shape: ModelShape, effort: Effort, traffic: Traffic) -> None:
         self.shape = shape
-        self.layer_token_bytes = kv_bytes_per_token(shape, dtype) // shape.num_layers
-        self.store: KVStore
+        self.layer_token_bytes = kv_layer_bytes(shape, Plain(dtype))
+        self.books: KVCache
+        self.attention: Attention
         self._device = device
         self.effort = effort
         self._traffic = traffic
@@ -145,26 +148,27 @@ class Cache:
         found = [TokenSequence([1] * total, length, total + 1, SamplingParams()) for _ in range(number)]
         try:
             for sequence in found:
-                if not self.store.admit(sequence):
+                if not self.books.admit(sequence):
                     raise AssertionError("the cache was made large enough")
-            yield [Segment(each, 0, length, keeps_kv=True) for each in found]
+            yield [Segment(each, 0, length, self.books.held[each]) for each in found]
         finally:
             for sequence in found:
-                self.store.release(sequence)
+                self.books.release(sequence)
 
     def fill(self, batch: Sequence[Segment]) -> None:
         """Attend in every layer."""
-        self.store.begin([MicroBatch(tuple(batch))])
+        self.attention.begin([MicroBatch(tuple(batch))])
         for layer in range(self.shape.num_layers):
             self._attend(layer, batch)
 
     def attend(self, batch: Sequence[Segment]) -> Attend:
         """For a layer; the next time, it is the next one's keys and values."""
-        micro_batch = MicroBatch(tuple(batch))
-        return lambda q, k, v: self.store.attend(next(self._layers), micro_batch, q, k, v)
+        self.attention.begin([MicroBatch(tuple(batch))])
+        return lambda q, k, v: self.attention.attend(next(self._layers), 0, q, k, v)
 
     def seconds(self, batch: Sequence[Segment]) -> float:
         """Of one layer; the next time it is the next one's turn, so that caches cannot help more than in a model."""
+        self.attention.begin([MicroBatch(tuple(batch))])
         return timed(self._device, lambda: self._attend(next(self._layers), batch), self.effort)
 
     def moved(self, batch: Sequence[Segment]) -> tuple[float, Moved]:
@@ -177,13 +181,13 @@ class Cache:
         self._traffic.computes(None)
         self._device.compute_mark().wait()
         seconds = time.perf_counter() - start
-        self.store.settle()  # what was written counts, but nobody has to wait for it
+        self.attention.settle()  # what was written counts, but nobody has to wait for it
         return seconds, self._traffic.take()
 
     def _attend(self, layer: int, batch: Sequence[Segment]) -> None:
-        micro_batch = MicroBatch(tuple(batch))
-        q, k, v = (self._qkv_T3NH[: micro_batch.num_tokens, index] for index in range(3))
-        self.store.attend(layer, micro_batch, q, k, v)
+        tokens = sum(segment.length for segment in batch)
+        q, k, v = (self._qkv_T3NH[:tokens, index] for index in range(3))
+        self.attention.attend(layer, 0, q, k, v)
 
 
 def cached_shape(hidden_size: int, effort: Effort) -> ModelShape:
@@ -212,9 +216,7 @@ def cache_plan(
         facts=facts,
         disk_dir=Path(),
     )
-    # Extents of a spill file are whole pages.
-    pages = _SPILLED * PAGE_BYTES if tier is TierName.DISK else 0
-    pools = dict.fromkeys(TierName, 0) | {tier: kv_bytes_per_token(shape, dtype) * (tokens + 1) + pages}
+    pools = dict.fromkeys(TierName, 0) | {tier: kv_bytes_per_token(shape, plan.kv_format) * (tokens + 1)}
     return replace(plan, kv_bytes=pools)
 
 
@@ -232,8 +234,22 @@ def cache_in(
     }
     traffic = Traffic(device.compute_mark)
     cache = Cache(device, dtype, shape, effort, traffic)
+    tokens = plan.kv_tokens(shape)
     with (
         closing(DiskTier(used[TierName.DISK], folder)) as disk,
-        closing(KVStore(plan, shape, device, tiers, disk, traffic)) as cache.store,
+        closing(
+            Attention(
+                shape,
+                plan.kv_format,
+                device,
+                tiers,
+                disk,
+                traffic,
+                tokens=tokens,
+                num_slots=plan.kv_slots,
+                slot_tokens=plan.extent_tokens,
+            )
+        ) as cache.attention,
     ):
+        cache.books = KVCache(tokens, extent_tokens=plan.extent_tokens, claim=cache.attention.claim)
         yield cache

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from engine.attention.sizes import decode_workspace_bytes
 from engine.devices.facts import MachineFacts, free_disk_space
 from engine.dtypes import DType
 from engine.errors import Unmeasurable
-from engine.kvcache.sizes import kv_slot_bytes
 from engine.measure.attention import cache_plan, cached_shape, qkv_tokens
 from engine.measure.effort import Effort
 from engine.measure.overheads import MEMORY
@@ -123,7 +123,7 @@ class _Width:
         """What a layer and its attention take while they are computed."""
         tokens = max(*self._effort.tokens, *self._effort.lengths)
         values = tokens * (self._shape.workspace_values + self._shape.hidden_size)
-        keys = self._threads * kv_slot_bytes(self._shape, DType.FLOAT32, max(self._effort.lengths)) // 2
+        keys = decode_workspace_bytes(self._shape, max(self._effort.lengths), self._threads)
         return values * dtype.num_bytes + keys
 
     def _unit(self, name: str, dtype: DType) -> int:

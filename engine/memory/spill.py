@@ -19,7 +19,7 @@ PAGE = 4096
 
 
 class DiskTier(Tier):
-    """Extents of a spill file. Room is claimed from the file system at allocation, not when the data comes."""
+    """Parts of a spill file. Room is claimed from the file system before it is promised, not when the data comes."""
 
     def __init__(self, budget: int, directory: Path) -> None:
         super().__init__(TierName.DISK, budget)
@@ -28,26 +28,33 @@ class DiskTier(Tier):
         self._ranges = FreeRanges(budget)
         self._claimed = 0
 
-    def allocate(self, num_bytes: int, what: str) -> "Extent":
-        """An extent of at least ``num_bytes``, in the lowest place free.
+    def allocate(self, num_bytes: int, what: str) -> "SpillRange":
+        """At least ``num_bytes``, in the lowest place free, claimed from the file system.
 
         Raises:
             TierFull: the budget would be exceeded.
             DiskFull: the file system has no room.
         """
-        size = align_up(num_bytes, PAGE)
-        self.take(size, what)
-        offset = self._ranges.allocate(size)
+        room = self.reserve(align_up(num_bytes, PAGE), what)
         try:
-            if offset is None:
-                raise TierFull(f"disk: no contiguous {format_bytes(size)} are left for {what}")
-            self._claim(offset + size)
+            room.claim(room.size)
         except BaseException:
-            self.give(size, what)
-            if offset is not None:
-                self._ranges.release(offset, size)
+            room.release()
             raise
-        return Extent(self, offset, size, what)
+        return room
+
+    def reserve(self, num_bytes: int, what: str) -> "SpillRange":
+        """Room of the budget, in the lowest place free; its owner claims as much of it as is about to be used.
+
+        Raises:
+            TierFull: the budget would be exceeded.
+        """
+        self.take(num_bytes, what)
+        offset = self._ranges.allocate(num_bytes)
+        if offset is None:
+            self.give(num_bytes, what)
+            raise TierFull(f"disk: no contiguous {format_bytes(num_bytes)} are left for {what}")
+        return SpillRange(self, offset, num_bytes, what)
 
     def close(self) -> None:
         """Give the file's room back to the file system."""
@@ -55,8 +62,12 @@ class DiskTier(Tier):
             os.close(self._fd)
             self._fd = None
 
-    def _claim(self, end: int) -> None:
-        """Make the file system promise every byte below ``end``."""
+    def claim(self, end: int) -> None:
+        """Make the file system promise every byte below ``end``.
+
+        Raises:
+            DiskFull: it has no room.
+        """
         if end > self._claimed:
             try:
                 os.posix_fallocate(self._file(), self._claimed, end - self._claimed)
@@ -105,13 +116,13 @@ class DiskTier(Tier):
             raise self._failed(error) from error
 
     def recycle(self, offset: int, size: int, what: str) -> None:
-        """Called by ``Extent.release``."""
+        """Called by ``SpillRange.release``."""
         self.give(size, what)
         self._ranges.release(offset, size)
 
 
-class Extent:
-    """A piece of the spill file, owned by whoever asked; ``release`` once."""
+class SpillRange:
+    """Part of a spill file, owned by whoever asked; ``release`` once."""
 
     def __init__(self, tier: DiskTier, offset: int, size: int, what: str) -> None:
         self._tier = tier
@@ -120,12 +131,20 @@ class Extent:
         self._what = what
         self._released = False
 
+    def claim(self, end: int) -> None:
+        """Make the file system promise the first ``end`` bytes, and whatever lies before them in the file.
+
+        Raises:
+            DiskFull: it has no room.
+        """
+        self._tier.claim(self.offset + end)
+
     def write(self, offset: int, data: Tensor) -> None:
-        """Write bytes at ``offset`` within the extent."""
+        """Write bytes at ``offset`` within it."""
         self._tier.write(self.offset + offset, data)
 
     def read(self, offset: int, into: Tensor) -> None:
-        """Read bytes from ``offset`` within the extent."""
+        """Read bytes from ``offset`` within it."""
         self._tier.read(self.offset + offset, into)
 
     def release(self) -> None:
@@ -137,16 +156,16 @@ class Extent:
 
 @dataclass(slots=True, eq=False)
 class SpilledPlace:
-    """A piece of an extent, as a place of a ``Ring``'s."""
+    """A piece of a spill file, as a place of a ``Ring``'s."""
 
-    extent: Extent
+    room: SpillRange
     begin: int
     stored: Event = REACHED
 
     def read(self, into: Tensor) -> None:
         """Fill host bytes from its beginning."""
-        self.extent.read(self.begin, into)
+        self.room.read(self.begin, into)
 
     def write(self, offset: int, data: Tensor) -> None:
         """Write contiguous host bytes from ``offset`` on."""
-        self.extent.write(self.begin + offset, data)
+        self.room.write(self.begin + offset, data)

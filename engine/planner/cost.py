@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from engine.kvcache.sizes import kv_bytes_per_token
+from engine.attention.sizes import kv_bytes_per_token
 from engine.memory.lane import LaneName
 from engine.model.family import HEAD, layer_name
 from engine.planner.hardware import LINKS, Hardware
@@ -77,7 +77,7 @@ class PassModel:
         self._decode_attention = hardware.decode_rate(shape.hidden_size)
         self._layer_flops = sum(stored.unit_flops[layer_name(index)] for index in range(shape.num_layers))
         self._head_flops = stored.unit_flops[HEAD]
-        self._token_bytes = kv_bytes_per_token(shape, plan.dtype)
+        self._token_bytes = kv_bytes_per_token(shape, plan.kv_format)
         self._layer_token_bytes = self._token_bytes / shape.num_layers
         self._query_bytes = shape.num_layers * shape.num_heads * shape.head_size * self._item
         self._hidden_bytes = shape.hidden_size * self._item

@@ -6,10 +6,11 @@ One function sizes everything, so that what is promised and what is allocated ca
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from engine.attention.sizes import decode_workspace_bytes, kv_bytes_per_token, kv_layer_bytes
 from engine.devices.facts import MachineFacts, free_disk_space
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
-from engine.kvcache.sizes import kv_bytes_per_token, kv_slot_bytes
+from engine.formats.sizes import Plain
 from engine.model.family import EMBED, HEAD, layer_name
 from engine.planner.plan import SCHEDULES, Plan, PlanOptions
 from engine.shape import ModelShape
@@ -100,8 +101,10 @@ def resolve_plan(
     extent_tokens = min(options.extent_tokens or EXTENT_TOKENS, shape.max_positions + 1)
     logits_rows = _logits_rows(shape, micro_batch)
     workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows)
-    workspace += facts.attention_threads * kv_slot_bytes(shape, DType.FLOAT32, extent_tokens) // 2
-    slot_bytes = kv_slot_bytes(shape, dtype, extent_tokens)
+    workspace += decode_workspace_bytes(shape, extent_tokens, facts.attention_threads)
+    kv_format = Plain(dtype)
+    token_bytes = kv_bytes_per_token(shape, kv_format)
+    slot_bytes = kv_layer_bytes(shape, kv_format, extent_tokens)
     batch_bytes = micro_batch * shape.hidden_size * dtype.num_bytes
 
     is_addressable = activations is TierName.DEVICE or (activations is TierName.HOST and facts.shares_host_memory)
@@ -164,7 +167,7 @@ def resolve_plan(
         budgets=budgets,
         disk_dir=disk_dir,
         layers=layers,
-        kv_bytes=_kv_pools(options, room, kv_bytes_per_token(shape, dtype), on_host=spills or facts.shares_host_memory),
+        kv_bytes=_kv_pools(options, room, token_bytes, on_host=spills or facts.shares_host_memory),
         kv_fills_together=options.kv is not None,
         activations=activations,
         micro_batch=micro_batch,

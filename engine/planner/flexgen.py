@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from engine.attention.sizes import kv_bytes_per_token
 from engine.dtypes import DType
-from engine.kvcache.sizes import kv_bytes_per_token
+from engine.formats.sizes import Plain
 from engine.memory.lane import LaneName
 from engine.model.family import HEAD, layer_name
 from engine.planner.hardware import Hardware
@@ -116,7 +117,7 @@ def _block_lanes(
     w, kv, h = (
         {tier: share.of(tier) / 100 for tier in TierName} for share in (policy.weights, policy.kv, policy.activations)
     )
-    token_bytes = kv_bytes_per_token(shape, dtype)
+    token_bytes = kv_bytes_per_token(shape, Plain(dtype))
     hidden = tokens * shape.hidden_size * item * layers
     read, new = looked_back * token_bytes, tokens * token_bytes
     below = kv[TierName.HOST] + kv[TierName.DISK]

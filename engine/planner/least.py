@@ -7,7 +7,6 @@ from pathlib import Path
 
 from engine.devices.facts import MachineFacts
 from engine.errors import PlanDoesNotFit
-from engine.kvcache.sizes import kv_bytes_per_token
 from engine.planner.default import resolve_plan
 from engine.planner.nearest import SMALLEST_MICRO_BATCH
 from engine.planner.plan import Plan, PlanOptions
@@ -44,7 +43,7 @@ def least_plan(
 
 def has_room(plan: Plan, shape: ModelShape, tokens: float) -> bool:
     """Whether its KV cache holds a sequence of ``tokens``, which lives in one tier."""
-    return max(plan.kv_bytes.values()) // kv_bytes_per_token(shape, plan.dtype) >= tokens
+    return max(plan.kv_tokens(shape).values()) >= tokens
 
 
 def _candidates(options: PlanOptions, facts: MachineFacts) -> Iterator[PlanOptions]:

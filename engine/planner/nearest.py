@@ -11,7 +11,6 @@ from typing import Any
 
 from engine.devices.facts import MachineFacts
 from engine.errors import PlanDoesNotFit
-from engine.kvcache.sizes import kv_bytes_per_token
 from engine.planner.default import resolve_plan
 from engine.planner.plan import PlanOptions
 from engine.shape import ModelShape
@@ -43,7 +42,7 @@ def nearest_fit(
             )
         except PlanDoesNotFit:
             return False
-        return max(plan.kv_bytes.values()) // kv_bytes_per_token(shape, plan.dtype) >= tokens
+        return max(plan.kv_tokens(shape).values()) >= tokens
 
     for changed in _one_change(options, facts):
         if changed != options and fits(changed):

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from engine.attention.sizes import kv_bytes_per_token
 from engine.dtypes import DType
+from engine.formats.sizes import Plain
+from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 
 SCHEDULES = ("mixed", "block")
@@ -102,6 +105,16 @@ class Plan:
     def used_bytes(self) -> dict[TierName, int]:
         """Bytes of each tier that are held once the KV cache is full; on disk, where it grows, at most."""
         return {tier: self.other_bytes[tier] + self.kv_bytes[tier] for tier in TierName}
+
+    @property
+    def kv_format(self) -> Plain:
+        """How keys and values are stored."""
+        return Plain(self.dtype)
+
+    def kv_tokens(self, shape: ModelShape) -> dict[TierName, int]:
+        """Tokens of KV cache each tier has room for."""
+        token_bytes = kv_bytes_per_token(shape, self.kv_format)
+        return {tier: num_bytes // token_bytes for tier, num_bytes in self.kv_bytes.items()}
 
     @property
     def tokens_per_pass(self) -> int:

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, replace
 
+from engine.attention.sizes import kv_bytes_per_token
 from engine.dtypes import DType
-from engine.kvcache.sizes import kv_bytes_per_token
 from engine.memory.lane import LaneName
 from engine.model.family import layer_name
 from engine.planner.cost import OVERLAPPED, Overlap, PassCost, PassModel
@@ -71,9 +71,8 @@ def bytes_taken(plan: Plan, shape: ModelShape, workload: Workload) -> dict[TierN
     """Bytes of each tier that a run will hold at its peak: the cache's share of memory is taken at once, that of the
     disk as sequences come."""
     taken = plan.used_bytes
-    needed = (
-        workload.requests * math.ceil(workload.mean(lambda each: each.reserved)) * kv_bytes_per_token(shape, plan.dtype)
-    )
+    token_bytes = kv_bytes_per_token(shape, plan.kv_format)
+    needed = workload.requests * math.ceil(workload.mean(lambda each: each.reserved)) * token_bytes
     taken[TierName.DISK] -= max(0, plan.kv_bytes[TierName.DISK] - needed)
     return taken
 
@@ -122,7 +121,7 @@ def predict(
     A sequence lives in the tiers in the proportion in which they are filled. If no sequence finds room, everything is 0
     per second and takes infinitely long.
     """
-    token_bytes = kv_bytes_per_token(shape, plan.dtype)
+    token_bytes = kv_bytes_per_token(shape, plan.kv_format)
     filled = as_filled(workload, plan, token_bytes)
     model = PassModel(hardware, shape, stored, filled, host_attention=host_attention, overlap=overlap)
     run = _Run(model, plan, workload, token_bytes)

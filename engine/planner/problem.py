@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.attention.sizes import kv_bytes_per_token
 from engine.devices.facts import MachineFacts
 from engine.errors import PlanDoesNotFit
-from engine.kvcache.sizes import kv_bytes_per_token
+from engine.formats.sizes import Plain
 from engine.planner.cost import Overlap, PassModel
 from engine.planner.default import resolve_plan
 from engine.planner.hardware import Hardware
@@ -33,7 +34,7 @@ class Problem:
     def token_bytes(self) -> int:
         """Of keys and values, over all layers."""
         assert self.fixed.dtype is not None
-        return kv_bytes_per_token(self.shape, self.fixed.dtype)
+        return kv_bytes_per_token(self.shape, Plain(self.fixed.dtype))
 
     @property
     def budgets(self) -> dict[TierName, int]:

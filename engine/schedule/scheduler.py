@@ -10,8 +10,8 @@ then decode it until its last sequence has ended, and only then admit the next.
 from collections import deque
 from collections.abc import Callable
 from itertools import count
-from typing import Protocol
 
+from engine.kvcache.cache import Holding, KVCache
 from engine.kvcache.segments import MicroBatch, Segment
 from engine.schedule.passes import Pass
 from engine.schedule.policy import most_prompt_tokens, sustaining_prompt_tokens
@@ -20,20 +20,6 @@ from engine.sequence import Sequence
 LOOK_AHEAD = 64
 """Sequences that may wait for room while others, which need none, are looked for behind them: they are in memory, and
 no other worker can take them."""
-
-
-class KVReservations(Protocol):
-    """What the scheduler asks of the KV cache."""
-
-    @property
-    def free_tokens(self) -> int:
-        """Tokens for which no room is reserved."""
-
-    def admit(self, sequence: Sequence) -> bool:
-        """Reserve room until the sequence's end; ``False``: not now."""
-
-    def release(self, sequence: Sequence) -> None:
-        """Free what ``admit`` reserved, if anything."""
 
 
 class _Packer:
@@ -50,12 +36,12 @@ class _Packer:
         """Tokens this pass still takes."""
         return self._left
 
-    def add(self, sequence: Sequence, start: int, length: int) -> None:
+    def add(self, sequence: Sequence, start: int, length: int, holding: Holding) -> None:
         """Pack ``length`` tokens, split at the borders of micro-batches."""
         while length:
             self._open_if_full()
             taken = min(length, self._room)
-            self._append(Segment(sequence, start, taken, keeps_kv=True))
+            self._append(Segment(sequence, start, taken, holding))
             start, length = start + taken, length - taken
 
     def add_whole(self, sequence: Sequence, length: int) -> bool:
@@ -66,7 +52,7 @@ class _Packer:
             self._left -= self._room
             self._room = 0
         self._open_if_full()
-        self._append(Segment(sequence, 0, length, keeps_kv=False))
+        self._append(Segment(sequence, 0, length))
         return True
 
     def finish(self) -> Pass:
@@ -89,7 +75,7 @@ class Scheduler:
 
     def __init__(
         self,
-        kv: KVReservations,
+        kv: KVCache,
         *,
         micro_batch: int,
         micro_batches: int,
@@ -265,4 +251,5 @@ class Scheduler:
     def _add_chunk(self, packer: _Packer, sequence: Sequence, most: int | None = None) -> None:
         start = sequence.num_computed
         most = packer.left if most is None else min(most, packer.left)
-        packer.add(sequence, start, min(sequence.num_to_compute - start, self._prefill_chunk, most))
+        length = min(sequence.num_to_compute - start, self._prefill_chunk, most)
+        packer.add(sequence, start, length, self._kv.held[sequence])

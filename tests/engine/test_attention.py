@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.model.attention import attend, attend_decode, attend_plainly, merge
+from engine.attention import kernels
+from engine.attention.kernels import attend, attend_plainly, decoder, merge
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -135,18 +136,38 @@ def test_narrow_pieces_merge_in_float32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("position", [0, 1, 30])
-def test_a_decode_token_is_stored_and_sees_all_up_to_itself(dtype: torch.dtype, position: int) -> None:
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
+@pytest.mark.parametrize("flash", [False, True])
+def test_a_decode_token_is_stored_and_sees_all_up_to_itself(
+    dtype: torch.dtype, position: int, heads: int, kv_heads: int, flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "flash_decodes", lambda: flash)
     torch.manual_seed(position)
-    q_NH, k_NH, v_NH = torch.randn(3, 4, 16).to(dtype)
-    kv_2NcH = torch.randn(2, 4, 31, 16).to(dtype)
-    expected_kv = kv_2NcH.clone()
-    expected_kv[0, :, position], expected_kv[1, :, position] = k_NH, v_NH
-    past = expected_kv[:, :, : position + 1]
-    expected, _ = attend_plainly(q_NH[:, None], past[0], past[1], causal=False)
-    out_TNH = torch.full((2, 4, 16), float("nan"), dtype=dtype)
+    q_TNH, (k_TKH, v_TKH) = torch.randn(3, heads, 16).to(dtype), torch.randn(2, 3, kv_heads, 16).to(dtype)
+    kv_2KcH = torch.randn(2, kv_heads, 31, 16).to(dtype)
+    expected_kv = kv_2KcH.clone()
+    expected_kv[0, :, position], expected_kv[1, :, position] = k_TKH[1], v_TKH[1]
+    past = expected_kv[:, :, : position + 1].repeat_interleave(heads // kv_heads, 1)
+    expected, _ = attend_plainly(q_TNH[1, :, None], past[0], past[1], causal=False)
+    out_TNH = torch.full((3, heads, 16), float("nan"), dtype=dtype)
 
-    attend_decode(q_NH.float() * 16**-0.5, k_NH, v_NH, kv_2NcH, position, out_TNH[1])
+    decode = decoder(2, q_TNH, k_TKH, v_TKH, out_TNH)
+    assert decode is not None
+    decode(1, kv_2KcH, position)
 
-    assert torch.equal(kv_2NcH, expected_kv)
+    assert torch.equal(kv_2KcH, expected_kv)
     torch.testing.assert_close(out_TNH[1], expected[:, 0], atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
     assert out_TNH[0].isnan().all()
+    assert out_TNH[2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2)])
+def test_keys_before_the_mask_are_seen(dtype: torch.dtype, heads: int, kv_heads: int) -> None:
+    """A block of queries sees more keys than the mask has columns."""
+    q, k, v = (x.to(dtype) for x in made(7, heads, kv_heads, 600, 2 * kernels.MASK_KEYS + 100, 16))
+    out, lse = attend(q, k, v, causal=True)
+    k, v = (x.repeat_interleave(heads // kv_heads, 0).float() for x in (k, v))
+    expected, expected_lse = attend_plainly(q.float(), k, v, causal=True)
+    torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse, expected_lse, atol=max(1e-5, TOLERANCE[dtype]), rtol=0)

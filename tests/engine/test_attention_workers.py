@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import Engine, Generate, PlanOptions, Request, SamplingParams, Shares
-from engine.kvcache.workers import AttentionWorkers, balanced
+from engine.attention.workers import AttentionWorkers, balanced
 from engine.weights.importers.huggingface import import_checkpoint
 from tests.engine.checkpoints import make_checkpoint
 
@@ -28,7 +28,7 @@ def test_every_item_is_done_once_on_one_core_each() -> None:
     done: list[tuple[int, int]] = []
     workers = AttentionWorkers(3)
     mine = torch.get_num_threads()
-    workers.each(lambda item: done.append((item, torch.get_num_threads())), list(range(20)), [1] * 20)
+    workers.each(lambda item: done.append((item, torch.get_num_threads())), [list(range(7)), list(range(7, 20)), []])
     workers.close()
     assert sorted(done) == [(item, 1) for item in range(20)]
     assert torch.get_num_threads() == mine
@@ -45,7 +45,7 @@ def test_anothers_failure_reaches_the_caller() -> None:
         done.append(item)
 
     with pytest.raises(ValueError, match="another's"):
-        workers.each(work, [0, 1], [1, 1])
+        workers.each(work, [[0], [1]])
     assert len(done) == 1
     workers.close()
 
@@ -66,7 +66,7 @@ def test_the_callers_own_failure_waits_for_the_others() -> None:
             found.append("the other ended")
 
         try:
-            workers.each(work, [0, 1], [1, 1])
+            workers.each(work, [[0], [1]])
         except ValueError as error:
             found.append(str(error))
         found.append(torch.get_num_threads() == mine)
@@ -87,7 +87,7 @@ def test_outputs_do_not_depend_on_the_workers(tmp_path: Path) -> None:
     import_checkpoint(tmp_path / "hf", tmp_path / "model")
     sampling = SamplingParams(max_new_tokens=8, ignore_eos=True)
     requests = [Request(i, Generate("ab" * (3 + 17 * i), sampling)) for i in range(6)]
-    # Prompts are cut at micro-batches, so that a run holds segments of one sequence too; some live on disk.
+    # Prompts are cut at micro-batches, and longer than an extent; some live on disk.
     options = PlanOptions(
         device="cpu", kv=Shares(50, 0, 50), disk_dir=tmp_path, micro_batch=40, micro_batches=3, extent_tokens=32
     )

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from engine.activations import Activations
+from engine.attention.attention import Attention
 from engine.devices.simulated import SimulatedDevice
 from engine.engine import Engine
 from engine.errors import DeviceFailed, EngineError
 from engine.executor import Executor
-from engine.kvcache.store import KVStore
 from engine.memory.closing import run_all
 from engine.memory.device import Device
 from engine.memory.ring import Ring
@@ -25,7 +25,7 @@ SPREAD = PlanOptions(
     weights=Shares(0, 0, 100), kv=Shares(0, 50, 50), activations="disk", micro_batch=64, device_memory=32 * MIB,
     host_memory=32 * MIB, disk_space=32 * MIB,
 )  # fmt: skip
-PARTS = [KVStore, Activations, WeightStream, DiskTier, SimulatedDevice]
+PARTS = [Attention, Activations, WeightStream, DiskTier, SimulatedDevice]
 """In the order in which they are closed."""
 IN_ORDER = ["SimulatedDevice.synchronize", *(f"{part.__name__}.close" for part in PARTS)]
 
@@ -95,7 +95,7 @@ def test_what_went_wrong_while_loading_is_told_and_not_what_followed(
         raise EngineError("the reason")
 
     monkeypatch.setattr(Executor, "__init__", refuse)
-    for part in (SimulatedDevice, KVStore, DiskTier):
+    for part in (SimulatedDevice, Attention, DiskTier):
         fail(monkeypatch, part, "close", RuntimeError("a consequence"))
     with pytest.raises(EngineError, match="the reason"):
         Engine.load(tiny_model, SPREAD, device=SimulatedDevice())

@@ -18,18 +18,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.activations import Activations
+from engine.attention import kernels as attention
+from engine.attention.attention import Attention
+from engine.attention.kernels import attend, merge
 from engine.devices.facts import MachineFacts
 from engine.dtypes import DType
 from engine.executor import Executor
+from engine.kvcache.cache import KVCache
 from engine.kvcache.segments import MicroBatch, Segment
-from engine.kvcache.store import KVStore
 from engine.memory.device import Device
 from engine.memory.lane import Reached
 from engine.memory.spill import DiskTier
 from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic
-from engine.model import attention
-from engine.model.attention import attend, merge
 from engine.model.family import EMBED, HEAD, Family, NamedWeights, layer_name
 from engine.model.registry import family_for
 from engine.model.sampling import next_tokens, score_tokens
@@ -295,9 +296,10 @@ def sequences() -> dict[str, Tokens]:
     }
 
 
-def one_pass(running: Mapping[str, Tokens]) -> Pass:
+def one_pass(running: Mapping[str, Tokens], kv: KVCache) -> Pass:
     def segment(name: str, length: int, *, keeps_kv: bool = True) -> Segment:
-        return Segment(running[name], running[name].num_computed, length, keeps_kv=keeps_kv)
+        one = running[name]
+        return Segment(one, one.num_computed, length, kv.held[one] if keeps_kv else None)
 
     first = MicroBatch((segment("decoding", 1), segment("drawn", 1), segment("young", 1), segment("prefilled", 40)))
     second = MicroBatch((segment("new", 20), segment("scored", 19, keeps_kv=False)))
@@ -305,30 +307,35 @@ def one_pass(running: Mapping[str, Tokens]) -> Pass:
     return Pass((first, second, third))
 
 
-Make = Callable[[Family, str], tuple[Executor, KVStore, FakeCuda]]
+Make = Callable[[Family, str], tuple[Executor, KVCache, FakeCuda]]
 
 
 @pytest.fixture
 def make(guard: OneDevice, tmp_path: Path) -> Make:
-    def make_one(family: Family, dtype: DType) -> tuple[Executor, KVStore, FakeCuda]:
+    def make_one(family: Family, dtype: DType) -> tuple[Executor, KVCache, FakeCuda]:
         device = FakeCuda()
         plan = plan_for(family, dtype, tmp_path)
         as_device: Device = device  # type: ignore[assignment]
         tiers = {TierName.DEVICE: MemoryTier(TierName.DEVICE, 256 * MIB, device.allocate)}
         disk = DiskTier(0, tmp_path)
         traffic = Traffic(device.compute_mark)
-        kv = KVStore(plan, family.shape, as_device, tiers, disk, traffic)
+        tokens = plan.kv_tokens(family.shape)
+        attention = Attention(
+            family.shape, plan.kv_format, as_device, tiers, disk, traffic,
+            tokens=tokens, num_slots=0, slot_tokens=plan.extent_tokens,
+        )  # fmt: skip
+        kv = KVCache(tokens, extent_tokens=plan.extent_tokens)
         activations = Activations(plan, family.shape.hidden_size, as_device, tiers, disk, traffic)
         weights: Any = Resident(family, getattr(torch, dtype))
-        return Executor(plan, family, as_device, weights, kv, activations), kv, device
+        return Executor(plan, family, as_device, weights, attention, activations), kv, device
 
     return make_one
 
 
-def run_fake(executor: Executor, kv: KVStore, running: Mapping[str, Tokens]) -> Sequence[Any]:
+def run_fake(executor: Executor, kv: KVCache, running: Mapping[str, Tokens]) -> Sequence[Any]:
     for sequence in running.values():
         assert kv.admit(sequence)
-    return executor.run(one_pass(running))
+    return executor.run(one_pass(running, kv))
 
 
 @pytest.mark.parametrize("dtype", DType)

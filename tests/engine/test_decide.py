@@ -12,7 +12,6 @@ from engine.devices.host import HostDevice
 from engine.dtypes import DType
 from engine.engine import Engine
 from engine.errors import Interrupted, PlanDoesNotFit, Unmeasurable
-from engine.kvcache.sizes import kv_bytes_per_token
 from engine.lengths import workload_of
 from engine.measure import identity_of
 from engine.planner.decide import Decision, Outlook, Question, budgets_of_machine, decide_plan
@@ -176,7 +175,7 @@ def test_what_fits_in_any_way_has_a_least_plan(
         plan = resolve_plan(found, shape=SHAPE, stored=STORED, device="x", facts=facts, disk_dir=Path())
     except PlanDoesNotFit:
         return
-    tokens = max(plan.kv_bytes.values()) // kv_bytes_per_token(SHAPE, dtype)
+    tokens = max(plan.kv_tokens(SHAPE).values())
     assume(tokens)
     least = least_plan(
         free, shape=SHAPE, stored=STORED, facts=facts, tokens=1, device="x", disk_dir=Path()

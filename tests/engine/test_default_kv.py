@@ -1,7 +1,6 @@
 """Where the KV cache lives by default: on the device while there is room, elsewhere only where that pays."""
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.attention.sizes import kv_bytes_per_token
 from engine.devices.facts import MachineFacts
-from engine.devices.simulated import SimulatedDevice
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
-from engine.kvcache.sizes import kv_bytes_per_token
-from engine.kvcache.store import KVStore
-from engine.memory.spill import DiskTier
-from engine.memory.tier import MemoryTier
-from engine.memory.traffic import Traffic
+from engine.kvcache.cache import KVCache
 from engine.planner.default import KV_SLOTS, resolve_plan
 from engine.planner.known_models import known_model
 from engine.planner.plan import Plan, PlanOptions
@@ -77,8 +72,7 @@ def test_models_of_the_review_fit_whole(model: str, gpu: str) -> None:
     assert plan.used_bytes[TierName.HOST] == 0
 
 
-@contextmanager
-def store_for(kv: Shares | None) -> Iterator[tuple[KVStore, Plan]]:
+def cache_for(kv: Shares | None) -> KVCache:
     """A cache of which the device holds 4 sequences of 32 tokens, the host 8, on a device of separate memory."""
     known = known_model("facebook/opt-125m")
     assert known is not None
@@ -91,16 +85,10 @@ def store_for(kv: Shares | None) -> Iterator[tuple[KVStore, Plan]]:
         options, shape=shape, stored=known.stored(DType.FLOAT16), device="simulated", facts=facts, disk_dir=Path()
     )
     assert plan.kv_bytes[TierName.HOST]
-    of_one = 32 * kv_bytes_per_token(shape, plan.dtype)
+    of_one = 32 * kv_bytes_per_token(shape, plan.kv_format)
     pools = {TierName.DEVICE: 4 * of_one, TierName.HOST: 8 * of_one, TierName.DISK: 0}
-    plan = replace(plan, kv_bytes=pools)
-    with closing(SimulatedDevice()) as device, closing(DiskTier(0, Path())) as disk:
-        tiers = {
-            TierName.DEVICE: MemoryTier(TierName.DEVICE, GIB, device.allocate),
-            TierName.HOST: MemoryTier(TierName.HOST, GIB, device.allocate_host),
-        }
-        with closing(KVStore(plan, shape, device, tiers, disk, Traffic(device.compute_mark))) as store:
-            yield store, plan
+    tokens = replace(plan, kv_bytes=pools).kv_tokens(shape)
+    return KVCache(tokens, extent_tokens=plan.extent_tokens, fills_together=plan.kv_fills_together)
 
 
 def sequences() -> Iterator[Sequence]:
@@ -108,25 +96,25 @@ def sequences() -> Iterator[Sequence]:
         yield Sequence([1] * 32, 32, 33, SamplingParams())
 
 
-def held(store: KVStore) -> dict[TierName, int]:
-    return {tier: sum(kv.tier is tier for kv in store._sequences.values()) for tier in TierName}
+def held(cache: KVCache) -> dict[TierName, int]:
+    return {tier: sum(holding.tier is tier for holding in cache.held.values()) for tier in TierName}
 
 
 def test_the_device_is_filled_first() -> None:
-    with store_for(None) as (store, _):
-        admitted = [sequence for sequence, _ in zip(sequences(), range(6), strict=False) if store.admit(sequence)]
-        assert held(store) == {TierName.DEVICE: 4, TierName.HOST: 2, TierName.DISK: 0}
-        store.release(admitted[0])
-        for sequence, _ in zip(sequences(), range(2), strict=False):
-            assert store.admit(sequence)
-        assert held(store) == {TierName.DEVICE: 4, TierName.HOST: 3, TierName.DISK: 0}
+    cache = cache_for(None)
+    admitted = [sequence for sequence, _ in zip(sequences(), range(6), strict=False) if cache.admit(sequence)]
+    assert held(cache) == {TierName.DEVICE: 4, TierName.HOST: 2, TierName.DISK: 0}
+    cache.release(admitted[0])
+    for sequence, _ in zip(sequences(), range(2), strict=False):
+        assert cache.admit(sequence)
+    assert held(cache) == {TierName.DEVICE: 4, TierName.HOST: 3, TierName.DISK: 0}
 
 
 def test_shares_that_were_asked_for_fill_together() -> None:
-    with store_for(Shares(33, 67, 0)) as (store, _):
-        for sequence, _ in zip(sequences(), range(6), strict=False):
-            assert store.admit(sequence)
-        assert held(store) == {TierName.DEVICE: 2, TierName.HOST: 4, TierName.DISK: 0}
+    cache = cache_for(Shares(33, 67, 0))
+    for sequence, _ in zip(sequences(), range(6), strict=False):
+        assert cache.admit(sequence)
+    assert held(cache) == {TierName.DEVICE: 2, TierName.HOST: 4, TierName.DISK: 0}
 
 
 @given(st.integers(1, 400))
@@ -134,7 +122,7 @@ def test_a_prediction_takes_the_device_to_be_filled_first(requests: int) -> None
     plan = plan_of("facebook/opt-30b", MachineFacts(int(78.5 * GIB), 220 * GIB, shares_host_memory=False))
     known = known_model("facebook/opt-30b")
     assert known is not None
-    token_bytes = kv_bytes_per_token(known.shape, plan.dtype)
+    token_bytes = kv_bytes_per_token(known.shape, plan.kv_format)
     filled = as_filled(Workload.uniform(512, 32, requests), plan, token_bytes).kv_bytes
     whole = filled[TierName.DEVICE] == plan.kv_bytes[TierName.DEVICE]
     assert filled[TierName.HOST] == 0 or whole

@@ -25,10 +25,10 @@ from engine import (
     Scoring,
     Shares,
 )
+from engine.attention.sizes import kv_bytes_per_token
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
 from engine.engine import REJECTIONS_A_PASS
-from engine.kvcache.sizes import kv_bytes_per_token
 from engine.schedule.balance import MIN_PROMPT_TOKENS, PROMPTS
 from engine.schedule.scheduler import LOOK_AHEAD
 from engine.tiers import TierName
@@ -55,7 +55,7 @@ def by_key(outputs: Iterable[Output]) -> dict[object, object]:
 def engine(tiny_model: Path) -> Iterator[Engine]:
     with Engine.load(tiny_model, options()) as loaded:
         yield loaded
-        assert loaded._kv.held_bytes == 0, "every sequence's KV cache is free again"
+        assert loaded._kv.held_tokens == 0, "every sequence's KV cache is free again"
         loaded.check_integrity()
 
 
@@ -63,7 +63,7 @@ def with_kv_room(model_dir: Path, num_tokens: int, **more: object) -> Engine:
     """An engine whose KV cache holds so many tokens, all on the device."""
     more = {"weights": Shares(100, 0, 0), **more}
     with Engine.load(model_dir, options(**more)) as roomy:
-        token_bytes = kv_bytes_per_token(roomy._shape, roomy.plan.dtype)
+        token_bytes = kv_bytes_per_token(roomy._shape, roomy.plan.kv_format)
         fixed = roomy.plan.budgets[TierName.DEVICE] - roomy.plan.kv_bytes[TierName.DEVICE]
     return Engine.load(model_dir, options(**more, device_memory=fixed + num_tokens * token_bytes))
 
@@ -239,7 +239,7 @@ def test_a_choice_is_dropped_with_some_of_its_sequences_done_and_some_waiting(
     """One sequence of 8 tokens a pass: after two passes, two are done and the others wait."""
     choices = Request("choose", Choose("abcde", ("xx", "yy", "zz", "ww")))
     with Engine.load(tiny_model, options(micro_batch=8, micro_batches=1, prefill_chunk=chunk)) as engine:
-        assert engine._kv.held_bytes == 0
+        assert engine._kv.held_tokens == 0
         expected = by_key(engine.run([choices, generate("after")]))
         reports = engine.passes(iter([choices, generate("after")]))
         assert [next(reports).outputs for _ in range(2)] == [(), ()]
@@ -247,7 +247,7 @@ def test_a_choice_is_dropped_with_some_of_its_sequences_done_and_some_waiting(
         assert {output.key: output.result for report in reports for output in report.outputs} == {
             "after": expected["after"]
         }
-        assert engine._kv.held_bytes == 0
+        assert engine._kv.held_tokens == 0
         engine.check_integrity()
 
 

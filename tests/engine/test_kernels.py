@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import engine.formats.linear as linear_module
+from engine.attention.kernels import CAUSAL_ROWS, KERNEL_STEP, _causal_blocks
 from engine.formats.linear import padded_rows
 from engine.memory.kernels import CAPACITY, limit_kept_kernels
-from engine.model.attention import CAUSAL_ROWS, KERNEL_STEP, _causal_blocks
 
 CPU = torch.device("cpu")
 

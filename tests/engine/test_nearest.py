@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import Engine
+from engine.attention.sizes import kv_bytes_per_token
 from engine.devices.facts import MachineFacts
 from engine.errors import PlanDoesNotFit
-from engine.kvcache.sizes import kv_bytes_per_token
 from engine.planner.default import resolve_plan
 from engine.planner.known_models import KNOWN_MODELS
 from engine.planner.nearest import format_flag, nearest_fit
@@ -71,7 +71,7 @@ def test_what_is_told_fits_and_a_little_less_memory_does_not(
     assert sentence is not None
     told = as_told(options, sentence)
     plan = resolved(told, shares)
-    assert max(plan.kv_bytes.values()) >= TOKENS * kv_bytes_per_token(MODEL.shape, plan.dtype)
+    assert max(plan.kv_bytes.values()) >= TOKENS * kv_bytes_per_token(MODEL.shape, plan.kv_format)
     if "--device-memory" in sentence:
         assert told.device_memory is not None
         less = replace(told, device_memory=told.device_memory - told.device_memory // 8 - 2 * MIB)
@@ -79,7 +79,7 @@ def test_what_is_told_fits_and_a_little_less_memory_does_not(
             room = max(resolved(less, shares).kv_bytes.values())
         except PlanDoesNotFit:
             return
-        assert room < TOKENS * kv_bytes_per_token(MODEL.shape, plan.dtype)
+        assert room < TOKENS * kv_bytes_per_token(MODEL.shape, plan.kv_format)
     else:
         assert (told.device_memory, told.host_memory) == (device, host) or "--host-memory" in sentence
 
@@ -96,7 +96,7 @@ def test_the_same_memory_comes_before_more_of_it() -> None:
         plan = resolved(one_more)
     except PlanDoesNotFit:
         return
-    assert max(plan.kv_bytes.values()) < TOKENS * kv_bytes_per_token(MODEL.shape, plan.dtype)
+    assert max(plan.kv_bytes.values()) < TOKENS * kv_bytes_per_token(MODEL.shape, plan.kv_format)
 
 
 @pytest.mark.parametrize("num_bytes", [1, MIB, 700 * MIB + 1, GIB, GIB + 1, 3 * GIB // 2, 123 * GIB + 7])

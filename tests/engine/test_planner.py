@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.attention.sizes import kv_bytes_per_token
 from engine.devices.facts import MachineFacts, free_disk_space, free_host_memory
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
-from engine.kvcache.sizes import kv_bytes_per_token
+from engine.formats.sizes import Plain
 from engine.model.family import EMBED, HEAD, layer_name
 from engine.planner.default import interleave, resolve_plan, whole_layers
 from engine.planner.plan import Plan, PlanOptions
@@ -179,7 +180,7 @@ def test_with_little_memory_layers_go_to_the_host_and_then_to_disk() -> None:
     assert all(counts)
     assert chosen.staging_slots == 3
     assert chosen.micro_batches > 1, "streamed weights are worth more tokens a pass"
-    assert chosen.kv_bytes[TierName.DEVICE] >= 100 * kv_bytes_per_token(SHAPE, DType.FLOAT16)
+    assert chosen.kv_bytes[TierName.DEVICE] >= 100 * kv_bytes_per_token(SHAPE, Plain(DType.FLOAT16))
 
 
 @pytest.mark.parametrize(

@@ -8,34 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.kvcache.cache import KVCache
 from engine.request import SamplingParams
 from engine.schedule.passes import Pass
 from engine.schedule.scheduler import LOOK_AHEAD, Scheduler
 from engine.sequence import Sequence
+from engine.tiers import TierName
 
 SAMPLING = SamplingParams()
 
 
-class CountingKV:
-    """A KV cache that only counts; implements ``KVReservations``."""
-
-    def __init__(self, room: int) -> None:
-        self.room = room
-        self.held: dict[Sequence, int] = {}
-
-    def admit(self, sequence: Sequence) -> bool:
-        assert sequence not in self.held, "admitted twice"
-        if sum(self.held.values()) + sequence.num_kv_tokens > self.room:
-            return False
-        self.held[sequence] = sequence.num_kv_tokens
-        return True
-
-    @property
-    def free_tokens(self) -> int:
-        return self.room - sum(self.held.values())
-
-    def release(self, sequence: Sequence) -> None:
-        self.held.pop(sequence, None)
+def cache_of(room: int) -> KVCache:
+    """Whose room is never in pieces that are too short: an extent is one token."""
+    return KVCache({TierName.DEVICE: room}, extent_tokens=1)
 
 
 def generation(num_prompt: int, num_new: int) -> Sequence:
@@ -63,7 +48,7 @@ class Run:
     passes: list[Pass] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.kv = CountingKV(self.room)
+        self.kv = cache_of(self.room)
         self.scheduler = Scheduler(
             self.kv,
             micro_batch=self.micro_batch,
@@ -113,8 +98,8 @@ class Run:
             assert segment.length >= 1
             assert segment.start + segment.length <= sequence.num_to_compute
             lengths[sequence] = lengths.get(sequence, 0) + segment.length
-            assert segment.keeps_kv == (sequence in self.kv.held)
-            if not segment.keeps_kv:
+            assert (segment.holding is not None) == (sequence in self.kv.held)
+            if segment.holding is None:
                 assert (segment.start, segment.length) == (0, sequence.num_to_compute)
         for sequence, length in lengths.items():
             assert length <= self.prefill_chunk
@@ -380,7 +365,7 @@ def test_a_source_that_pauses_is_asked_again_after_each_pass() -> None:
         asked += 1
         return [generation(1, 3)] if asked == 1 else None
 
-    scheduler = Scheduler(CountingKV(100), micro_batch=8, micro_batches=1, prefill_chunk=8)
+    scheduler = Scheduler(cache_of(100), micro_batch=8, micro_batches=1, prefill_chunk=8)
     for expected in (2, 3, 4):
         this_pass = scheduler.next_pass(pull)
         assert asked == expected
@@ -399,7 +384,7 @@ def test_a_source_that_fails_leaves_the_books_in_order() -> None:
         raise OSError("the dataset is gone")
 
     requests = source()
-    kv = CountingKV(100)
+    kv = cache_of(100)
     scheduler = Scheduler(kv, micro_batch=8, micro_batches=1, prefill_chunk=8)
     with pytest.raises(OSError, match="the dataset is gone"):
         scheduler.next_pass(lambda: next(requests, None))

@@ -11,7 +11,7 @@ from engine.schedule.passes import Pass, PassStats
 from engine.schedule.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.units import MIB
-from tests.engine.test_scheduler import CountingKV, generation, scored
+from tests.engine.test_scheduler import cache_of, generation, scored
 
 
 class BlockRun:
@@ -22,7 +22,7 @@ class BlockRun:
     ) -> None:
         self.requests = requests
         self.tokens_per_pass = micro_batch * micro_batches
-        self.kv = CountingKV(room)
+        self.kv = cache_of(room)
         self.scheduler = Scheduler(
             self.kv, micro_batch=micro_batch, micro_batches=micro_batches, prefill_chunk=chunk, by_block=True
         )
@@ -88,7 +88,7 @@ class BlockRun:
             first = left[len(self.block)]
             assert self.scheduler.needs_kv(first)
             held = sum(sequence.num_kv_tokens for sequence in needing)
-            assert held + first.num_kv_tokens > self.kv.room, "as many as there is room for"
+            assert held + first.num_kv_tokens > self.kv.largest_sequence, "as many as there is room for"
         elif len(self.block) < self.tokens_per_pass:
             assert self.num_requests_pulled == len(self.requests)
 
@@ -135,7 +135,7 @@ def test_a_block_is_prefilled_then_decoded_to_its_end_before_the_next(run: Block
     run.to_the_end()
     assert sum(map(len, run.blocks)) + len(run.stuck) == sum(map(len, run.requests))
     for sequence in run.stuck:
-        assert sequence.num_kv_tokens > run.kv.room
+        assert sequence.num_kv_tokens > run.kv.largest_sequence
 
 
 def test_a_long_output_holds_the_block_that_mixed_passes_would_have_refilled() -> None:

@@ -309,7 +309,9 @@ def test_stop_strings_are_found_where_decoding_all_finds_them(kind: str, ids: li
     text = ours(kind).decode(ids).replace("\ufffd", "x") or "x"
     begins = st.integers(0, len(text) - 1)
     strings = st.builds(lambda begin, size: text[begin : begin + size], begins, st.integers(0, 6))
-    stop = data.draw(st.lists(strings | st.text(max_size=2), max_size=3))
+    # U+FFFD stands for a character that is not finished yet, and is no text to stop at.
+    others = st.text(st.characters(exclude_characters="\ufffd"), max_size=2)
+    stop = data.draw(st.lists(strings | others, max_size=3))
     assert pushed(ours(kind), ids, stop) == stopped(ours(kind), ids, stop)
 
 

@@ -37,7 +37,7 @@ NOT_WAITS_OF_THE_SCHEDULE = (
     "devices",
     "memory/lane.py",
     "memory/traffic.py",
-    "kvcache/workers.py",
+    "attention/workers.py",
     "memory/closing.py",
     "measure/",
 )

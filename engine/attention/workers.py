@@ -54,20 +54,24 @@ class AttentionWorkers:
             initargs=(1,),
         )
 
-    def each(self, work: Callable[[T], None], items: Sequence[T], costs: Sequence[int]) -> None:
-        """Do ``work`` on every item; returns when all is done, raises the first failure."""
-        if len(items) < 2 or self._num_threads < 2:
-            for item in items:
-                work(item)
+    def each(self, work: Callable[[T], None], shares: Sequence[Sequence[T]]) -> None:
+        """Do ``work`` on every item of every share; returns when all is done, raises the first failure.
+
+        A single item is left to all cores together.
+        """
+        if sum(map(len, shares)) < 2 or self._num_threads < 2:
+            for share in shares:
+                for item in share:
+                    work(item)
             return
 
-        def run(group: list[int]) -> None:
+        def run(share: Sequence[T]) -> None:
             with torch.inference_mode():
-                for index in group:
-                    work(items[index])
+                for item in share:
+                    work(item)
 
-        own, *others = balanced(costs, self._num_threads)
-        futures = [self._pool.submit(run, group) for group in others]
+        own, *others = shares
+        futures = [self._pool.submit(run, share) for share in others]
         try:
             with one_core():
                 run(own)

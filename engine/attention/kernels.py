@@ -6,31 +6,39 @@ sum of the softmaxes over each (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao
 Shapes: N query heads, K key/value heads, t query tokens, s key tokens, H head size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
-
-from engine.units import align_up
 
 CAUSAL_ROWS = 256
 """Queries of causal attention computed together on the CPU."""
 KERNEL_STEP = 64
 """PyTorch compiles a kernel for each number of queries, from so many on, and keys that it meets, and keeps it: 0.4 MB
 a prompt of another length. Blocks are cut so that it meets few of them."""
+FEW_QUERIES = 8
+"""Queries of one key/value head, the same decode token's, up to which a batched product is faster than flash."""
 MASK_KEYS = 2048
-"""Masks are made for a multiple of so many keys, so that a model needs one or two of them."""
+"""Keys that a mask is made for; where a block of queries sees more, those before it are attended to without one."""
 
 
 def attend(q_NtH: Tensor, k_KsH: Tensor, v_KsH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Softmax attention of one segment: ``out [N, t, H]`` in the inputs' dtype and ``lse [N, t]`` in float32.
 
-    With ``causal``, the queries are the last t of the s tokens, and each sees the keys up to its own.
+    With ``causal``, the queries are the last t of the s tokens, and each sees the keys up to its own. Query heads that
+    share a key/value head (grouped queries) are N / K consecutive ones.
     """
-    k_KsH, v_KsH = _expand(q_NtH, k_KsH), _expand(q_NtH, v_KsH)
     if q_NtH.shape[1] == 1:
         causal = False  # the last token sees everything
+    group = q_NtH.shape[0] // k_KsH.shape[0]
+    if group > 1:  # nothing is repeated: as more queries of one head, or where positions matter in turn
+        q_KGtH = q_NtH.view(-1, group, *q_NtH.shape[1:])
+        if not causal:
+            out, lse = attend(q_KGtH.flatten(1, 2), k_KsH, v_KsH, causal=False)
+            return out.view_as(q_KGtH).flatten(0, 1), lse.view(q_KGtH.shape[:3]).flatten(0, 1)
+        outs, lses = zip(*(attend(q_KtH, k_KsH, v_KsH, causal=True) for q_KtH in q_KGtH.unbind(1)), strict=True)
+        return torch.stack(outs, 1).flatten(0, 1), torch.stack(lses, 1).flatten(0, 1)
     if q_NtH.device.type == "cpu":
         return _attend_on_cpu(q_NtH, k_KsH, v_KsH, causal=causal)
     past = k_KsH.shape[1] - q_NtH.shape[1]
@@ -59,22 +67,26 @@ def _attend_on_gpu(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool)
 def _attend_on_cpu(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Causal attention in blocks of queries, each over the keys it sees: the kernel computes what it then masks."""
     num_queries, num_keys = q_NtH.shape[1], k_NsH.shape[1]
-    if num_queries == 1 and q_NtH.dtype == torch.bfloat16 and not flash_decodes():
-        return _attend_one(q_NtH, k_NsH, v_NsH)
+    if num_queries <= FEW_QUERIES and not causal and q_NtH.dtype == torch.bfloat16 and not flash_decodes():
+        return _attend_few(q_NtH, k_NsH, v_NsH)
     if not causal:
         whole = num_keys // KERNEL_STEP * KERNEL_STEP
         if num_queries < KERNEL_STEP or whole in (0, num_keys):
             return _flash_on_cpu(q_NtH, k_NsH, v_NsH, None)
         parts = [slice(0, whole), slice(whole, num_keys)]
         return merge([_flash_on_cpu(q_NtH, k_NsH[:, part], v_NsH[:, part], None) for part in parts])
-    mask_tS = _mask(q_NtH.dtype, CAUSAL_ROWS, align_up(num_keys, MASK_KEYS))
+    mask_tS = _mask(q_NtH.dtype)
     blocks = []
     for first, end in _causal_blocks(num_queries, num_keys):
         rows, seen = end - first, num_keys - num_queries + end
+        # Keys before the mask's need none, since all of the block sees them.
+        cut = 0 if seen <= MASK_KEYS else seen - rows
+        q_NrH, parts = q_NtH[:, first:end], [slice(0, cut)] if cut else []
+        pieces = [_flash_on_cpu(q_NrH, k_NsH[:, part], v_NsH[:, part], None) for part in parts]
         # The mask's last columns are the triangle: from it to the left, all is seen.
-        begin = mask_tS.shape[1] - CAUSAL_ROWS + rows - seen
-        mask_ts = mask_tS[:rows, begin : begin + seen]
-        blocks.append(_flash_on_cpu(q_NtH[:, first:end], k_NsH[:, :seen], v_NsH[:, :seen], mask_ts))
+        begin = mask_tS.shape[1] - CAUSAL_ROWS + rows - (seen - cut)
+        mask_ts = mask_tS[:rows, begin : begin + seen - cut]
+        blocks.append(merge([*pieces, _flash_on_cpu(q_NrH, k_NsH[:, cut:seen], v_NsH[:, cut:seen], mask_ts)]))
     if len(blocks) == 1:
         return blocks[0]
     return torch.cat([out for out, _ in blocks], 1), torch.cat([lse for _, lse in blocks], 1)
@@ -101,10 +113,10 @@ def _flash_on_cpu(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, mask_ts: Tensor |
 
 
 @cache
-def _mask(dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+def _mask(dtype: torch.dtype) -> Tensor:
     """What a block of queries adds to its scores: 0, and above the diagonal of the last columns minus infinity."""
-    mask = torch.zeros(rows, columns + rows, dtype=dtype)
-    mask[:, columns:] = torch.full((rows, rows), float("-inf"), dtype=dtype).triu(1)
+    mask = torch.zeros(CAUSAL_ROWS, MASK_KEYS + CAUSAL_ROWS, dtype=dtype)
+    mask[:, MASK_KEYS:] = torch.full((CAUSAL_ROWS, CAUSAL_ROWS), float("-inf"), dtype=dtype).triu(1)
     return mask
 
 
@@ -123,54 +135,72 @@ def _has_flash(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _attend_one(q_N1H: Tensor, k_NsH: Tensor, v_NsH: Tensor) -> tuple[Tensor, Tensor]:
-    """One decode token on the CPU: memory-bound, so each key and value is read once by a batched product.
+def _attend_few(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor) -> tuple[Tensor, Tensor]:
+    """A decode token on the CPU: memory-bound, so each key and value is read once by a batched product.
 
     Scores are float32, since rounding them would cost more than rounding everything else; the weights are rounded as
     the flash kernel does.
     """
-    scores_N1s = torch.bmm(q_N1H.float(), k_NsH.float().transpose(1, 2)).mul_(q_N1H.shape[-1] ** -0.5)
-    lse_N1 = scores_N1s.logsumexp(-1)
-    weights_N1s = scores_N1s.sub_(lse_N1[..., None]).exp_().to(v_NsH.dtype)
-    return torch.bmm(weights_N1s, v_NsH), lse_N1
+    scores_Nts = torch.bmm(q_NtH.float(), k_NsH.float().mT).mul_(q_NtH.shape[-1] ** -0.5)
+    lse_Nt = scores_Nts.logsumexp(-1)
+    weights_Nts = scores_Nts.sub_(lse_Nt[..., None]).exp_().to(v_NsH.dtype)
+    return torch.bmm(weights_Nts, v_NsH), lse_Nt
+
+
+def decoder(
+    num_rows: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor
+) -> Callable[[int, Tensor, int], None] | None:
+    """On the CPU, what stores and attends to one token at one of the first ``num_rows``: see ``attend_decode``.
+
+    It takes the row, the sequence's keys and values ``[k|v, K, c, H]`` and the token's position. What can be done for
+    all rows together is done here.
+    """
+    if not num_rows or q_TNH.device.type != "cpu":
+        return None
+    grouped = (num_rows, k_TKH.shape[1], -1, q_TNH.shape[2])
+    q_TKGH, out_TKGH = q_TNH[:num_rows].view(grouped), out_TNH[:num_rows].view(grouped)
+    if not flash_decodes():
+        scaled_TKGH = q_TKGH.float() * q_TNH.shape[-1] ** -0.5
+        return lambda row, kv_2KcH, position: attend_decode(
+            scaled_TKGH[row], k_TKH[row], v_TKH[row], kv_2KcH, position, out_TKGH[row]
+        )
+    kv_T2KH = torch.stack((k_TKH[:num_rows], v_TKH[:num_rows]), 1)
+    q_T1KGH, out_T1KGH = q_TKGH[:, None], out_TKGH[:, None]
+    return lambda row, kv_2KcH, position: attend_decode_by_flash(
+        q_T1KGH[row], kv_T2KH[row], kv_2KcH, position, out_T1KGH[row]
+    )
 
 
 def attend_decode(
-    scaled_NH: Tensor, k_NH: Tensor, v_NH: Tensor, kv_2NcH: Tensor, position: int, out_NH: Tensor
+    scaled_KGH: Tensor, k_KH: Tensor, v_KH: Tensor, kv_2KcH: Tensor, position: int, out_KGH: Tensor
 ) -> None:
     """Store one decode token's key and value at ``position``, and attend to all up to it: in as few steps as it takes.
 
     Args:
-        scaled_NH: the query in float32, times ``H ** -0.5``.
-        k_NH, v_NH: the token's own key and value.
-        kv_2NcH: the sequence's keys and values, ``[k|v, N, capacity, H]``; written at ``position``.
+        scaled_KGH: the query in float32, times ``H ** -0.5``; G query heads share a key/value head.
+        k_KH, v_KH: the token's own key and value.
+        kv_2KcH: the sequence's keys and values, ``[k|v, K, capacity, H]``; written at ``position``.
         position: the token's place.
-        out_NH: receives the result.
+        out_KGH: receives the result.
     """
-    kv_2NcH[0, :, position] = k_NH
-    kv_2NcH[1, :, position] = v_NH
-    k_NsH, v_NsH = kv_2NcH[:, :, : position + 1]
-    weights_N1s = torch.bmm(scaled_NH[:, None], k_NsH.float().mT).softmax(-1)
-    torch.bmm(weights_N1s.to(v_NsH.dtype), v_NsH, out=out_NH[:, None])
+    kv_2KcH[0, :, position] = k_KH
+    kv_2KcH[1, :, position] = v_KH
+    k_KsH, v_KsH = kv_2KcH[:, :, : position + 1]
+    weights_KGs = torch.bmm(scaled_KGH, k_KsH.float().mT).softmax(-1)
+    torch.bmm(weights_KGs.to(v_KsH.dtype), v_KsH, out=out_KGH)
 
 
-def attend_decode_by_flash(q_1N1H: Tensor, kv_2NH: Tensor, kv_2NcH: Tensor, position: int, out_1N1H: Tensor) -> None:
-    """As ``attend_decode``, by the flash kernel: ``q_1N1H`` is not scaled, ``kv_2NH`` the token's own key and value.
+def attend_decode_by_flash(q_1KGH: Tensor, kv_2KH: Tensor, kv_2KcH: Tensor, position: int, out_1KGH: Tensor) -> None:
+    """As ``attend_decode``, by the flash kernel: ``q_1KGH`` is not scaled, ``kv_2KH`` the token's own key and value.
 
     Nothing here but what must be: for one token, a Python object more or less is a hundredth of the whole.
     """
-    kv_2NcH.select(2, position).copy_(kv_2NH)
-    k_1NsH, v_1NsH = kv_2NcH.narrow(2, 0, position + 1).chunk(2)
+    kv_2KcH.select(2, position).copy_(kv_2KH)
+    k_1KsH, v_1KsH = kv_2KcH.narrow(2, 0, position + 1).chunk(2)
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_1N1H, k_1NsH, v_1NsH, 0.0, False, attn_mask=None, scale=q_1N1H.shape[-1] ** -0.5
+        q_1KGH, k_1KsH, v_1KsH, 0.0, False, attn_mask=None, scale=q_1KGH.shape[-1] ** -0.5
     )
-    out_1N1H.copy_(out)
-
-
-def _expand(q_NtH: Tensor, x_KsH: Tensor) -> Tensor:
-    """Key/value heads repeated for the query heads that share them."""
-    repeats = q_NtH.shape[0] // x_KsH.shape[0]
-    return x_KsH if repeats == 1 else x_KsH.repeat_interleave(repeats, dim=0)
+    out_1KGH.copy_(out)
 
 
 def attend_plainly(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,82 @@
+"""What attention works on: a micro-batch's rows in one layer, cut into parts that can be computed side by side.
+
+Shapes: T tokens of a micro-batch, t of one segment, N query heads, K key/value heads, H head size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.attention.kernels import attend, merge
+from engine.attention.pools import FetchedKV, MemoryKV
+from engine.kvcache.segments import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A segment, or some of its heads."""
+
+    begin: int
+    """The segment's first row."""
+    segment: Segment
+    kv: MemoryKV | FetchedKV | None
+    kv_heads: slice
+    """The key/value heads, and with them the query heads that share them."""
+
+    @property
+    def cost(self) -> int:
+        """In proportion to the time it takes: reading the keys costs as much as computing with a few dozen queries."""
+        queries = self.segment.length + 32
+        num_heads: int = self.kv_heads.stop - self.kv_heads.start
+        return queries * (self.segment.start + self.segment.length) * num_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Queries, keys and values of a micro-batch in one layer, and room for its output."""
+
+    layer: int
+    q_TNH: Tensor
+    k_TKH: Tensor
+    v_TKH: Tensor
+    out_TNH: Tensor
+    decode: Callable[[int, Tensor, int], None] | None
+    """Where one token's attention has a faster way: computes it at a row, given its sequence's keys and values,
+    ``[k|v, K, c, H]``, and its position."""
+
+    def of(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[N, t, H]``, keys and values ``[K, t, H]``."""
+        rows = slice(part.begin, part.begin + part.segment.length)
+        q_TNH, heads = self.q_TNH[rows, self._heads(part)], part.kv_heads
+        return q_TNH.transpose(0, 1), self.k_TKH[rows, heads].transpose(0, 1), self.v_TKH[rows, heads].transpose(0, 1)
+
+    def finish(self, part: Part, pieces: list[tuple[Tensor, Tensor]]) -> None:
+        """Set a part's output, from the attention over pieces of its keys."""
+        rows = slice(part.begin, part.begin + part.segment.length)
+        self.out_TNH[rows, self._heads(part)] = merge(pieces)[0].transpose(0, 1)
+
+    def attend(self, part: Part) -> None:
+        """Store a part's keys and values where compute can address them, if they are kept, and attend."""
+        kv, start, length = part.kv, part.segment.start, part.segment.length
+        assert not isinstance(kv, FetchedKV)
+        if kv is not None and length == 1 and self.decode is not None and (layers := kv.only_extent(start)) is not None:
+            self.decode(part.begin, layers[self.layer], start)
+            return
+        q_NtH, k_KtH, v_KtH = self.of(part)
+        if kv is None:
+            self.finish(part, [attend(q_NtH, k_KtH, v_KtH, causal=True)])
+            return
+        kv.append(self.layer, start, part.kv_heads, k_KtH, v_KtH)
+        if length == 1 or kv.only_extent(start + length - 1) is not None:
+            # Read with the rest, its own keys are one piece less to merge.
+            past = kv.read(self.layer, start + length, part.kv_heads)
+            self.finish(part, [attend(q_NtH, k_KsH, v_KsH, causal=True) for k_KsH, v_KsH in past])
+            return
+        past = kv.read(self.layer, start, part.kv_heads)
+        pieces = [attend(q_NtH, k_KsH, v_KsH, causal=False) for k_KsH, v_KsH in past]
+        self.finish(part, [*pieces, attend(q_NtH, k_KtH, v_KtH, causal=True)])
+
+    def _heads(self, part: Part) -> slice:
+        group = self.q_TNH.shape[1] // self.k_TKH.shape[1]
+        return slice(part.kv_heads.start * group, part.kv_heads.stop * group)

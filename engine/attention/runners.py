@@ -1,0 +1,79 @@
+"""How a kind of device computes the parts of a micro-batch whose keys and values it can address."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+
+from engine.attention.rows import Part, Rows
+from engine.attention.workers import AttentionWorkers, balanced
+from engine.memory.device import Device
+
+Shares = list[list[Part]]
+
+
+class Runner(Protocol):
+    """One kind of device."""
+
+    def share(self, parts: Sequence[Part]) -> Shares:
+        """Who computes what, the same in every layer; once a pass and micro-batch."""
+
+    def run(self, rows: Rows, shares: Shares) -> None:
+        """Attend, in one layer."""
+
+    def close(self) -> None:
+        """End threads."""
+
+
+class InTurn:
+    """One part after the other, as a device computes that is given its work by one thread."""
+
+    def share(self, parts: Sequence[Part]) -> Shares:
+        """All in one share."""
+        return [list(parts)]
+
+    def run(self, rows: Rows, shares: Shares) -> None:
+        """Attend, in one layer."""
+        for share in shares:
+            for part in share:
+                rows.attend(part)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class OnCores:
+    """On the CPU, each core its own parts: see ``engine.attention.workers``."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._num_threads = num_threads
+        self._workers = AttentionWorkers(num_threads)
+
+    def share(self, parts: Sequence[Part]) -> Shares:
+        """Shares of nearly equal cost; a prompt's heads are split, since a pass has too few prompts to share out."""
+        pieces = [piece for part in parts for piece in self._split(part)]
+        groups = balanced([piece.cost for piece in pieces], self._num_threads)
+        return [[pieces[index] for index in group] for group in groups]
+
+    def run(self, rows: Rows, shares: Shares) -> None:
+        """Attend, in one layer."""
+        self._workers.each(rows.attend, shares)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._workers.close()
+
+    def _split(self, part: Part) -> list[Part]:
+        if part.segment.length == 1:
+            return [part]
+        borders = [part.kv_heads.stop * core // self._num_threads for core in range(self._num_threads + 1)]
+        heads = [slice(first, end) for first, end in pairwise(borders) if first < end]
+        return [Part(part.begin, part.segment, part.kv, some) for some in heads]
+
+
+def runner_for(device: Device) -> Runner:
+    """The one for a device's kind."""
+    if device.shares_host_memory and torch.get_num_threads() > 1:
+        return OnCores(torch.get_num_threads())
+    return InTurn()

@@ -1,0 +1,130 @@
+"""The books of the KV cache: nobody's room is another's, what is free can be had, all of it comes back."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from engine.errors import DiskFull, EngineError
+from engine.kvcache.cache import KVCache
+from engine.request import SamplingParams
+from engine.sequence import Sequence
+from engine.tiers import TierName
+
+TOKENS = {TierName.DEVICE: 40, TierName.HOST: 64, TierName.DISK: 25}
+
+
+def sequence(num_tokens: int) -> Sequence:
+    """Whose keys and values take so many tokens' room."""
+    return Sequence([1], 1, num_tokens + 1, SamplingParams())
+
+
+class Books(RuleBasedStateMachine):
+    """Any order of admissions and releases."""
+
+    held = Bundle("held")
+
+    @rule(extent_tokens=st.integers(1, 12), together=st.booleans())
+    def start_again(self, extent_tokens: int, together: bool) -> None:
+        if not self.cache.held:
+            self.cache = self.made(extent_tokens, together)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = self.made(7, together=False)
+
+    def made(self, extent_tokens: int, together: bool) -> KVCache:
+        self.extent_tokens = extent_tokens
+        self.claimed = dict.fromkeys(TierName, 0)
+        return KVCache(TOKENS, extent_tokens=extent_tokens, fills_together=together, claim=self.claim)
+
+    def claim(self, tier: TierName, end: int) -> None:
+        self.claimed[tier] = max(self.claimed[tier], end)
+
+    @rule(target=held, num_tokens=st.integers(1, 70))
+    def admit(self, num_tokens: int) -> object:
+        one = sequence(num_tokens)
+        free = {tier: TOKENS[tier] - self.taken(tier) for tier in TierName}
+        if not self.cache.admit(one):
+            if self.extent_tokens == 1:
+                assert max(free.values()) < num_tokens, "there was room"
+            assert one not in self.cache.held
+            return multiple()
+        holding = self.cache.held[one]
+        assert [extent.start for extent in holding.extents] == list(range(0, num_tokens, self.extent_tokens))
+        assert sum(extent.capacity for extent in holding.extents) == num_tokens
+        assert free[holding.tier] >= num_tokens
+        return one
+
+    @rule(one=consumes(held), times=st.integers(1, 2))
+    def release(self, one: Sequence, times: int) -> None:
+        for _ in range(times):
+            self.cache.release(one)
+
+    def taken(self, tier: TierName) -> int:
+        holdings = [holding for holding in self.cache.held.values() if holding.tier is tier]
+        return sum(extent.capacity for holding in holdings for extent in holding.extents)
+
+    @invariant()
+    def nobodys_room_is_anothers(self) -> None:
+        for tier in TierName:
+            holdings = [holding for holding in self.cache.held.values() if holding.tier is tier]
+            extents = [extent for holding in holdings for extent in holding.extents]
+            tokens = [token for each in extents for token in range(each.offset, each.offset + each.capacity)]
+            assert len(tokens) == len(set(tokens))
+            assert not tokens or max(tokens) < min(TOKENS[tier], self.claimed[tier])
+        self.cache.check_integrity()
+        assert self.cache.held_tokens == sum(map(self.taken, TierName)) == sum(TOKENS.values()) - self.cache.free_tokens
+
+    def teardown(self) -> None:
+        for one in list(self.cache.held):
+            self.cache.release(one)
+        assert self.cache.free_tokens == sum(TOKENS.values())
+        largest = sorted(TOKENS.values(), reverse=True)
+        assert all(self.cache.admit(sequence(count)) for count in largest), "all of it can be had again"
+
+
+TestBooks = Books.TestCase
+TestBooks.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_room_that_was_used_is_used_again() -> None:
+    cache = KVCache(TOKENS, extent_tokens=100)
+    first, second, third = sequence(10), sequence(10), sequence(8)
+    assert cache.admit(first)
+    assert cache.admit(second)
+    at = cache.held[first].extents[0].offset
+    cache.release(first)
+    assert cache.admit(third)
+    assert cache.held[third].extents[0].offset == at
+
+
+def refused(tier: TierName, end: int) -> None:
+    """A file system without room."""
+    if tier is TierName.DISK:
+        raise DiskFull("no space left")
+
+
+def test_a_full_disk_is_waited_for_while_somebody_runs() -> None:
+    cache = KVCache(TOKENS, extent_tokens=8, claim=refused)
+    assert cache.admit(sequence(40))
+    assert cache.admit(sequence(64))
+    assert not cache.admit(sequence(20)), "only the disk has room"
+    cache.check_integrity()
+
+
+def test_a_full_disk_is_an_error_where_nobody_will_make_room() -> None:
+    cache = KVCache({TierName.DISK: 25}, extent_tokens=8, claim=refused)
+    with pytest.raises(DiskFull):
+        cache.admit(sequence(25))
+    cache.check_integrity()
+    assert cache.free_tokens == 25
+
+
+def test_books_that_do_not_add_up_are_told() -> None:
+    cache = KVCache(TOKENS, extent_tokens=8)
+    one = sequence(10)
+    assert cache.admit(one)
+    del cache.held[one]
+    with pytest.raises(EngineError, match="10 tokens of KV cache are reserved, sequences hold 0"):
+        cache.check_integrity()
