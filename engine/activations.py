@@ -1,17 +1,15 @@
 """Where a pass's hidden states wait between layers: device, host or disk memory, one place for all micro-batches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from engine.memory.closing import run_all
-from engine.memory.device import Device
+from engine.memory.memory import Memory
 from engine.memory.ring import HostPlace, Item, Place, Ring
-from engine.memory.spill import DiskTier, SpilledPlace
+from engine.memory.spill import SpilledPlace
 from engine.memory.tensors import torch_dtype
-from engine.memory.tier import MemoryTier
-from engine.memory.traffic import Traffic
 from engine.planner.plan import Plan
 from engine.tiers import TierName
 
@@ -27,12 +25,9 @@ class Activations:
 
     def __init__(
         self,
+        memory: Memory,
         plan: Plan,
         hidden_size: int,
-        device: Device,
-        tiers: Mapping[TierName, MemoryTier],
-        disk: DiskTier,
-        traffic: Traffic,
     ) -> None:
         self._hidden_size = hidden_size
         self._dtype = torch_dtype(plan.dtype)
@@ -42,19 +37,17 @@ class Activations:
         self._ring: Ring | None = None
         begins = range(0, num_bytes, batch_bytes)
         if plan.activations is TierName.DISK:
-            extent = disk.allocate(num_bytes, ACTIVATIONS)
-            self._release = extent.release
-            self._places: list[Place] = [SpilledPlace(extent, begin) for begin in begins]
+            room = memory.disk.allocate(num_bytes, ACTIVATIONS)
+            self._release = room.release
+            self._places: list[Place] = [SpilledPlace(room, begin) for begin in begins]
         else:
-            block = tiers[plan.activations].allocate(num_bytes, ACTIVATIONS)
+            block = memory.allocate(plan.activations, num_bytes, ACTIVATIONS)
             self._release = block.release
             self._places = [HostPlace(block.data[begin : begin + batch_bytes]) for begin in begins]
         if plan.activation_slots:
             try:
                 self._ring = Ring(
-                    device,
-                    tiers,
-                    traffic,
+                    memory,
                     what=ACTIVATIONS,
                     slot_bytes=batch_bytes,
                     num_slots=plan.activation_slots,

@@ -7,8 +7,6 @@ from time import perf_counter
 from types import TracebackType
 from typing import Self
 
-from engine.activations import Activations
-from engine.attention.attention import Attention
 from engine.devices.open import facts_of, open_device
 from engine.errors import EngineError
 from engine.executor import Executor
@@ -16,9 +14,9 @@ from engine.kvcache.cache import KVCache
 from engine.memory.closing import run_all
 from engine.memory.device import Device
 from engine.memory.lane import LaneName
-from engine.memory.spill import DiskTier
-from engine.memory.tier import MemoryTier, Tier
-from engine.memory.traffic import Span, Traffic
+from engine.memory.memory import Memory
+from engine.memory.tier import Tier
+from engine.memory.traffic import Span
 from engine.model.family import EMBED
 from engine.model.registry import family_for
 from engine.planner.cost import OVERLAPPED, PassModel
@@ -32,6 +30,7 @@ from engine.schedule.balance import Balance
 from engine.schedule.passes import Pass, PassReport, PassStats
 from engine.schedule.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.stage import Stage
 from engine.tasks import InProgress, begin, rejected
 from engine.tiers import TierName
 from engine.tokenizer import Tokenizer
@@ -41,7 +40,6 @@ from engine.weights.checks import check_tokens, check_units
 from engine.weights.files import WeightFiles
 from engine.weights.layout import stored_in
 from engine.weights.manifest import TOKENIZER_NAME, read_manifest
-from engine.weights.stream import WeightStream
 
 REJECTIONS_A_PASS = 256
 _MOVING = 2.0
@@ -114,53 +112,21 @@ class Engine:
         self._expected: PassModel | None = None
         if decision.hardware is not None:
             self._expected = PassModel(decision.hardware, self._shape, stored, self.plan, overlap=OVERLAPPED)
-        self._traffic = Traffic(self._device.compute_mark, self._recorder)
-        memory = {
-            TierName.DEVICE: MemoryTier(TierName.DEVICE, self.plan.budgets[TierName.DEVICE], self._device.allocate),
-            TierName.HOST: MemoryTier(TierName.HOST, self.plan.budgets[TierName.HOST], self._device.allocate_host),
-        }
-        disk = DiskTier(self.plan.budgets[TierName.DISK], self.plan.disk_dir)
-        self._closers.append(disk.close)
-        self.tiers: dict[TierName, Tier] = {**memory, TierName.DISK: disk}
-        workspace = self.plan.workspace_bytes
-        memory[TierName.DEVICE].take(workspace, "workspace")
-        self._closers.append(lambda: memory[TierName.DEVICE].give(workspace, "workspace"))
-        weights = WeightStream(
-            WeightFiles(model_dir, manifest),
-            self._device,
-            memory,
-            self._traffic,
-            layer_tiers=self.plan.layers,
-            dtype=self.plan.dtype,
-            num_slots=self.plan.staging_slots,
-        )
-        self._closers.append(weights.close)
-        self._activations = Activations(self.plan, self._shape.hidden_size, self._device, memory, disk, self._traffic)
-        self._closers.append(self._activations.close)
-        tokens = self.plan.kv_tokens(self._shape)
-        self._attention = Attention(
-            self._shape,
-            self.plan.kv_format,
-            self._device,
-            memory,
-            disk,
-            self._traffic,
-            tokens=tokens,
-            num_slots=self.plan.kv_slots,
-            slot_tokens=self.plan.extent_tokens,
-        )
-        self._closers.append(self._attention.close)
+        self._memory = Memory(self._device, self.plan.budgets, self.plan.disk_dir, self._recorder)
+        self._closers = [self._memory.close]
+        self._stage = Stage(WeightFiles(model_dir, manifest), family, self.plan, self._memory)
+        self._closers.append(self._stage.close)
+        self._executor = Executor(self._stage)
         self._kv = KVCache(
-            tokens,
+            self.plan.kv_tokens(self._shape),
             extent_tokens=self.plan.extent_tokens,
             fills_together=self.plan.kv_fills_together,
-            claim=self._attention.claim,
+            claim=self._stage.attention.claim,
         )
-        self._executor = Executor(self.plan, family, self._device, weights, self._attention, self._activations)
         self._running: dict[Sequence, InProgress] = {}
         self._balance = Balance()
         self._scheduler: Scheduler | None = None
-        self._loaded_bytes = self._traffic.take().weight_bytes
+        self._loaded_bytes = self._memory.traffic.take().weight_bytes
         if self._recorder is not None:
             self._recorder.loaded((start, perf_counter()))
 
@@ -174,6 +140,11 @@ class Engine:
             facts=facts_of(self._device),
             disk_dir=self._model_dir,
         )
+
+    @property
+    def tiers(self) -> dict[TierName, Tier]:
+        """What is held of each budget, and was at most."""
+        return self._memory.tiers
 
     @property
     def is_planned(self) -> bool:
@@ -259,7 +230,7 @@ class Engine:
                 outputs += rejections
                 rejections.clear()
                 if scheduler.is_idle:
-                    self._settle()
+                    self._stage.settle()
                 stats = self._stats(this_pass, scheduler, (start, perf_counter()))
                 if this_pass.micro_batches:
                     self._balance.learn(stats)
@@ -290,8 +261,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise ``EngineError`` if a tier's books do not add up."""
-        for tier in self.tiers.values():
-            tier.check_integrity()
+        self._memory.check_integrity()
         self._kv.check_integrity()
 
     def __enter__(self) -> Self:
@@ -304,14 +274,13 @@ class Engine:
 
     def _compute(self, this_pass: Pass) -> list[Output]:
         self._broken = True  # unless the pass comes to its end
-        self._traffic.computes(EMBED)
-        results = self._executor.run(this_pass)
-        self._traffic.computes(None)
+        self._memory.traffic.computes(EMBED)
+        found = self._executor.run(this_pass)
+        self._memory.traffic.computes(None)
         self._broken = False
-        for segment in this_pass.segments:
-            segment.sequence.num_computed += segment.length
+        self._scheduler_of().completed(this_pass)
         outputs = []
-        for result in results:
+        for result in found.results:
             sequence = result.segment.sequence
             progress = self._running[sequence]
             progress.advance(sequence, result.next_token, result.scores)
@@ -348,20 +317,10 @@ class Engine:
         assert self._scheduler is not None
         return self._scheduler
 
-    def _settle(self) -> None:
-        """Wait for what the last pass left under way: a run may end here, and its figures must not miss any of it.
-
-        Not for weights that are read ahead: they belong to whoever runs next.
-        """
-        with self._device.computing():
-            self._device.compute_mark().wait()
-            self._attention.settle()
-            self._activations.settle()
-
     def _stats(self, this_pass: Pass, scheduler: Scheduler, span: Span) -> PassStats:
         segments = this_pass.segments
         decode = sum(segment.is_decode for segment in segments)
-        moved = self._traffic.take()
+        moved = self._memory.traffic.take()
         loaded, self._loaded_bytes = self._loaded_bytes, 0
         stats = PassStats(
             seconds=span[1] - span[0],

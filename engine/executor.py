@@ -1,22 +1,18 @@
 """Runs one pass over the layers: the one loop. Weights are streamed once, whatever the pass carries."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from engine.activations import Activations
-from engine.attention.attention import Attention
 from engine.formats.linear import padded_rows
 from engine.kvcache.segments import MicroBatch, Segment
-from engine.memory.device import Device
 from engine.memory.tensors import torch_dtype
-from engine.model.family import Family
 from engine.model.sampling import next_tokens, score_tokens, uniform
-from engine.planner.plan import Plan
 from engine.schedule.passes import Pass
-from engine.weights.stream import WeightStream
+from engine.stage import Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,55 +26,72 @@ class SegmentResult:
     """(log-probability, whether greedy) of the targets that this segment's rows predict."""
 
 
-class Executor:
-    """Carries out passes; owns nothing but the order of things."""
+@dataclass(frozen=True, slots=True)
+class StageOutput:
+    """What a stage found out, or hands on."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        family: Family,
-        device: Device,
-        weights: WeightStream,
-        attention: Attention,
-        activations: Activations,
-    ) -> None:
-        self._plan = plan
-        self._family = family
-        self._device = device
-        self._weights = weights
-        self._attention = attention
-        self._activations = activations
+    results: list[SegmentResult]
+    """Behind the head: in the order of the pass's segments, of those with rows that were wanted."""
+    hidden: list[Tensor]
+    """Without it: each micro-batch's hidden states on the device, ``[tokens, D]``, for the next stage."""
+
+
+class Executor:
+    """Carries out passes on a stage; owns nothing but the order of things."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._family = stage.family
+        self._device = stage.memory.device
+        self._weights = stage.weights
+        self._attention = stage.attention
+        self._activations = stage.activations
+        self._dtype = torch_dtype(stage.plan.dtype)
 
     @torch.inference_mode()
-    def run(self, this_pass: Pass) -> list[SegmentResult]:
-        """Compute a pass; results in the order of its segments, for those with rows that were wanted."""
-        with self._device.computing():
-            return self._run(this_pass)
+    def run(self, this_pass: Pass, arriving: Sequence[Tensor] = ()) -> StageOutput:
+        """Compute a pass.
 
-    def _run(self, this_pass: Pass) -> list[SegmentResult]:
-        batches = this_pass.micro_batches
-        num_layers = self._family.shape.num_layers
-        wanted = [any(segment.rows for segment in batch.segments) for batch in batches]
+        Args:
+            this_pass: what is computed.
+            arriving: the hidden states of each micro-batch, from the stage before; none where this one embeds.
+
+        Raises:
+            EngineError: a tier, a lane or the device failed.
+        """
+        with self._device.computing():
+            return self._run(this_pass, arriving)
+
+    def _run(self, this_pass: Pass, arriving: Sequence[Tensor]) -> StageOutput:
+        stage, batches = self._stage, this_pass.micro_batches
+        wanted = [not stage.has_head or any(segment.rows for segment in batch.segments) for batch in batches]
         self._attention.begin(batches)
-        self._activations.begin([self._num_rows(batch) for batch in batches], num_layers, wanted)
+        self._activations.begin([self._num_rows(batch) for batch in batches], len(stage.layers), wanted)
         positions = [self._positions(batch) for batch in batches]
         for index, batch in enumerate(batches):
             with self._activations.enter(index) as hidden_TD:
-                hidden_TD.copy_(self._embed(batch, positions[index]))
-        for layer in range(num_layers):
-            with self._weights.layer(layer) as weights:
+                if stage.has_embedding:
+                    hidden_TD.copy_(self._embed(batch, positions[index]))
+                else:
+                    hidden_TD[: batch.num_tokens].copy_(arriving[index])
+                    hidden_TD[batch.num_tokens :] = 0
+        for layer, number in enumerate(stage.layers):
+            with self._weights.layer(number) as weights:
                 for index in range(len(batches)):
                     attend = partial(self._attention.attend, layer, index)
                     with self._activations.enter(index) as hidden_TD:
                         after_TD = self._family.layer(weights, hidden_TD, positions[index], attend)
                         if after_TD.data_ptr() != hidden_TD.data_ptr():
                             hidden_TD.copy_(after_TD)
-        results: list[SegmentResult] = []
+        output = StageOutput([], [])
         for index, batch in enumerate(batches):
             if wanted[index]:
                 with self._activations.enter(index) as hidden_TD:
-                    results += self._finish(batch, hidden_TD)
-        return results
+                    if stage.has_head:
+                        output.results.extend(self._finish(batch, hidden_TD))
+                    else:
+                        output.hidden.append(hidden_TD[: batch.num_tokens].clone())
+        return output
 
     def _embed(self, batch: MicroBatch, positions_T: Tensor) -> Tensor:
         token_ids: list[int] = []
@@ -99,11 +112,10 @@ class Executor:
 
     def _num_rows(self, batch: MicroBatch) -> int:
         """Rows of a micro-batch's hidden states: its tokens, and rows after them that nobody looks at."""
-        return self._padded(batch.num_tokens, self._plan.micro_batch)
+        return self._padded(batch.num_tokens, self._stage.plan.micro_batch)
 
     def _padded(self, num_rows: int, most: int) -> int:
-        dtype = torch_dtype(self._plan.dtype)
-        return min(padded_rows(num_rows, dtype, self._device.torch_device), most)
+        return min(padded_rows(num_rows, self._dtype, self._device.torch_device), most)
 
     def _finish(self, batch: MicroBatch, hidden_TD: Tensor) -> list[SegmentResult]:
         """Head and selection, in chunks of rows so that logits stay within the workspace."""
@@ -115,7 +127,7 @@ class Executor:
                 wanted.append(begin + row)
                 owners.append((segment, segment.start + row))
             begin += segment.length
-        most = self._plan.logits_rows
+        most = self._stage.plan.logits_rows
         embedding = self._weights.embedding() if self._family.head_needs_embedding() else None
         tokens: dict[Segment, int] = {}
         scores: dict[Segment, list[tuple[float, bool]]] = {}

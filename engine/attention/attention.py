@@ -20,11 +20,8 @@ from engine.formats.sizes import Plain
 from engine.kvcache.cache import Holding
 from engine.kvcache.segments import MicroBatch
 from engine.memory.closing import run_all
-from engine.memory.device import Device
+from engine.memory.memory import Memory
 from engine.memory.ring import Ring
-from engine.memory.spill import DiskTier
-from engine.memory.tier import MemoryTier
-from engine.memory.traffic import Traffic
 from engine.shape import ModelShape
 from engine.tiers import TierName
 
@@ -47,10 +44,7 @@ class Attention:
         self,
         shape: ModelShape,
         stored: Plain,
-        device: Device,
-        tiers: Mapping[TierName, MemoryTier],
-        disk: DiskTier,
-        traffic: Traffic,
+        memory: Memory,
         *,
         tokens: Mapping[TierName, int],
         num_slots: int,
@@ -61,10 +55,7 @@ class Attention:
         Args:
             shape: of the layers.
             stored: the format of keys and values.
-            device: where compute is.
-            tiers: pay for the device's and the host's memory.
-            disk: pays for the spill file.
-            traffic: is told what moves.
+            memory: where compute is, and the budgets.
             tokens: how many each tier holds.
             num_slots: buffers for what compute cannot address; 0 where there is nothing of the kind.
             slot_tokens: the longest extent.
@@ -76,15 +67,13 @@ class Attention:
         self._views: WeakKeyDictionary[Holding, MemoryKV | FetchedKV] = WeakKeyDictionary()
         self._work: list[_Work] = []
         self._fetching: Fetching | None = None
-        self._pools = KVPools(shape, stored, tokens, device, tiers, disk)
-        self._runner = runner_for(device)
+        self._pools = KVPools(shape, stored, tokens, memory)
+        self._runner = runner_for(memory.device)
         self.claim = self._pools.claim
         try:
             if num_slots:
                 ring = Ring(
-                    device,
-                    tiers,
-                    traffic,
+                    memory,
                     what=KV,
                     slot_bytes=kv_layer_bytes(shape, stored, slot_tokens),
                     num_slots=num_slots,

@@ -11,11 +11,11 @@ from engine.attention.sizes import kv_bytes_per_token, kv_layer_bytes
 from engine.formats.sizes import Plain
 from engine.kvcache.cache import Extent, Holding
 from engine.memory.closing import run_all
-from engine.memory.device import Device
+from engine.memory.memory import Memory
 from engine.memory.ring import HostPlace, Place
-from engine.memory.spill import DiskTier, SpilledPlace, SpillRange
+from engine.memory.spill import SpilledPlace, SpillRange
 from engine.memory.tensors import torch_dtype
-from engine.memory.tier import Block, MemoryTier
+from engine.memory.tier import Block
 from engine.shape import ModelShape
 from engine.tiers import TierName
 
@@ -70,15 +70,7 @@ class FetchedKV:
 class KVPools:
     """Owns the memory of all keys and values; closes it."""
 
-    def __init__(
-        self,
-        shape: ModelShape,
-        stored: Plain,
-        tokens: Mapping[TierName, int],
-        device: Device,
-        tiers: Mapping[TierName, MemoryTier],
-        disk: DiskTier,
-    ) -> None:
+    def __init__(self, shape: ModelShape, stored: Plain, tokens: Mapping[TierName, int], memory: Memory) -> None:
         """Take room for as many ``tokens`` of each tier; that on disk is claimed from the file system by ``claim``.
 
         Raises:
@@ -87,15 +79,15 @@ class KVPools:
         self._shape = shape
         self._stored = stored
         self._token_bytes = kv_bytes_per_token(shape, stored)
-        self._addressable = {TierName.DEVICE, *([TierName.HOST] if device.shares_host_memory else [])}
+        self._memory = memory
         self._blocks: dict[TierName, Block] = {}
         sizes = {tier: count * self._token_bytes for tier, count in tokens.items() if count}
         self._spilled: SpillRange | None = None
         try:
             if TierName.DISK in sizes:
-                self._spilled = disk.reserve(sizes.pop(TierName.DISK), KV)
+                self._spilled = memory.disk.reserve(sizes.pop(TierName.DISK), KV)
             for tier, size in sizes.items():
-                self._blocks[tier] = tiers[tier].allocate(size, KV)
+                self._blocks[tier] = memory.allocate(tier, size, KV)
         except BaseException:
             self.close()
             raise
@@ -111,7 +103,7 @@ class KVPools:
 
     def of(self, holding: Holding) -> MemoryKV | FetchedKV:
         """The keys and values of one sequence, uninitialised at first."""
-        if holding.tier in self._addressable:
+        if self._memory.is_addressable(holding.tier):
             return MemoryKV(holding.extents, [self._layers(holding.tier, extent) for extent in holding.extents])
         return FetchedKV(holding.extents, [self._places(holding.tier, extent) for extent in holding.extents])
 

@@ -25,9 +25,8 @@ from engine.measure.overheads import Overheads
 from engine.measure.products import curve, family_of, without
 from engine.memory.device import Device
 from engine.memory.lane import LaneName
-from engine.memory.spill import DiskTier
+from engine.memory.memory import Memory
 from engine.memory.tensors import torch_dtype
-from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Moved, Traffic
 from engine.model.family import EMBED, HEAD, Attend, layer_name
 from engine.planner.default import resolve_plan
@@ -227,29 +226,12 @@ def cache_in(
     """With room for what is measured and no more, in one tier."""
     shape = cached_shape(hidden_size, effort)
     plan = cache_plan(tier, device.name, dtype, shape, facts_of(device), effort)
-    used = plan.used_bytes
-    tiers = {
-        TierName.DEVICE: MemoryTier(TierName.DEVICE, used[TierName.DEVICE], device.allocate),
-        TierName.HOST: MemoryTier(TierName.HOST, used[TierName.HOST], device.allocate_host),
-    }
-    traffic = Traffic(device.compute_mark)
-    cache = Cache(device, dtype, shape, effort, traffic)
+    memory = Memory(device, plan.used_bytes, folder)
     tokens = plan.kv_tokens(shape)
-    with (
-        closing(DiskTier(used[TierName.DISK], folder)) as disk,
-        closing(
-            Attention(
-                shape,
-                plan.kv_format,
-                device,
-                tiers,
-                disk,
-                traffic,
-                tokens=tokens,
-                num_slots=plan.kv_slots,
-                slot_tokens=plan.extent_tokens,
-            )
-        ) as cache.attention,
-    ):
+    cache = Cache(device, dtype, shape, effort, memory.traffic)
+    opened = Attention(
+        shape, plan.kv_format, memory, tokens=tokens, num_slots=plan.kv_slots, slot_tokens=plan.extent_tokens
+    )
+    with closing(memory.disk), closing(opened) as cache.attention:
         cache.books = KVCache(tokens, extent_tokens=plan.extent_tokens, claim=cache.attention.claim)
         yield cache

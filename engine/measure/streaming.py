@@ -14,8 +14,7 @@ from engine.measure.effort import Effort
 from engine.measure.products import family_of
 from engine.memory.device import Device
 from engine.memory.lane import LaneName
-from engine.memory.tier import MemoryTier
-from engine.memory.traffic import Traffic
+from engine.memory.memory import Memory
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
 from engine.planner.default import resolve_plan
 from engine.planner.plan import PlanOptions
@@ -64,7 +63,7 @@ def streamed(
     with unit_files(folder / f"width-{hidden_size}", units, dtype, effort) as files:
         alone = read_rate(files, layers, device, effort)
         sizes = {name: unit.num_bytes for name, unit in units.items()}
-        rate, layer_s = _together(device, dtype, family.shape.hidden_size, sizes, files, compute, effort)
+        rate, layer_s = _together(device, dtype, family.shape.hidden_size, sizes, files, compute, folder, effort)
     return Streamed(layout.num_bytes, alone, min(1.0, rate / alone), layer_s)
 
 
@@ -75,6 +74,7 @@ def _together(
     sizes: dict[str, int],
     files: WeightFiles,
     compute: Compute,
+    folder: Path,
     effort: Effort,
 ) -> tuple[float, float]:
     """Bytes/s of reading and seconds of a layer, side by side."""
@@ -87,15 +87,11 @@ def _together(
         options, shape=shape, stored=StoredWeights.of_one_tensor(dtype, sizes), device=device.name,
         facts=facts_of(device), disk_dir=Path(),
     )  # fmt: skip
-    tiers = {
-        TierName.DEVICE: MemoryTier(TierName.DEVICE, plan.other_bytes[TierName.DEVICE], device.allocate),
-        TierName.HOST: MemoryTier(TierName.HOST, plan.other_bytes[TierName.HOST], device.allocate_host),
-    }
-    traffic = Traffic(device.compute_mark)
+    memory = Memory(device, plan.other_bytes, folder)
+    traffic = memory.traffic
     found: list[float] = []
-    opened = WeightStream(
-        files, device, tiers, traffic, layer_tiers=plan.layers, dtype=plan.dtype, num_slots=plan.staging_slots
-    )
+    units = dict.fromkeys(sizes, TierName.DISK) | dict.fromkeys((EMBED, HEAD), TierName.DEVICE)
+    opened = WeightStream(files, memory, units=units, dtype=plan.dtype, num_slots=plan.staging_slots)
     with closing(opened) as stream:
         until = time.perf_counter() + effort.busy_s
         for one_pass in range(1000):

@@ -6,7 +6,7 @@ While compute is at one item, the next are fetched and those before are written 
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,10 +15,9 @@ from torch import Tensor
 
 from engine.errors import EngineError
 from engine.memory.closing import run_all, settle
-from engine.memory.device import Device
 from engine.memory.lane import REACHED, Event, LaneEvent, LaneName, ThreadLane
-from engine.memory.tier import Block, MemoryTier
-from engine.memory.traffic import Traffic
+from engine.memory.memory import Memory
+from engine.memory.tier import Block
 from engine.tiers import TierName
 
 
@@ -85,24 +84,22 @@ class Ring:
 
     def __init__(
         self,
-        device: Device,
-        tiers: Mapping[TierName, MemoryTier],
-        traffic: Traffic,
+        memory: Memory,
         *,
         what: str,
         slot_bytes: int,
         num_slots: int,
         from_files: bool,
     ) -> None:
-        """Take ``num_slots`` buffers of ``slot_bytes`` of the tiers.
+        """Take ``num_slots`` buffers of ``slot_bytes``.
 
         ``what``: whose bytes these are; ``from_files``: whether some places are files.
 
         Raises:
             TierFull: a budget would be exceeded.
         """
-        self._device = device
-        self._traffic = traffic
+        self._device = device = memory.device
+        self._traffic = memory.traffic
         # Threads of its own: a large item that waits for a buffer must not hold up a small one of another ring.
         self._fetching = ThreadLane(LaneName.DISK_READ if from_files else LaneName.HOST_TO_DEVICE)
         self._writing = ThreadLane(LaneName.DISK_WRITE)
@@ -112,9 +109,9 @@ class Ring:
         self._begun: deque[tuple[Item, _Slot]] = deque()
         try:
             for _ in range(num_slots):
-                self._slots.append(_Slot(tiers[TierName.DEVICE].allocate(slot_bytes, what), None))
+                self._slots.append(_Slot(memory.allocate(TierName.DEVICE, slot_bytes, what), None))
                 if from_files and not device.shares_host_memory:
-                    self._slots[-1].host = tiers[TierName.HOST].allocate(slot_bytes, what)
+                    self._slots[-1].host = memory.allocate(TierName.HOST, slot_bytes, what)
         except BaseException:
             self.close()
             raise

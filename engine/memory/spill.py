@@ -44,16 +44,17 @@ class DiskTier(Tier):
         return room
 
     def reserve(self, num_bytes: int, what: str) -> "SpillRange":
-        """Room of the budget, in the lowest place free; its owner claims as much of it as is about to be used.
+        """Room of the budget, in the lowest place free; it is held as far as its owner claims it.
 
         Raises:
             TierFull: the budget would be exceeded.
         """
-        self.take(num_bytes, what)
         offset = self._ranges.allocate(num_bytes)
         if offset is None:
-            self.give(num_bytes, what)
-            raise TierFull(f"disk: no contiguous {format_bytes(num_bytes)} are left for {what}")
+            raise TierFull(
+                f"disk memory is full: {what} needs {format_bytes(num_bytes)} in one piece, "
+                f"{format_bytes(self._ranges.free)} of {format_bytes(self.budget)} are left"
+            )
         return SpillRange(self, offset, num_bytes, what)
 
     def close(self) -> None:
@@ -115,9 +116,8 @@ class DiskTier(Tier):
         except OSError as error:
             raise self._failed(error) from error
 
-    def recycle(self, offset: int, size: int, what: str) -> None:
+    def recycle(self, offset: int, size: int) -> None:
         """Called by ``SpillRange.release``."""
-        self.give(size, what)
         self._ranges.release(offset, size)
 
 
@@ -129,6 +129,7 @@ class SpillRange:
         self.offset = offset
         self.size = size
         self._what = what
+        self._claimed = 0
         self._released = False
 
     def claim(self, end: int) -> None:
@@ -137,7 +138,10 @@ class SpillRange:
         Raises:
             DiskFull: it has no room.
         """
-        self._tier.claim(self.offset + end)
+        if end > self._claimed:
+            self._tier.claim(self.offset + end)
+            self._tier.take(end - self._claimed, self._what)
+            self._claimed = end
 
     def write(self, offset: int, data: Tensor) -> None:
         """Write bytes at ``offset`` within it."""
@@ -151,7 +155,8 @@ class SpillRange:
         """Give the room back; a second call does nothing."""
         if not self._released:
             self._released = True
-            self._tier.recycle(self.offset, self.size, self._what)
+            self._tier.give(self._claimed, self._what)
+            self._tier.recycle(self.offset, self.size)
 
 
 @dataclass(slots=True, eq=False)

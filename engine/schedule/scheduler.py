@@ -71,7 +71,10 @@ class _Packer:
 
 
 class Scheduler:
-    """Holds the waiting and the running; ``next_pass`` decides, ``retire`` forgets."""
+    """Holds the waiting and the running: ``next_pass`` decides, ``completed`` moves on, ``retire`` forgets.
+
+    A sequence is in one pass at a time; another pass may be asked for before one is completed, and has others.
+    """
 
     def __init__(
         self,
@@ -89,6 +92,9 @@ class Scheduler:
         self._prefill_chunk = prefill_chunk
         self._waiting: deque[Sequence] = deque()
         self._running: dict[Sequence, None] = {}
+        self._in_flight: set[Sequence] = set()
+        self._gone: set[Sequence] = set()
+        """Retired while in flight: their room is somebody's who still computes."""
 
     @property
     def num_waiting(self) -> int:
@@ -115,7 +121,18 @@ class Scheduler:
             self._fill_by_block(packer, pull)
         else:
             self._fill_mixed(packer, pull, prompt_tokens)
-        return packer.finish()
+        this_pass = packer.finish()
+        self._in_flight.update(segment.sequence for segment in this_pass.segments)
+        return this_pass
+
+    def completed(self, this_pass: Pass) -> None:
+        """The keys and values of its tokens exist."""
+        for segment in this_pass.segments:
+            segment.sequence.num_computed += segment.length
+            self._in_flight.discard(segment.sequence)
+            if segment.sequence in self._gone:
+                self._gone.remove(segment.sequence)
+                self._kv.release(segment.sequence)
 
     def needs_kv(self, sequence: Sequence) -> bool:
         """Whether anything will ever look back at its keys and values."""
@@ -131,13 +148,21 @@ class Scheduler:
             del self._running[sequence]
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
-        self._kv.release(sequence)
+        if sequence in self._in_flight:
+            self._gone.add(sequence)
+        else:
+            self._kv.release(sequence)
+
+    @property
+    def _at_hand(self) -> list[Sequence]:
+        """Those that run, and are in no pass under way."""
+        return [running for running in self._running if running not in self._in_flight]
 
     def _fill_mixed(
         self, packer: _Packer, pull: Callable[[], list[Sequence] | None], prompt_tokens: int | None
     ) -> None:
         """Whoever decodes, then whoever is at its prompt, then whoever is admitted into the tokens that are left."""
-        for running in [running for running in self._running if running.is_decoding]:
+        for running in [running for running in self._at_hand if running.is_decoding]:
             if packer.left:
                 self._add_chunk(packer, running)
         most = None
@@ -150,7 +175,7 @@ class Scheduler:
                 nobody_runs=not self._running,
             )
         least = 0 if most is None else packer.left - int(most)
-        for running in [running for running in self._running if not running.is_decoding]:
+        for running in [running for running in self._at_hand if not running.is_decoding]:
             if packer.left > least:
                 self._add_chunk(packer, running, packer.left - least)
         while packer.left and self._has_slot and (sequence := self._first_waiting(pull)) is not None:
@@ -194,6 +219,8 @@ class Scheduler:
                 self._start(sequence)
         prompts = [running for running in self._running if not running.is_decoding]
         for running in prompts or self._running:
+            if running in self._in_flight:
+                continue
             if not packer.left:
                 return
             if self.needs_kv(running):

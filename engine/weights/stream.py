@@ -3,7 +3,7 @@
 The ring runs on across the end of a pass: while the last layers are computed, the first of the next pass are read.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -15,12 +15,11 @@ from torch import Tensor
 from engine.dtypes import DType
 from engine.errors import EngineError
 from engine.memory.closing import run_all
-from engine.memory.device import Device
 from engine.memory.lane import REACHED, Event, LaneName
+from engine.memory.memory import Memory
 from engine.memory.ring import HostPlace, Item, Ring
 from engine.memory.tensors import torch_dtype
-from engine.memory.tier import Block, MemoryTier
-from engine.memory.traffic import Traffic
+from engine.memory.tier import Block
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
 from engine.tiers import TierName
 from engine.weights.files import WeightFiles
@@ -52,21 +51,30 @@ class WeightStream:
     def __init__(
         self,
         files: WeightFiles,
-        device: Device,
-        tiers: Mapping[TierName, MemoryTier],
-        traffic: Traffic,
+        memory: Memory,
         *,
-        layer_tiers: Sequence[TierName],
+        units: Mapping[str, TierName],
         dtype: DType,
         num_slots: int,
     ) -> None:
-        """``layer_tiers``: where each layer's weights live, in order of depth; ``dtype``: what they are computed in;
-        ``num_slots``: staging buffers that streamed layers pass through."""
+        """Read everything that stays in memory, and begin to stream the rest.
+
+        Args:
+            files: the units' own; closed with the stream.
+            memory: what pays for it.
+            units: where each unit's weights live, layers in order of depth; embedding and head on the device.
+            dtype: what they are computed in.
+            num_slots: staging buffers that streamed layers pass through.
+
+        Raises:
+            TierFull: a budget would be exceeded.
+            CheckpointError: a file is damaged.
+        """
         self._files = files
-        self._device = device
-        self._traffic = traffic
+        self._memory = memory
+        self._device = memory.device
+        self._traffic = memory.traffic
         self._dtype = dtype
-        self._tiers = tiers
         self._blocks: list[Block] = []
         self._resident: dict[str, NamedWeights] = {}
         self._host: dict[str, Block] = {}
@@ -74,7 +82,7 @@ class WeightStream:
         self._ring: Ring | None = None
         self._unpacked: Block | None = None
         try:
-            self._place(layer_tiers, num_slots)
+            self._place(units, num_slots)
         except BaseException:
             self.close()
             raise
@@ -120,10 +128,8 @@ class WeightStream:
             ]
         )
 
-    def _place(self, layer_tiers: Sequence[TierName], num_slots: int) -> None:
-        tier_of = {layer_name(index): tier for index, tier in enumerate(layer_tiers)}
-        for name in (EMBED, *tier_of, HEAD):
-            tier = tier_of.get(name, TierName.DEVICE)
+    def _place(self, units: Mapping[str, TierName], num_slots: int) -> None:
+        for name, tier in units.items():
             if tier is TierName.DEVICE:
                 self._resident[name] = self._load(name)
                 continue
@@ -134,18 +140,16 @@ class WeightStream:
             if tier is TierName.DISK or not self._device.shares_host_memory:
                 place = HostPlace(self._host[name].data) if tier is TierName.HOST else _UnitFile(self._files, name)
                 self._streamed[name] = Item(name, place, self._files.num_bytes(name), is_weights=True)
-        to_unpack = [self._unpacked_bytes(name) for name in tier_of if not self._stays(name)]
+        to_unpack = [self._unpacked_bytes(name) for name in units if not self._stays(name)]
         if to_unpack:
             self._unpacked = self._allocate(TierName.DEVICE, max(to_unpack))
         if self._streamed:
             self._ring = Ring(
-                self._device,
-                self._tiers,
-                self._traffic,
+                self._memory,
                 what=WEIGHTS,
                 slot_bytes=max(item.fetched for item in self._streamed.values()),
                 num_slots=num_slots,
-                from_files=TierName.DISK in layer_tiers,
+                from_files=TierName.DISK in units.values(),
             )
             self._ring.begin(cycle(self._streamed.values()))
 
@@ -162,7 +166,7 @@ class WeightStream:
         return sum(unpacked_bytes(prod(entry.shape), self._dtype) for entry in entries)
 
     def _allocate(self, tier: TierName, num_bytes: int) -> Block:
-        block = self._tiers[tier].allocate(num_bytes, WEIGHTS)
+        block = self._memory.allocate(tier, num_bytes, WEIGHTS)
         self._blocks.append(block)
         return block
 

@@ -17,20 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.activations import Activations
 from engine.attention import kernels as attention
-from engine.attention.attention import Attention
 from engine.attention.kernels import attend, merge
 from engine.devices.facts import MachineFacts
 from engine.dtypes import DType
 from engine.executor import Executor
 from engine.kvcache.cache import KVCache
 from engine.kvcache.segments import MicroBatch, Segment
-from engine.memory.device import Device
 from engine.memory.lane import Reached
-from engine.memory.spill import DiskTier
-from engine.memory.tier import MemoryTier
-from engine.memory.traffic import Traffic
+from engine.memory.memory import Memory
 from engine.model.family import EMBED, HEAD, Family, NamedWeights, layer_name
 from engine.model.registry import family_for
 from engine.model.sampling import next_tokens, score_tokens
@@ -39,6 +34,7 @@ from engine.planner.plan import Plan, PlanOptions
 from engine.request import SamplingParams
 from engine.schedule.passes import Pass
 from engine.sequence import Sequence as Tokens
+from engine.stage import Stage
 from engine.tiers import Shares, TierName
 from engine.units import MIB
 from engine.weights.stored import StoredWeights
@@ -130,6 +126,9 @@ class FakeCuda:
 
     def allocate(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=GPU)
+
+    def allocate_host(self, num_bytes: int) -> Tensor:
+        raise AssertionError("nothing lies on the host")
 
     def upload(self, values: Tensor) -> Tensor:
         assert values.device.type == "cpu"
@@ -264,6 +263,9 @@ class Resident:
     def head(self) -> NamedWeights:
         return self.units[HEAD]
 
+    def close(self) -> None:
+        pass
+
 
 def plan_for(family: Family, dtype: DType, disk_dir: Path) -> Plan:
     sizes = {
@@ -311,23 +313,17 @@ Make = Callable[[Family, str], tuple[Executor, KVCache, FakeCuda]]
 
 
 @pytest.fixture
-def make(guard: OneDevice, tmp_path: Path) -> Make:
+def make(guard: OneDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    monkeypatch.setattr("engine.stage.WeightStream", lambda resident, memory, **_: resident)
+
     def make_one(family: Family, dtype: DType) -> tuple[Executor, KVCache, FakeCuda]:
         device = FakeCuda()
         plan = plan_for(family, dtype, tmp_path)
-        as_device: Device = device  # type: ignore[assignment]
-        tiers = {TierName.DEVICE: MemoryTier(TierName.DEVICE, 256 * MIB, device.allocate)}
-        disk = DiskTier(0, tmp_path)
-        traffic = Traffic(device.compute_mark)
-        tokens = plan.kv_tokens(family.shape)
-        attention = Attention(
-            family.shape, plan.kv_format, as_device, tiers, disk, traffic,
-            tokens=tokens, num_slots=0, slot_tokens=plan.extent_tokens,
-        )  # fmt: skip
-        kv = KVCache(tokens, extent_tokens=plan.extent_tokens)
-        activations = Activations(plan, family.shape.hidden_size, as_device, tiers, disk, traffic)
-        weights: Any = Resident(family, getattr(torch, dtype))
-        return Executor(plan, family, as_device, weights, attention, activations), kv, device
+        memory = Memory(device, {**plan.budgets, TierName.DEVICE: 256 * MIB}, tmp_path)  # type: ignore[arg-type]
+        files: Any = Resident(family, getattr(torch, dtype))
+        stage = Stage(files, family, plan, memory)
+        kv = KVCache(plan.kv_tokens(family.shape), extent_tokens=plan.extent_tokens)
+        return Executor(stage), kv, device
 
     return make_one
 
@@ -335,7 +331,7 @@ def make(guard: OneDevice, tmp_path: Path) -> Make:
 def run_fake(executor: Executor, kv: KVCache, running: Mapping[str, Tokens]) -> Sequence[Any]:
     for sequence in running.values():
         assert kv.admit(sequence)
-    return executor.run(one_pass(running, kv))
+    return executor.run(one_pass(running, kv)).results
 
 
 @pytest.mark.parametrize("dtype", DType)

@@ -3,6 +3,7 @@
 import random
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from engine.devices.simulated import SimulatedDevice
 from engine.errors import EngineError, LaneFailed
 from engine.memory.device import Device
 from engine.memory.lane import REACHED, Event, LaneName
+from engine.memory.memory import Memory
 from engine.memory.ring import FilePlace, HostPlace, Item, Ring
-from engine.memory.tier import MemoryTier
 from engine.memory.traffic import Traffic
 from engine.tiers import TierName
 
@@ -45,24 +46,22 @@ class Bytes:
 @dataclass(frozen=True)
 class Opened:
     ring: Ring
-    tiers: dict[TierName, MemoryTier]
-    traffic: Traffic
+    memory: Memory
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.memory.traffic
 
     def close(self) -> None:
         self.ring.close()
-        assert all(tier.used == 0 for tier in self.tiers.values())
+        assert all(tier.used == 0 for tier in self.memory.tiers.values())
 
 
 def open_ring(device: Device, num_slots: int, *, from_files: bool) -> Opened:
-    tiers = {
-        TierName.DEVICE: MemoryTier(TierName.DEVICE, num_slots * SIZE, device.allocate),
-        TierName.HOST: MemoryTier(TierName.HOST, num_slots * SIZE, device.allocate_host),
-    }
-    traffic = Traffic(device.compute_mark)
-    ring = Ring(
-        device, tiers, traffic, what="test", slot_bytes=SIZE, num_slots=num_slots, from_files=from_files
-    )  # fmt: skip
-    return Opened(ring, tiers, traffic)
+    budgets = {TierName.DEVICE: num_slots * SIZE, TierName.HOST: num_slots * SIZE, TierName.DISK: 0}
+    memory = Memory(device, budgets, Path())
+    ring = Ring(memory, what="test", slot_bytes=SIZE, num_slots=num_slots, from_files=from_files)
+    return Opened(ring, memory)
 
 
 def place_of(values: Tensor, *, is_file: bool) -> HostPlace | Bytes:

@@ -1,6 +1,7 @@
 """The scheduler's laws, over random workloads: no torch, no model, only counts."""
 
 import random
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -43,6 +44,9 @@ class Run:
     room: int
     ends_early: random.Random | None = None
     prompt_tokens: int | None = None
+    depth: int = 1
+    """Passes in flight at once."""
+    in_flight: deque[Pass] = field(default_factory=deque)
     num_pulled: int = 0
     stuck: list[Sequence] = field(default_factory=list)
     passes: list[Pass] = field(default_factory=list)
@@ -71,8 +75,12 @@ class Run:
         this_pass = self.scheduler.next_pass(self.pull, self.prompt_tokens)
         if this_pass.micro_batches:
             self.check(this_pass)
-            self.compute(this_pass)
+            self.in_flight.append(this_pass)
             self.passes.append(this_pass)
+        if self.in_flight and (len(self.in_flight) == self.depth or not this_pass.micro_batches):
+            self.compute(self.in_flight.popleft())
+            return this_pass
+        if this_pass.micro_batches:
             return this_pass
         if (stuck := self.scheduler.stuck()) is not None:
             assert not self.kv.held
@@ -109,9 +117,15 @@ class Run:
         # Whoever was running before is served whenever the pass has tokens left, and prompts are not held back.
         if sum(lengths.values()) < self.micro_batch * self.micro_batches:
             served = {s for s in self.kv.held if s.is_decoding} if self.prompt_tokens else set(self.kv.held)
-            assert served <= set(lengths)
+            assert served <= set(lengths) | self.under_way
+        assert not self.under_way & set(lengths), "in one pass at a time"
+
+    @property
+    def under_way(self) -> set[Sequence]:
+        return {segment.sequence for each in self.in_flight for segment in each.segments}
 
     def compute(self, this_pass: Pass) -> None:
+        self.scheduler.completed(this_pass)
         new_tokens: set[Sequence] = set()
         for segment in this_pass.segments:
             sequence = segment.sequence
@@ -123,8 +137,8 @@ class Run:
                     assert sequence not in new_tokens, "one new token a pass"
                     new_tokens.add(sequence)
         for segment in this_pass.segments:
-            segment.sequence.num_computed = self.computed[segment.sequence]
-        for sequence in {segment.sequence for segment in this_pass.segments}:
+            assert segment.sequence.num_computed == self.computed[segment.sequence]
+        for sequence in {segment.sequence for segment in this_pass.segments} - self.finished:
             if sequence in new_tokens:
                 sequence.tokens.append(0)
                 early = self.ends_early is not None and self.ends_early.random() < 0.3
@@ -172,6 +186,7 @@ def runs(draw: st.DrawFn) -> Run:
         room=draw(st.integers(0, 120)),
         ends_early=None if seed is None else random.Random(seed),
         prompt_tokens=draw(st.none() | st.integers(1, 20)),
+        depth=draw(st.integers(1, 3)),
     )
 
 
@@ -190,7 +205,9 @@ def test_what_is_dropped_is_never_computed_again(run: Run, data: st.DataObject) 
     alive = [s for request in run.requests[: run.num_pulled] for s in request if s not in run.finished]
     if alive:
         dropped = data.draw(st.sampled_from(alive))
+        computes = dropped in run.under_way and dropped in run.kv.held
         run.scheduler.retire(dropped)
+        assert (dropped in run.kv.held) == computes, "nobody gets the room of a pass under way"
         run.finished.add(dropped)  # from now on, a segment of it is an error
         run.scheduler.retire(dropped)  # and again: nothing happens
         run.stuck.append(dropped)
@@ -370,7 +387,7 @@ def test_a_source_that_pauses_is_asked_again_after_each_pass() -> None:
         this_pass = scheduler.next_pass(pull)
         assert asked == expected
         (segment,) = this_pass.segments
-        segment.sequence.num_computed += 1
+        scheduler.completed(this_pass)
         segment.sequence.tokens.append(0)
     scheduler.retire(segment.sequence)
     assert scheduler.next_pass(pull).micro_batches == ()

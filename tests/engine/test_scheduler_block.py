@@ -102,9 +102,12 @@ class BlockRun:
         self.passes.append(this_pass)
 
     def compute(self, this_pass: Pass) -> None:
+        computed = {segment.sequence: segment.sequence.num_computed for segment in this_pass.segments}
         for segment in this_pass.segments:
-            assert segment.start == segment.sequence.num_computed, "every token once and in order"
-            segment.sequence.num_computed += segment.length
+            assert segment.start == computed[segment.sequence], "every token once and in order"
+            computed[segment.sequence] += segment.length
+        self.scheduler.completed(this_pass)
+        for segment in this_pass.segments:
             assert segment.sequence.num_computed <= segment.sequence.num_to_compute
         for sequence in {segment.sequence for segment in this_pass.segments}:
             done = sequence.num_computed == sequence.num_to_compute

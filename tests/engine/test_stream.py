@@ -16,12 +16,11 @@ from engine.errors import CheckpointError, EngineError, LaneFailed, TierFull
 from engine.memory.aligned import aligned_empty
 from engine.memory.device import Device, Event
 from engine.memory.lane import LaneName
-from engine.memory.tier import MemoryTier
-from engine.memory.traffic import Traffic
+from engine.memory.memory import Memory
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
 from engine.model.registry import family_for
 from engine.planner.default import resolve_plan
-from engine.planner.plan import PlanOptions
+from engine.planner.plan import Plan, PlanOptions
 from engine.tiers import Shares, TierName
 from engine.units import MIB
 from engine.weights.files import WeightFiles
@@ -46,12 +45,17 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @dataclass
 class Opened:
     stream: WeightStream
-    tiers: dict[TierName, MemoryTier]
-    traffic: Traffic
-    device: Device
+    memory: Memory
 
 
 Open = Callable[..., Opened]
+
+
+def stream_of(files: WeightFiles, memory: Memory, plan: Plan) -> WeightStream:
+    """As a stage of all layers opens it."""
+    layers = {layer_name(index): tier for index, tier in enumerate(plan.layers)}
+    units = {EMBED: TierName.DEVICE, **layers, HEAD: TierName.DEVICE}
+    return WeightStream(files, memory, units=units, dtype=plan.dtype, num_slots=plan.staging_slots)
 
 
 @pytest.fixture
@@ -70,28 +74,16 @@ def open_stream() -> Iterator[Open]:
             facts=facts_of(device),
             disk_dir=model_dir,
         )
-        tiers = {
-            TierName.DEVICE: MemoryTier(TierName.DEVICE, 32 * MIB, device.allocate),
-            TierName.HOST: MemoryTier(TierName.HOST, 32 * MIB, device.allocate_host),
-        }
-        traffic = Traffic()
-        stream = WeightStream(
-            WeightFiles(model_dir, manifest),
-            device,
-            tiers,
-            traffic,
-            layer_tiers=plan.layers,
-            dtype=plan.dtype,
-            num_slots=plan.staging_slots,
-        )
-        opened.append(Opened(stream, tiers, traffic, device))
+        memory = Memory(device, plan.budgets, model_dir)
+        stream = stream_of(WeightFiles(model_dir, manifest), memory, plan)
+        opened.append(Opened(stream, memory))
         return opened[-1]
 
     yield open_one
     for each in opened:
         each.stream.close()
-        each.device.close()
-        for tier in each.tiers.values():
+        each.memory.close()
+        for tier in each.memory.tiers.values():
             assert tier.used == 0
             tier.check_integrity()
 
@@ -141,7 +133,7 @@ def test_every_pass_sees_what_is_stored(
         assert_same(opened.stream.embedding(), expected[EMBED])
         assert_same(opened.stream.head(), expected[HEAD])
     layer_bytes = sum(tensor.nbytes for tensor in expected[layer_name(0)].values())
-    assert opened.tiers[TierName.DEVICE].used >= layer_bytes * (Shares.parse(weights).device * NUM_LAYERS // 100)
+    assert opened.memory.tiers[TierName.DEVICE].used >= layer_bytes * (Shares.parse(weights).device * NUM_LAYERS // 100)
 
 
 def test_layers_that_fit_into_the_ring_are_read_once(model_dir: Path, open_stream: Open) -> None:
@@ -149,11 +141,11 @@ def test_layers_that_fit_into_the_ring_are_read_once(model_dir: Path, open_strea
     for index in range(NUM_LAYERS):
         with opened.stream.layer(index):
             pass
-    opened.traffic.take()
+    opened.memory.traffic.take()
     for index in range(NUM_LAYERS):
         with opened.stream.layer(index):
             pass
-    assert opened.traffic.take().weight_bytes == 0
+    assert opened.memory.traffic.take().weight_bytes == 0
 
 
 class Impatient(SimulatedDevice):
@@ -265,19 +257,8 @@ def test_a_tier_without_room_is_an_error_and_frees_what_was_taken(model_dir: Pat
         stored=stored_in(manifest),
         device="simulated", facts=facts_of(device), disk_dir=model_dir,
     )  # fmt: skip
-    tiers = {
-        TierName.DEVICE: MemoryTier(TierName.DEVICE, 32 * MIB, device.allocate),
-        TierName.HOST: MemoryTier(TierName.HOST, 50_000, device.allocate_host),
-    }
+    memory = Memory(device, {**plan.budgets, TierName.HOST: 50_000}, model_dir)
     with pytest.raises(TierFull, match="host memory is full: weights needs"):
-        WeightStream(
-            WeightFiles(model_dir, manifest),
-            device,
-            tiers,
-            Traffic(),
-            layer_tiers=plan.layers,
-            dtype=plan.dtype,
-            num_slots=plan.staging_slots,
-        )
-    assert [tier.used for tier in tiers.values()] == [0, 0]
-    device.close()
+        stream_of(WeightFiles(model_dir, manifest), memory, plan)
+    assert [tier.used for tier in memory.tiers.values()] == [0, 0, 0]
+    memory.close()

@@ -1,0 +1,93 @@
+"""A stage: some consecutive layers of a model on one device, with the embedding before and the head behind if its own.
+
+One stage with all layers is the ordinary case; several, each with a memory of its own, are a pipeline.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from engine.activations import Activations
+from engine.attention.attention import Attention
+from engine.memory.closing import run_all
+from engine.memory.memory import Memory
+from engine.model.family import EMBED, HEAD, Family, layer_name
+from engine.planner.plan import Plan
+from engine.tiers import TierName
+from engine.weights.files import WeightFiles
+from engine.weights.stream import WeightStream
+
+
+class Stage:
+    """Owns the weights, the keys and values and the activations of its layers."""
+
+    def __init__(
+        self, files: WeightFiles, family: Family, plan: Plan, memory: Memory, layers: range | None = None
+    ) -> None:
+        """Place everything as the plan says.
+
+        Args:
+            files: the model's; closed with the stage.
+            family: the model's.
+            plan: of this stage.
+            memory: of this stage; stays the caller's to close.
+            layers: consecutive ones; ``None``: all.
+
+        Raises:
+            TierFull: a budget would be exceeded, or the machine has less than the budget promises.
+            CheckpointError: a file is damaged.
+        """
+        shape = family.shape
+        self.family = family
+        self.plan = plan
+        self.memory = memory
+        self.layers = range(shape.num_layers) if layers is None else layers
+        self.has_embedding = self.layers.start == 0
+        self.has_head = self.layers.stop == shape.num_layers
+        shape = replace(shape, num_layers=len(self.layers))
+        # Every pass needs them, and a buffer to stream them through would be as large as they are.
+        units = {layer_name(index): tier for index, tier in zip(self.layers, plan.layers, strict=True)}
+        if self.has_embedding or (self.has_head and family.head_needs_embedding()):
+            units = {EMBED: TierName.DEVICE, **units}
+        if self.has_head:
+            units[HEAD] = TierName.DEVICE
+        self._closers: list[Callable[[], None]] = []
+        try:
+            # What lives no longer than one operation is not allocated here, and must find room all the same.
+            on_device, workspace = memory.tiers[TierName.DEVICE], (plan.workspace_bytes, "workspace")
+            on_device.take(*workspace)
+            self._closers.append(lambda: on_device.give(*workspace))
+            self.weights = WeightStream(files, memory, units=units, dtype=plan.dtype, num_slots=plan.staging_slots)
+            self._closers.append(self.weights.close)
+            self.activations = Activations(memory, plan, shape.hidden_size)
+            self._closers.append(self.activations.close)
+            self.attention = Attention(
+                shape,
+                plan.kv_format,
+                memory,
+                tokens=plan.kv_tokens(shape),
+                num_slots=plan.kv_slots,
+                slot_tokens=plan.extent_tokens,
+            )
+            self._closers.append(self.attention.close)
+        except BaseException:
+            self.close()
+            raise
+
+    def settle(self) -> None:
+        """Wait for what the last pass left under way: a run may end here, and its figures must not miss any of it.
+
+        Not for weights that are read ahead: they belong to whoever runs next.
+        """
+        with self.memory.device.computing():
+            self.memory.device.compute_mark().wait()
+            self.attention.settle()
+            self.activations.settle()
+
+    def close(self) -> None:
+        """Free every byte. A second call does nothing.
+
+        Raises:
+            EngineError: the device or a lane failed meanwhile; everything was closed all the same.
+        """
+        closers, self._closers = self._closers, []
+        run_all(reversed(closers))
