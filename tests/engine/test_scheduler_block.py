@@ -207,3 +207,19 @@ def test_the_outputs_are_those_of_mixed_passes(tiny_model: Path) -> None:
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="schedule must be mixed or block, not 'static'"):
         PlanOptions(schedule="static")
+
+
+def test_a_sequence_of_a_block_is_in_one_pass_at_a_time() -> None:
+    run = BlockRun([[generation(4, 3)] for _ in range(4)], room=1000, micro_batch=8)
+    first, second = run.scheduler.next_pass(run.pull), run.scheduler.next_pass(run.pull)
+    assert len({segment.sequence for each in (first, second) for segment in each.segments}) == 4
+    assert not run.scheduler.next_pass(run.pull).micro_batches, "all prompts are under way"
+    assert run.scheduler.stuck() is None
+    run.scheduler.completed(first)
+    for segment in first.segments:
+        segment.sequence.tokens.append(0)
+    assert not run.scheduler.next_pass(run.pull).micro_batches, "no decoding while a prompt is under way"
+    run.scheduler.completed(second)
+    for segment in second.segments:
+        segment.sequence.tokens.append(0)
+    assert all(segment.is_decode for segment in run.scheduler.next_pass(run.pull).segments)
