@@ -89,7 +89,7 @@ def test_the_budget_is_in_whole_pages(tier: DiskTier) -> None:
         tier.allocate(1, "KV cache")
     extents[3].release()
     extents[60].release()
-    with pytest.raises(TierFull, match="in one piece, 8.0 KiB"):
+    with pytest.raises(TierFull, match=r"in one piece, 8\.0 KiB"):
         tier.allocate(PAGE + 1, "KV cache")
     tier.check_integrity()
     assert tier.allocate(PAGE, "KV cache").offset == 3 * PAGE
