@@ -138,8 +138,9 @@ def resolve_plan(
     fixed = dict.fromkeys(TierName, 0)
     fixed[TierName.DEVICE] += workspace + slots * largest_layer + kv_slots * slot_bytes
     fixed[TierName.DEVICE] += activation_slots * batch_bytes
-    if streamed and not stored.is_ready(dtype):
-        fixed[TierName.DEVICE] += max(stored.computed_bytes(layer_name(index), dtype) for index in range(len(layers)))
+    away = [layer_name(index) for index, home in enumerate(layers) if home is not TierName.DEVICE]
+    to_unpack = [layer for layer in away if not stored.is_ready(layer, dtype)]
+    fixed[TierName.DEVICE] += max((stored.computed_bytes(layer, dtype) for layer in to_unpack), default=0)
     activation_bytes = micro_batches * batch_bytes
     # Pieces of a spill file are whole pages.
     fixed[activations] += align_up(activation_bytes, 4 * KIB) if activations is TierName.DISK else activation_bytes

@@ -12,7 +12,7 @@ from engine.model.family import EMBED, HEAD, Sizes, UnitSpec
 from engine.model.registry import sizes_for
 from engine.units import align_up
 from engine.weights.manifest import PAGE_BYTES, Manifest, TensorEntry
-from engine.weights.stored import TENSOR_ALIGNMENT, StoredWeights
+from engine.weights.stored import TENSOR_ALIGNMENT, StoredTensor, StoredWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,7 @@ class UnitLayout:
 
 def stored_as(sizes: Sizes, dtype: DType) -> StoredWeights:
     """A model as its import would store it in ``dtype``."""
-    unit_bytes = {unit.name: UnitLayout.plain(unit, dtype).num_bytes for unit in sizes.units()}
-    return StoredWeights(dtype, unit_bytes, _values_of(sizes), flops_of(sizes))
+    return _stored(sizes, dtype, {unit.name: UnitLayout.plain(unit, dtype) for unit in sizes.units()})
 
 
 def stored_in(manifest: Manifest) -> StoredWeights:
@@ -52,9 +51,20 @@ def stored_in(manifest: Manifest) -> StoredWeights:
     Raises:
         CheckpointError: its configuration is of no family that there is.
     """
-    sizes = sizes_for(manifest.config)
-    unit_bytes = {unit.name: unit.num_bytes for unit in manifest.units}
-    return StoredWeights(manifest.dtype, unit_bytes, _values_of(sizes), flops_of(sizes))
+    units = {unit.name: UnitLayout(unit.tensors, unit.num_bytes) for unit in manifest.units}
+    return _stored(sizes_for(manifest.config), manifest.dtype, units)
+
+
+def _stored(sizes: Sizes, dtype: DType, units: Mapping[str, UnitLayout]) -> StoredWeights:
+    return StoredWeights(
+        dtype=dtype,
+        unit_bytes={name: unit.num_bytes for name, unit in units.items()},
+        unit_tensors={
+            name: tuple(StoredTensor(entry.format, prod(entry.shape)) for entry in unit.tensors.values())
+            for name, unit in units.items()
+        },
+        unit_flops=flops_of(sizes),
+    )
 
 
 def flops_of(sizes: Sizes) -> dict[str, float]:
@@ -65,7 +75,3 @@ def flops_of(sizes: Sizes) -> dict[str, float]:
     if sizes.head_needs_embedding():
         flops[HEAD] += token_flops([units[EMBED].tensors[0].shape])
     return flops
-
-
-def _values_of(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    return {unit.name: tuple(prod(tensor.shape) for tensor in unit.tensors) for unit in sizes.units()}

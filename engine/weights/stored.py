@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.dtypes import DType
+from engine.formats.sizes import Plain, TensorFormat
 from engine.units import align_up
 
 TENSOR_ALIGNMENT = 256
@@ -11,13 +12,21 @@ TENSOR_ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a unit."""
+
+    format: TensorFormat
+    num_values: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoredWeights:
-    """Bytes of each unit as stored, the dtype they are stored in, and what they cost to compute with."""
+    """Bytes of each unit as stored, in which formats, and what they cost to compute with."""
 
     dtype: DType
+    """What the model is computed in unless something else is asked for."""
     unit_bytes: Mapping[str, int]
-    unit_values: Mapping[str, tuple[int, ...]]
-    """How many values each of a unit's tensors has."""
+    unit_tensors: Mapping[str, tuple[StoredTensor, ...]]
     unit_flops: Mapping[str, float]
     """Floating-point operations of one token (of one row of logits, in the head) in each unit but the embedding; empty
     where nothing but sizes is asked for."""
@@ -25,17 +34,18 @@ class StoredWeights:
     @classmethod
     def of_one_tensor(cls, dtype: DType, unit_bytes: Mapping[str, int]) -> "StoredWeights":
         """Where nothing but sizes is asked for: units of one plain tensor each."""
-        return cls(dtype, unit_bytes, {name: (size // dtype.num_bytes,) for name, size in unit_bytes.items()}, {})
+        tensors = {name: (StoredTensor(Plain(dtype), size // dtype.num_bytes),) for name, size in unit_bytes.items()}
+        return cls(dtype, unit_bytes, tensors, {})
 
-    def is_ready(self, dtype: DType) -> bool:
-        """Whether the stored bytes are what is computed with in ``dtype``: nothing must be unpacked."""
-        return dtype is self.dtype
+    def is_ready(self, unit: str, dtype: DType) -> bool:
+        """Whether a unit's stored bytes are what is computed with in ``dtype``: nothing must be unpacked."""
+        return all(tensor.format.is_ready(dtype) for tensor in self.unit_tensors[unit])
 
     def computed_bytes(self, unit: str, dtype: DType) -> int:
         """Bytes of a unit as it is computed with: as stored, or each tensor unpacked to the compute dtype."""
-        if self.is_ready(dtype):
+        if self.is_ready(unit, dtype):
             return self.unit_bytes[unit]
-        return sum(unpacked_bytes(values, dtype) for values in self.unit_values[unit])
+        return sum(unpacked_bytes(tensor.num_values, dtype) for tensor in self.unit_tensors[unit])
 
 
 def unpacked_bytes(num_values: int, dtype: DType) -> int:
