@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.jobs import Job
 from engine.errors import EngineError
-from engine.openmp import limit_spinning
+from engine.process import tune
 
 _PR_SET_PDEATHSIG = 1
 
@@ -19,7 +19,7 @@ def main(asked: Path, answer: Path) -> int:
     job = Job.from_json(asked.read_text())
     try:
         if job.role == "ours":
-            limit_spinning()  # as the worker does
+            tune()  # as the worker does
             from benchmarks.ours import run
         elif job.role == "limits":
             from benchmarks.limits import run

@@ -21,7 +21,6 @@ from benchmarks.workload import Item, Range
 from benchmarks.workload import Workload as Texts
 from engine.attention.sizes import kv_bytes_per_token
 from engine.errors import EngineError, PlanDoesNotFit
-from engine.openmp import limit_spinning
 from engine.planner.decide import Question
 from engine.planner.default import budgets_of, resolve_plan
 from engine.planner.explain import flags_of
@@ -29,6 +28,7 @@ from engine.planner.hardware import Hardware
 from engine.planner.plan import PlanOptions
 from engine.planner.profiles import load_hardware
 from engine.planner.workload import Workload
+from engine.process import tune
 from engine.tiers import Shares
 from engine.units import MIB
 from engine.weights.layout import stored_in
@@ -66,7 +66,7 @@ class Timed:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, and return 0 if the chosen plan is within the line of the best on every workload."""
-    limit_spinning()
+    tune()
     from benchmarks.checkpoints import default_cache, make_checkpoint  # torch comes after that
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.choices", description=__doc__)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from benchmarks.workload import Item
 from engine.planner.hardware import Hardware
 
-if TYPE_CHECKING:  # torch comes after ``limit_spinning``
+if TYPE_CHECKING:  # torch comes after ``engine.process.tune``
     from engine.engine import Engine
     from engine.request import Request
 

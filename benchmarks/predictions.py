@@ -18,10 +18,10 @@ from benchmarks.inprocess import generated, measured_here
 from benchmarks.workload import Range
 from benchmarks.workload import Workload as Texts
 from engine.errors import EngineError
-from engine.openmp import limit_spinning
 from engine.planner.hardware import Hardware
 from engine.planner.plan import PlanOptions
 from engine.planner.profiles import load_hardware
+from engine.process import tune
 from engine.tiers import Shares, TierName
 from engine.units import GIB, format_bytes
 
@@ -86,7 +86,7 @@ class Outcome:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, and return 0 if all lines hold."""
-    limit_spinning()
+    tune()
     from benchmarks.checkpoints import default_cache  # torch comes after that, or its threads spin as ever
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predictions", description=__doc__)

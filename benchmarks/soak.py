@@ -13,6 +13,7 @@ from benchmarks.workload import Range, Workload, as_text
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.planner.plan import PlanOptions
+from engine.process import tune
 from engine.request import Generate, Request, SamplingParams, Score
 from engine.tiers import Shares
 from engine.units import GIB, MIB, format_bytes
@@ -24,6 +25,7 @@ _SETTLED = 2000
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, and return 0 if resident memory grew by less than the line."""
+    tune()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--shape", default="opt-125m", help="weights are on the disk (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=20_000, metavar="N")

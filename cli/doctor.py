@@ -54,9 +54,9 @@ def command(app: App, measures: bool, device: str | None, as_json: bool) -> None
 
 def _measure(app: App, device_name: str | None) -> None:
     from cli.errors import OutputNotWritten
-    from engine.openmp import limit_spinning
+    from engine.process import tune
 
-    limit_spinning()
+    tune()
     from engine.devices.open import open_device
     from engine.measure import measure
     from engine.profile import store_profile

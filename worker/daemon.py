@@ -19,10 +19,10 @@ from celery import Celery, signals
 from celery.exceptions import SecurityWarning
 
 from engine.errors import DeviceUnavailable
-from engine.openmp import limit_spinning
 from engine.planner.decide import Outlook
 from engine.planner.hardware import Hardware
 from engine.planner.plan import PlanOptions
+from engine.process import tune
 from engine.trace import TraceFile
 from storage.database import Database
 from worker.app import make_app
@@ -72,7 +72,7 @@ def run_worker(settings: Settings, options: WorkerOptions) -> int:
         EngineError, DatabaseUnreachable: the drain ended on its own; nothing is lost.
     """
     configure(settings.log_level)
-    limit_spinning()
+    tune()
     os.umask(0o077)
     if options.queue is not None:
         settings = replace(settings, queue=options.queue)

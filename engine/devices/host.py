@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.memory.aligned import aligned_empty
-from engine.memory.kernels import limit_kept_kernels
 from engine.memory.lane import Event, LaneName, Reached
-from engine.memory.malloc import keep_freed_memory
 
 
 class HostDevice:
@@ -19,8 +17,6 @@ class HostDevice:
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
-        keep_freed_memory()
-        limit_kept_kernels()
 
     def allocate(self, num_bytes: int) -> Tensor:
         """Page-aligned, so that disk reads can land in it."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.memory.malloc import LARGEST_KEPT
+from engine.process import LARGEST_KEPT
 from engine.units import MIB, align_up, div_ceil
 
 WIDEST_BYTES = LARGEST_KEPT - MIB

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 import engine.formats.linear as linear_module
 from engine.attention.kernels import CAUSAL_ROWS, KERNEL_STEP, _causal_blocks
 from engine.formats.linear import padded_rows
-from engine.memory.kernels import CAPACITY, limit_kept_kernels
 
 CPU = torch.device("cpu")
 
@@ -35,21 +34,3 @@ def test_products_come_in_few_sizes(num_rows: int) -> None:
         assert padded % (16 if num_rows <= 256 else 32) == 0
         assert padded_rows(num_rows, torch.float32, CPU) == num_rows
         assert padded_rows(num_rows, torch.bfloat16, torch.device("cuda:0")) == num_rows
-
-
-def test_as_many_kernels_are_kept_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    environ: dict[str, str] = {}
-    limit_kept_kernels(environ)
-    assert list(environ.values()) == [CAPACITY]
-
-    chosen = dict.fromkeys(environ, "7")
-    limit_kept_kernels(chosen)
-    assert list(chosen.values()) == ["7"]
-
-
-def test_without_amx_all_kernels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    environ: dict[str, str] = {}
-    limit_kept_kernels(environ)
-    assert not environ
