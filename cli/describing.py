@@ -6,7 +6,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from cli.display import format_count, format_rate, format_rows, format_seconds
-from cli.reports import FINISHED, job_document, rows_per_s_of
+from cli.reports import job_document, rows_per_s_of
 
 if TYPE_CHECKING:
     from storage.jobs import Job
@@ -46,7 +46,7 @@ def describe(job: "Job", now: float, *, is_attended: bool = True) -> list[tuple[
     times = (("created", job.created_at), ("started", job.started_at), ("finished", job.finished_at))
     lines += [(name, format_time(moment)) for name, moment in times if moment is not None]
     lines += [("time", format_seconds(document["seconds"]))]
-    if is_attended or job.state in FINISHED:
+    if is_attended or job.is_finished:
         lines.append(("throughput", throughput_of(job, now)))
     if document["eta_s"]:
         lines.append(("left", f"about {format_seconds(document['eta_s'])}"))

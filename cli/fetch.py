@@ -9,7 +9,6 @@ from cli.context import App
 from cli.display import format_count, say
 from cli.formats import FORMATS, format_of, write_rows
 from cli.options import job_argument, settings_options
-from cli.reports import FINISHED
 
 
 @click.command("fetch", short_help="Write the outputs of a job.")
@@ -43,7 +42,7 @@ def command(app: App, job_id: int, output: str, file_format: str | None, errors:
                 task=job.task,
                 choices=(job.origin or {}).get("choices"),
             )
-    if job.state not in FINISHED and (errors or count < job.num_requests):
+    if not job.is_finished and (errors or count < job.num_requests):
         say(
             f"job {job.id} is still {job.state}: these are {format_count(count)} of {format_count(job.num_requests)} "
             f"rows; for all of them: overnight wait {job.id}, then fetch again"

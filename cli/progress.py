@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from cli.display import colour_wanted, format_count, format_rate, format_rows, format_seconds, printable, say
-from cli.reports import FINISHED
 from cli.workers import Attendance, attendance
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ class LineProgress:
         """Prints a line when it is time, the job has ended, or it begins or ceases to stand still."""
         job, stands = snapshot.job, snapshot.standstill
         _take(self._pace, snapshot, now)
-        if now < self._next and job.state not in FINISHED and stands == self._stood:
+        if now < self._next and not job.is_finished and stands == self._stood:
             return
         self._next = now + _LINE_EVERY_S
         self._stood = stands
@@ -151,11 +150,11 @@ def _detail(snapshot: Snapshot, pace: Pace) -> str:
 
 
 def _why_it_stands(snapshot: Snapshot) -> list[str]:
-    return [snapshot.standstill] if snapshot.standstill and snapshot.job.state not in FINISHED else []
+    return [snapshot.standstill] if snapshot.standstill and not snapshot.job.is_finished else []
 
 
 def _speed(snapshot: Snapshot, pace: Pace) -> list[str]:
-    if snapshot.job.state in FINISHED:
+    if snapshot.job.is_finished:
         return []
     parts = []
     if pace.rows_per_s and snapshot.job.task != "generate":
@@ -166,7 +165,7 @@ def _speed(snapshot: Snapshot, pace: Pace) -> list[str]:
 
 
 def _left(snapshot: Snapshot, pace: Pace) -> list[str]:
-    eta = None if snapshot.job.state in FINISHED else pace.eta_s(snapshot.job.num_requests)
+    eta = None if snapshot.job.is_finished else pace.eta_s(snapshot.job.num_requests)
     return [] if eta is None else [f"{format_seconds(eta)} left"]
 
 
@@ -240,7 +239,7 @@ def follow(database: "Database", job_id: int, *, watch: Callable[[], None] | Non
         if watch is not None and attending.hint:
             attending = Attendance(doing="its worker is starting")
         yield Snapshot(job, attending)
-        if job.state in FINISHED:
+        if job.is_finished:
             return
         rest(pause)
         pause = min(_SLOWEST_POLL_S if watch is None else 4 * _POLL_S, pause * 1.2)

@@ -6,8 +6,6 @@ if TYPE_CHECKING:
     from storage.claims import Worker
     from storage.jobs import Job
 
-FINISHED = ("done", "failed", "cancelled")
-
 
 def seconds_of(job: "Job", now: float) -> float:
     """How long the job has run, or ran; 0 before its first request was claimed."""
@@ -18,7 +16,7 @@ def seconds_of(job: "Job", now: float) -> float:
 
 def eta_of(job: "Job", now: float) -> float | None:
     """Seconds until the end if it goes on as it did so far; None where nothing tells."""
-    if job.state in FINISHED:
+    if job.is_finished:
         return 0.0
     ended = job.num_done + job.num_failed
     seconds = seconds_of(job, now)
@@ -40,7 +38,7 @@ def job_document(job: "Job", now: float, *, is_attended: bool = True) -> dict[st
     """
     seconds = seconds_of(job, now)
     total_tokens = job.prompt_tokens + job.generated_tokens
-    eta = eta_of(job, now) if is_attended or job.state in FINISHED else None
+    eta = eta_of(job, now) if is_attended or job.is_finished else None
     origin = job.origin or {}
     return {
         "id": job.id,

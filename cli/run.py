@@ -21,7 +21,6 @@ from cli.formats import FORMATS, format_of, write_rows
 from cli.job_options import JobOptions, job_options
 from cli.options import Number, placement_options, settings_options
 from cli.placement import Placement
-from cli.reports import FINISHED
 from cli.sizes import sizes_of
 from cli.workers import PRIVATE_QUEUE
 
@@ -181,7 +180,7 @@ def _check_resumed(app: App, database: "Database", job: "Job", placement: Placem
     from worker.models import resolve_model
     from worker.sample import ROWS, requests_of
 
-    if job.state in FINISHED:
+    if job.is_finished:
         return
     ref = resolve_model(job.model, app.settings)
     sizes = sizes_of(ref, app.settings)

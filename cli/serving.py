@@ -16,7 +16,7 @@ from cli.errors import WorkerDied
 from cli.placement import Placement
 from cli.plans import model_name, plan_in_words
 from cli.progress import Progress, Snapshot, follow, job_progress
-from cli.reports import FINISHED, outcome_of
+from cli.reports import outcome_of
 from cli.workers import ALONE_VARIABLE, TRACE_VARIABLE
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def work_off(
     from storage.errors import DatabaseUnreachable
     from storage.jobs import get_job
 
-    if job.state in FINISHED:
+    if job.is_finished:
         return job
     try:
         with _signals_interrupt(), OwnWorker(settings, job.queue, placement, trace) as worker:
@@ -171,7 +171,7 @@ def work_off(
         raise
     except (KeyboardInterrupt, WorkerDied):
         left = get_job(database, job.id)
-        ended = outcome_of(left) if left.state in FINISHED else None
+        ended = outcome_of(left) if left.is_finished else None
         if ended is None and left.message:
             say(f"job {job.id}: {left.message}")
         say(ended or f"job {job.id} keeps the outputs it has; go on with: {resume}")

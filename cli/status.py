@@ -11,7 +11,7 @@ from cli.context import App
 from cli.describing import describe, jobs_table
 from cli.display import emit, emit_json, emit_table, format_seconds, say
 from cli.options import Number, json_option, settings_options
-from cli.reports import FINISHED, job_document, worker_document
+from cli.reports import job_document, worker_document
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -53,7 +53,7 @@ def command(app: App, job_id: int | None, watch: bool, as_json: bool) -> None:
 def _newest_unfinished(database: "Database") -> int | None:
     from storage.jobs import list_jobs
 
-    return next((job.id for job in list_jobs(database) if job.state not in FINISHED), None)
+    return next((job.id for job in list_jobs(database) if not job.is_finished), None)
 
 
 def _show_job(database: "Database", job_id: int, *, watch: bool, as_json: bool) -> None:

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cli.reports import FINISHED
-
 PRIVATE_QUEUE = "run-"
 """How the queues begin that a worker of our own serves for one job."""
 TRACE_VARIABLE = "_OVERNIGHT_TRACE"
@@ -46,7 +44,7 @@ def living_workers(database: "Database", now: float) -> "list[Worker]":
 
 def attendance(database: "Database", job: "Job", *, now: float) -> Attendance:
     """Whether anybody works on a job, and what the worker of its queue does; one short read."""
-    if job.state in FINISHED:
+    if job.is_finished:
         return Attendance()
     workers = [worker for worker in living_workers(database, now) if worker.queue == job.queue]
     if not workers:
