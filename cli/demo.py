@@ -13,8 +13,8 @@ from cli.context import App
 from cli.display import emit, emit_json, format_rate, format_seconds, say
 from cli.job_options import JobOptions
 from cli.options import json_option, settings_options
-from cli.placement import Placement
 from cli.workers import PRIVATE_QUEUE
+from engine.planner.plan import PlanOptions
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -52,7 +52,7 @@ def command(app: App, as_json: bool) -> None:
     with app.open_database() as database:
         submitted = _enqueue(app, database, folder / "sample.jsonl")
         again = f"overnight run --resume {submitted.id} -o labels.jsonl"
-        job = work_off(database, app.settings, submitted, Placement(), resume=again)
+        job = work_off(database, app.settings, submitted, PlanOptions(), resume=again)
         labelled = list(_join(folder / "sample.jsonl", database, job.id)) if job.state == "done" else []
     problem = outcome_of(job)
     if problem:

@@ -10,7 +10,8 @@ import click
 
 from cli.context import App
 from cli.display import colour_wanted, emit, printable, say, warn
-from cli.options import DTYPES, Text, settings_options
+from cli.options import Text, settings_options
+from engine.dtypes import DType
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -18,7 +19,11 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 @click.command("import", short_help="Make a model directory from a Hugging Face folder.")
 @click.argument("source", metavar="SRC", type=Text())
 @click.argument("destination", metavar="[DEST]", required=False, type=Text())
-@click.option("--dtype", type=click.Choice(DTYPES), help="How weights are stored. Default: as the checkpoint has them.")
+@click.option(
+    "--dtype",
+    type=click.Choice([str(dtype) for dtype in DType]),
+    help="How weights are stored. Default: as the checkpoint has them.",
+)
 @settings_options
 @click.pass_obj
 def command(app: App, source: str, destination: str | None, dtype: str | None) -> None:
@@ -74,7 +79,6 @@ def make_model(app: App, folder: Path, target: Path, dtype: str | None) -> None:
     Raises:
         CheckpointError, DiskFull: nothing is left behind.
     """
-    from engine.dtypes import DType
     from engine.units import format_bytes
     from engine.weights.importers.huggingface import import_checkpoint
 

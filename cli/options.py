@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -11,14 +10,13 @@ import click
 from cli.context import App
 
 if TYPE_CHECKING:
+    from engine.tiers import Shares
+
     ParamType = click.ParamType[Any]
 else:  # click 8.1 has no type argument
     ParamType = click.ParamType
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-DTYPES = ("bfloat16", "float16", "float32")
-SCHEDULES = ("mixed", "block")
 
 
 class Number(ParamType):
@@ -71,19 +69,18 @@ class Size(ParamType):
         return num_bytes
 
 
-class SharesText(ParamType):
-    """``20/80/0``: percent on device, host and disk; checked here, kept as text."""
+class SharesType(ParamType):
+    """``20/80/0``: percent on device, host and disk."""
 
     name = "device/host/disk"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "Shares":
         from engine.tiers import Shares
 
         try:
-            Shares.parse(value)
+            return Shares.parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
-        return str(value)
 
 
 class DeviceName(ParamType):
@@ -157,41 +154,3 @@ def json_option(command: Command) -> Command:
 def job_argument(command: Command) -> Command:
     """JOB: the id that `overnight enqueue` printed."""
     return click.argument("job_id", metavar="JOB", type=Number(minimum=1, maximum=2**63 - 1, whole=True))(command)
-
-
-def _count() -> Number:
-    return Number(minimum=1, maximum=2**31 - 1, whole=True)
-
-
-def placement_options(command: Command, *, least_device_memory: int = 1) -> Command:
-    """PLACEMENT: where weights, KV cache and activations live; see `cli.placement` for the values."""
-    group = [
-        click.option("--device", type=DeviceName(), help="cpu, or a GPU: cuda:0. Default: the first GPU, else cpu."),
-        click.option("--dtype", type=click.Choice(DTYPES), help="Compute and KV cache type. Default: as stored."),
-        click.option(
-            "--device-memory",
-            type=Size(minimum=least_device_memory),
-            help="Budget in device (GPU) memory, for example 4GiB.",
-        ),
-        click.option("--host-memory", type=Size(), help="Budget in host (CPU) memory."),
-        click.option("--disk-space", type=Size(), help="Budget for spill files on disk."),
-        click.option(
-            "--disk-dir",
-            metavar="FOLDER",
-            type=click.Path(file_okay=False, path_type=Path),
-            help="Where spill files go. Default: spill/ in OVERNIGHT_HOME.",
-        ),
-        click.option("--weights", type=SharesText(), help="Percent of the weights on each tier: 20/80/0."),
-        click.option("--kv", type=SharesText(), help="Percent of the KV cache on each tier: 0/100/0."),
-        click.option("--activations", type=click.Choice(["device", "host", "disk"]), help="Tier of the activations."),
-        click.option("--micro-batch", type=_count(), help="Tokens of one micro-batch."),
-        click.option("--micro-batches", type=_count(), help="Micro-batches of a pass, at most."),
-        click.option(
-            "--schedule",
-            type=click.Choice(SCHEDULES),
-            help="New sequences join running ones in every pass, or a whole block before the next. Default: mixed.",
-        ),
-    ]
-    for option in reversed(group):
-        command = option(command)
-    return command

@@ -1,59 +1,49 @@
-"""PLACEMENT as given on the command line: for the engine as values, for a worker process as arguments again."""
+"""PLACEMENT on the command line: an option for each flag of ``PlanOptions``, and the way back to such words."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
-if TYPE_CHECKING:
-    from engine.planner.plan import PlanOptions
+import click
+
+from cli.options import Command, DeviceName, Number, SharesType, Size
+from engine.planner.plan import FLAGS, Flag, PlanOptions, flag_name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """What a person asked for; None means "you decide". The names are the options' names."""
+def placement_options(command: Command, *, least_device_memory: int = 1) -> Command:
+    """PLACEMENT: where weights, KV cache and activations live; ``take_placement`` takes the values."""
+    for name, flag in reversed(FLAGS.items()):
+        kind = Size(minimum=least_device_memory) if name == "device_memory" else _type_of(flag)
+        metavar = "FOLDER" if flag.kind == "folder" else None
+        command = click.option(flag_name(name), type=kind, metavar=metavar, help=flag.help)(command)
+    return command
 
-    device: str | None = None
-    dtype: str | None = None
-    device_memory: int | None = None
-    host_memory: int | None = None
-    disk_space: int | None = None
-    disk_dir: Path | None = None
-    weights: str | None = None
-    """``20/80/0``: percent on device, host and disk."""
-    kv: str | None = None
-    activations: str | None = None
-    micro_batch: int | None = None
-    """Tokens."""
-    micro_batches: int | None = None
-    schedule: str | None = None
-    """``mixed`` or ``block``."""
 
-    @classmethod
-    def take(cls, options: dict[str, Any]) -> Self:
-        """Moves the placement's values out of a command's keyword arguments."""
-        return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
+def take_placement(options: dict[str, Any]) -> PlanOptions:
+    """Moves the placement's values out of a command's keyword arguments."""
+    return PlanOptions(**{name: options.pop(name) for name in FLAGS})
 
-    def given(self) -> Mapping[str, object]:
-        """The options that were given."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
 
-    def arguments(self) -> list[str]:
-        """The same options for another command line; the folder absolute."""
-        words: list[str] = []
-        for name, value in self.given().items():
-            text = str(value.absolute()) if isinstance(value, Path) else str(value)
-            words += [f"--{name.replace('_', '-')}", text]
-        return words
+def placement_arguments(placement: PlanOptions) -> list[str]:
+    """What was asked for, as words for another command line; the folder absolute."""
+    words: list[str] = []
+    for name in FLAGS:
+        value = getattr(placement, name)
+        if value is not None:
+            words += [flag_name(name), str(value.absolute() if isinstance(value, Path) else value)]
+    return words
 
-    def plan_options(self) -> "PlanOptions":
-        """The engine's form of it; sizes in bytes, shares parsed."""
-        from engine.planner.plan import PlanOptions
-        from engine.tiers import Shares
 
-        values: dict[str, Any] = dict(self.given())
-        for name in ("weights", "kv"):
-            if name in values:
-                values[name] = Shares.parse(values[name])
-        return PlanOptions(**values)
+def _type_of(flag: Flag) -> click.ParamType[Any]:
+    match flag.kind:
+        case "device":
+            return DeviceName()
+        case "choice":
+            return click.Choice([str(choice) for choice in flag.choices])
+        case "size":
+            return Size()
+        case "folder":
+            return click.Path(file_okay=False, path_type=Path)
+        case "shares":
+            return SharesType()
+        case "count":
+            return Number(minimum=1, maximum=2**31 - 1, whole=True)

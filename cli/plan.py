@@ -8,8 +8,8 @@ import click
 from cli import templates
 from cli.context import App
 from cli.display import emit, emit_json, emit_table, format_count, format_rate, format_seconds
-from cli.options import Number, Text, json_option, placement_options, settings_options
-from cli.placement import Placement
+from cli.options import Number, Text, json_option, settings_options
+from cli.placement import placement_options, take_placement
 from cli.planning import DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, DEFAULT_REQUESTS, LengthOptions, read_question
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def command(app: App, /, model: str, hardware: str | None, sweep: str | None, as
       overnight plan --model facebook/opt-30b --hardware t4-gcp --sweep device-memory
     """
     lengths = LengthOptions.take(values)
-    question = read_question(app, model, hardware, Placement.take(values), lengths)
+    question = read_question(app, model, hardware, take_placement(values), lengths)
     if sweep is not None:
         _emit_sweep(question, sweep, as_json)
         return

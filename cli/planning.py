@@ -11,13 +11,13 @@ import click
 from cli import templates
 from cli.context import App
 from cli.display import say, warn
-from cli.placement import Placement
 from cli.sizes import Sizes, sizes_of
 
 if TYPE_CHECKING:
     from engine.dtypes import DType
     from engine.planner.decide import Question
     from engine.planner.hardware import Hardware
+    from engine.planner.plan import PlanOptions
     from engine.planner.workload import Workload
     from engine.shape import ModelShape
     from worker.limits import Limits
@@ -58,7 +58,7 @@ class LengthOptions:
 
 
 def read_question(
-    app: App, model_name: str, hardware_name: str | None, placement: Placement, lengths: LengthOptions
+    app: App, model_name: str, hardware_name: str | None, options: "PlanOptions", lengths: LengthOptions
 ) -> "Question":
     """Everything that a plan is made for.
 
@@ -74,8 +74,7 @@ def read_question(
 
     hardware = _read_hardware(app, hardware_name)
     known_as = DType.FLOAT16 if DType.FLOAT16 in hardware.matmul else next(iter(hardware.matmul))
-    model = _read_model(app, model_name, DType(placement.dtype) if placement.dtype else known_as)
-    options = placement.plan_options()
+    model = _read_model(app, model_name, options.dtype or known_as)
     if options.device is not None and options.device.partition(":")[0] != hardware.device:
         raise click.UsageError(
             f"--device {options.device}: {hardware.name} is described as {hardware.device}; name another machine with "
@@ -86,7 +85,7 @@ def read_question(
         facts, budgets = None, budgets_of_machine(hardware, model.stored)
     else:
         facts = _facts_now(hardware)
-        budgets = budgets_of(options, facts, placement.disk_dir or app.settings.spill_dir)
+        budgets = budgets_of(options, facts, options.disk_dir or app.settings.spill_dir)
     return Question(
         hardware=hardware,
         shape=model.shape,

@@ -19,10 +19,11 @@ from cli.display import format_count, say, warn
 from cli.fitting import check_fits
 from cli.formats import FORMATS, format_of, write_rows
 from cli.job_options import JobOptions, job_options
-from cli.options import Number, placement_options, settings_options
-from cli.placement import Placement
+from cli.options import Number, settings_options
+from cli.placement import placement_options, take_placement
 from cli.sizes import sizes_of
 from cli.workers import PRIVATE_QUEUE
+from engine.planner.plan import flag_name
 
 if TYPE_CHECKING:
     from engine.planner.plan import PlanOptions
@@ -78,7 +79,7 @@ def command(
     from cli.serving import work_off
 
     file_format = format_of(output, file_format)
-    placement = Placement.take(values)
+    placement = take_placement(values)
     with _job(app, dataset, output, trace, resume, placement, values) as (database, submitted):
         again = f"overnight run --resume {submitted.id} -o {shlex.quote(output)}"
         job = work_off(database, app.settings, submitted, placement, resume=again, trace=trace)
@@ -100,7 +101,7 @@ def _job(
     output: str,
     trace: Path | None,
     resume: int | None,
-    placement: Placement,
+    placement: "PlanOptions",
     values: dict[str, Any],
 ) -> "Iterator[tuple[Database, Job]]":
     """The database and the job to run: a new one, or the one to go on with."""
@@ -138,7 +139,7 @@ def _job(
 def _refuse_what_a_job_keeps(ctx: click.Context) -> None:
     """A job that goes on is as it was made: what would say otherwise shall not be ignored."""
     given = [
-        f"--{field.name.replace('_', '-')}"
+        flag_name(field.name)
         for field in fields(JobOptions)
         if ctx.get_parameter_source(field.name) is ParameterSource.COMMANDLINE
     ]
@@ -168,12 +169,12 @@ def _resumed(database: "Database", job_id: int) -> "Job":
     return job
 
 
-def _plan_options(app: App, placement: Placement) -> "PlanOptions":
+def _plan_options(app: App, placement: "PlanOptions") -> "PlanOptions":
     """As the worker has them."""
-    return replace(placement.plan_options(), disk_dir=placement.disk_dir or app.settings.spill_dir)
+    return replace(placement, disk_dir=placement.disk_dir or app.settings.spill_dir)
 
 
-def _check_resumed(app: App, database: "Database", job: "Job", placement: Placement) -> None:
+def _check_resumed(app: App, database: "Database", job: "Job", placement: "PlanOptions") -> None:
     """What does not fit is refused now: the worker would end the job with it."""
     from engine.lengths import workload_for
     from storage.jobs import peek_requests

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cli.display import say
 from cli.errors import WorkerDied
-from cli.placement import Placement
+from cli.placement import placement_arguments
 from cli.plans import model_name, plan_in_words
 from cli.progress import Progress, Snapshot, follow, job_progress
 from cli.reports import outcome_of
 from cli.workers import ALONE_VARIABLE, TRACE_VARIABLE
 
 if TYPE_CHECKING:
+    from engine.planner.plan import PlanOptions
     from storage.database import Database
     from storage.jobs import Job
     from worker.settings import Settings
@@ -37,7 +38,7 @@ class OwnWorker:
     It is its own supervisor: a worker that was killed is started again, and finds the row that killed it.
     """
 
-    def __init__(self, settings: "Settings", queue: str, placement: Placement, trace: Path | None = None) -> None:
+    def __init__(self, settings: "Settings", queue: str, placement: "PlanOptions", trace: Path | None = None) -> None:
         self._settings = settings
         self._queue = queue
         self._placement = placement
@@ -118,7 +119,7 @@ class OwnWorker:
     def _command(self, redis_url: str) -> list[str]:
         # -P: a folder named `cli` where the user happens to be must not be taken for ours.
         words = [sys.executable, "-P", "-m", "cli", "worker", "--queue", self._queue, "--redis", redis_url]
-        return words + self._placement.arguments()
+        return words + placement_arguments(self._placement)
 
     def _environment(self) -> dict[str, str]:
         packages = str(Path(__file__).resolve().parent.parent)
@@ -137,7 +138,7 @@ def work_off(
     database: "Database",
     settings: "Settings",
     job: "Job",
-    placement: Placement,
+    placement: "PlanOptions",
     *,
     resume: str,
     trace: Path | None = None,

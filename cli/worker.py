@@ -8,8 +8,8 @@ import click
 
 from cli.context import App
 from cli.garbage import collect_as_usual
-from cli.options import Text, placement_options, queue_option, settings_options
-from cli.placement import Placement
+from cli.options import Text, queue_option, settings_options
+from cli.placement import placement_options, take_placement
 from cli.workers import ALONE_VARIABLE, TRACE_VARIABLE
 
 
@@ -31,11 +31,10 @@ def command(app: App, /, model: str | None, **values: Any) -> None:
     from worker.scratch import sweep
 
     sweep()
-    placement = Placement.take(values).plan_options()
     trace = os.environ.get(TRACE_VARIABLE)
     options = WorkerOptions(
         model=model,
-        placement=placement,
+        placement=take_placement(values),
         trace=Path(trace) if trace else None,
         is_alone=bool(os.environ.get(ALONE_VARIABLE)),
     )

@@ -5,17 +5,15 @@ from dataclasses import asdict
 
 from engine.planner.advice import Advice
 from engine.planner.decide import Question
-from engine.planner.plan import PlanOptions
+from engine.planner.plan import FLAGS, PlanOptions, flag_name
 from engine.planner.predict import compute_ceiling_per_s
 from engine.planner.search import Found
-
-_BY_HAND = ("weights", "kv", "activations", "micro_batch", "micro_batches", "schedule")
 
 
 def flags_of(options: PlanOptions) -> str:
     """The placement as a person would write it, to fix it by hand."""
-    given = ((name.replace("_", "-"), getattr(options, name)) for name in _BY_HAND)
-    return " ".join(f"--{name} {value}" for name, value in given if value is not None)
+    given = ((flag_name(name), getattr(options, name)) for name, flag in FLAGS.items() if flag.by_hand)
+    return " ".join(f"{name} {value}" for name, value in given if value is not None)
 
 
 def product_ceiling_per_s(found: Found, question: Question) -> float:

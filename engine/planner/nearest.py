@@ -12,7 +12,7 @@ from typing import Any
 from engine.devices.facts import MachineFacts
 from engine.errors import PlanDoesNotFit
 from engine.planner.default import resolve_plan
-from engine.planner.plan import PlanOptions
+from engine.planner.plan import FLAGS, PlanOptions, flag_name
 from engine.shape import ModelShape
 from engine.tiers import Shares
 from engine.units import GIB, MIB, div_ceil
@@ -20,8 +20,9 @@ from engine.weights.stored import StoredWeights
 
 SMALLEST_MICRO_BATCH = 256
 _MOST = 1 << 50
-_FLAGS = ("weights", "kv", "activations", "micro_batch", "micro_batches")
-_BUDGETS = ("device_memory", "host_memory", "disk_space")
+_FLAGS = [name for name, flag in FLAGS.items() if flag.by_hand and name != "schedule"]
+"""What may be changed to make a plan fit; a schedule that was asked for stays."""
+_BUDGETS = [name for name, flag in FLAGS.items() if flag.kind == "size"]
 
 
 def nearest_fit(
@@ -70,7 +71,7 @@ def nearest_fit(
             raised[name] = _least(bounded, name, fits)
             asked = _with(bounded, **{name: raised[name]})
         bounded = asked
-    memory = " ".join(f"--{name.replace('_', '-')} {format_flag(num_bytes)}" for name, num_bytes in raised.items())
+    memory = " ".join(f"{flag_name(name)} {format_flag(num_bytes)}" for name, num_bytes in raised.items())
     with_flags = _difference(options, _with(bounded, **{name: getattr(options, name) for name in _BUDGETS}))
     return f"the smallest that fits: {memory} with {with_flags}" if with_flags else f"the smallest that fits: {memory}"
 
@@ -119,7 +120,7 @@ def _difference(asked: PlanOptions, changed: PlanOptions) -> str:
         value = getattr(changed, name)
         if value == getattr(asked, name):
             continue
-        flag = f"--{name.replace('_', '-')}"
+        flag = flag_name(name)
         if value is None:
             without.append(flag)
         else:

@@ -6,6 +6,7 @@ Frozen values; no torch.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from engine.attention.sizes import kv_bytes_per_token
 from engine.dtypes import DType
@@ -63,6 +64,46 @@ class PlanOptions:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, not {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """How an option is given on a command line, by the name that ``flag_name`` makes of the field's."""
+
+    kind: Literal["device", "choice", "size", "folder", "shares", "count"]
+    """What the text after it is read as; ``size`` is in bytes."""
+    help: str
+    choices: tuple[str, ...] = ()
+    """Every value there is, for the kind ``choice``."""
+    by_hand: bool = False
+    """It fixes what the planner otherwise chooses; the others say where, and with how much memory, it may choose."""
+
+
+FLAGS = {
+    "device": Flag("device", "cpu, or a GPU: cuda:0. Default: the first GPU, else cpu."),
+    "dtype": Flag("choice", "Compute and KV cache type. Default: as stored.", tuple(DType)),
+    "device_memory": Flag("size", "Budget in device (GPU) memory, for example 4GiB."),
+    "host_memory": Flag("size", "Budget in host (CPU) memory."),
+    "disk_space": Flag("size", "Budget for spill files on disk."),
+    "disk_dir": Flag("folder", "Where spill files go. Default: spill/ in OVERNIGHT_HOME."),
+    "weights": Flag("shares", "Percent of the weights on each tier: 20/80/0.", by_hand=True),
+    "kv": Flag("shares", "Percent of the KV cache on each tier: 0/100/0.", by_hand=True),
+    "activations": Flag("choice", "Tier of the activations.", tuple(TierName), by_hand=True),
+    "micro_batch": Flag("count", "Tokens of one micro-batch.", by_hand=True),
+    "micro_batches": Flag("count", "Micro-batches of a pass, at most.", by_hand=True),
+    "schedule": Flag(
+        "choice",
+        "New sequences join running ones in every pass, or a whole block before the next. Default: mixed.",
+        SCHEDULES,
+        by_hand=True,
+    ),
+}
+"""Those fields of ``PlanOptions`` that have a flag, in the order in which ``--help`` shows them."""
+
+
+def flag_name(field_name: str) -> str:
+    """``disk_dir`` → ``--disk-dir``."""
+    return f"--{field_name.replace('_', '-')}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,9 +18,9 @@ import pytest
 
 from cli.errors import WorkerDied
 from cli.main import main
-from cli.placement import Placement
 from cli.progress import LineProgress, Snapshot
 from cli.serving import OwnWorker
+from engine.planner.plan import PlanOptions
 from storage.database import Database
 from storage.jobs import Job, list_jobs
 from storage.results import list_passes
@@ -354,7 +354,7 @@ def test_a_worker_that_only_dies_is_not_started_for_ever(settings: Settings) -> 
         def _command(self, redis_url: str) -> list[str]:
             return [sys.executable, "-c", "import os; print('error: no luck'); os.kill(os.getpid(), 9)"]
 
-    with Doomed(settings, "run-x", Placement()) as worker:
+    with Doomed(settings, "run-x", PlanOptions()) as worker:
         for _ in range(11):
             os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
             assert "started again" in str(worker.check(ended=1))
