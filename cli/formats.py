@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cli.errors import OutputRefused
 from cli.json_text import finite, json_text
+from worker.payloads import OUTPUT_KEYS
 
 if TYPE_CHECKING:
     from storage.results import OutputRow
@@ -21,13 +22,6 @@ _NOT_WRITTEN = {
     *(".gz", ".bz2", ".xz", ".zst", ".zip"),
 }
 """Suffixes that promise a reader what we do not write."""
-
-_COLUMNS = {
-    "generate": ("text", "finish_reason"),
-    "score": ("logprob", "is_greedy", "tokens"),
-    "choose": ("label", "logprobs"),
-}
-"""The fields of `output` that become CSV columns; nested ones hold JSON."""
 
 _FORMULA = re.compile(r"[\t\r\n]|[\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*[=+\-@＝＋－＠]")
 """Spreadsheets run a cell that starts so: they drop white space, and read full-width signs as the others."""
@@ -75,7 +69,7 @@ def write_rows(
 
 def _write_csv(rows: "Iterable[OutputRow]", stream: BinaryIO, task: str, choices: Sequence[str]) -> int:
     by_choice = task == "choose" and bool(choices)
-    columns = ("label",) if by_choice else _COLUMNS[task]
+    columns = ("label",) if by_choice else OUTPUT_KEYS[task]
     more = [f"logprob_{choice}" for choice in choices] if by_choice else []
     usage = ("prompt_tokens", "completion_tokens")
     heading = ["id", "index", "status", *columns, *more, "error_code", "error_message", *usage]

@@ -8,7 +8,8 @@ import click
 
 from cli import templates
 from cli.options import Command, Number, ParamType, Text
-from cli.tasks import TASKS, split_choices
+from cli.tasks import split_choices
+from worker.payloads import TASKS
 
 GENERATION_DEFAULTS: dict[str, Any] = {
     "max_new_tokens": 64,

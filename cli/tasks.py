@@ -10,11 +10,10 @@ from cli.errors import DatasetFault
 from cli.row_limits import check_fields, checked_id
 from cli.templates import PromptTemplate, RowFault
 from worker.limits import DEFAULT_LIMITS, Limits
+from worker.payloads import ChoosePayload, GeneratePayload, ScorePayload
 
 if TYPE_CHECKING:
     from storage.jobs import NewRequest
-
-TASKS = ("generate", "score", "choose")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,7 @@ class TaskSpec:
     limits: Limits = DEFAULT_LIMITS
     """What a row may be."""
 
-    def payload(self, row: Row) -> dict[str, object]:
+    def payload(self, row: Row) -> GeneratePayload | ScorePayload | ChoosePayload:
         """The request of one row, as it is stored.
 
         Raises:
@@ -37,10 +36,10 @@ class TaskSpec:
         """
         prompt = self.template.render(row.fields)
         if self.task == "generate":
-            return {"prompt": prompt}
+            return GeneratePayload(prompt=prompt)
         if self.task == "score":
-            return {"context": prompt, "continuation": _continuation(row)}
-        return {"prompt": prompt, "choices": list(self.choices or _row_choices(row, self.limits))}
+            return ScorePayload(context=prompt, continuation=_continuation(row))
+        return ChoosePayload(prompt=prompt, choices=list(self.choices or _row_choices(row, self.limits)))
 
 
 def split_choices(text: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ Between two chunks the write lock is free: a worker goes on committing while a l
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,7 @@ class NewRequest:
 
     index: int  # grows from row to row
     row_id: object | None  # the dataset's own name of the row; any JSON value
-    payload: dict[str, Any] | None  # the rendered work; None only with an error
+    payload: Mapping[str, Any] | None  # the rendered work; None only with an error
     error: tuple[str, str] | None = None
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class RequestResult:
     job_id: int
     index: int
     attempt: int  # of the claim
-    output: dict[str, Any] | None
+    output: Mapping[str, Any] | None
     error: tuple[str, str] | None
     prompt_tokens: int
     completion_tokens: int

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from engine.request import (
     Choice,
@@ -17,8 +17,16 @@ from engine.request import (
     Score,
     Scoring,
 )
-
-TASKS = ("generate", "score", "choose")
+from worker.payloads import (
+    TASKS,
+    ChooseOutput,
+    ChoosePayload,
+    GenerateOutput,
+    GeneratePayload,
+    ScoredToken,
+    ScoreOutput,
+    ScorePayload,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +53,7 @@ class JobKeys:
 class Row:
     """A result as it is stored: ``output`` or ``error`` (code, message), never both."""
 
-    output: dict[str, Any] | None
+    output: Mapping[str, Any] | None
     error: tuple[str, str] | None
 
 
@@ -62,11 +70,13 @@ def to_request(
     try:
         if task == "generate":
             sampling = SamplingParams(**{**params, "stop": tuple(params.get("stop", ())), "seed": seed})
-            return Request(key, Generate(payload["prompt"], sampling, sample_index=key.index))
+            return Request(key, Generate(cast(GeneratePayload, payload)["prompt"], sampling, sample_index=key.index))
         if task == "score":
-            return Request(key, Score(payload["context"], payload["continuation"]))
+            score = cast(ScorePayload, payload)
+            return Request(key, Score(score["context"], score["continuation"]))
         if task == "choose":
-            return Request(key, Choose(payload["prompt"], tuple(payload["choices"])))
+            choose = cast(ChoosePayload, payload)
+            return Request(key, Choose(choose["prompt"], tuple(choose["choices"])))
     except KeyError as error:
         raise ValueError(f"the row has no {error.args[0]!r}, which the task {task!r} needs") from error
     except TypeError as error:
@@ -78,20 +88,21 @@ def to_row(output: Output) -> Row:
     """What is stored of an engine output, in the shapes that ``fetch`` hands out."""
     result = output.result
     if isinstance(result, Generation):
-        return Row({"text": result.text, "finish_reason": str(result.finish_reason)}, None)
+        return Row(GenerateOutput(text=result.text, finish_reason=str(result.finish_reason)), None)
     if isinstance(result, Scoring):
-        tokens = [{"id": token.id, "text": token.text, "logprob": token.logprob} for token in result.tokens]
+        tokens = [ScoredToken(id=token.id, text=token.text, logprob=token.logprob) for token in result.tokens]
         return _finite(
-            {"logprob": result.logprob, "is_greedy": result.is_greedy, "tokens": tokens},
+            ScoreOutput(logprob=result.logprob, is_greedy=result.is_greedy, tokens=tokens),
             [result.logprob, *(token.logprob for token in result.tokens)],
         )
     if isinstance(result, Choice):
-        return _finite({"label": result.label, "logprobs": dict(result.logprobs)}, list(result.logprobs.values()))
+        chosen = ChooseOutput(label=result.label, logprobs=dict(result.logprobs))
+        return _finite(chosen, list(result.logprobs.values()))
     assert isinstance(result, Rejection)
     return Row(None, (result.code, result.message))
 
 
-def _finite(output: dict[str, Any], logprobs: list[float]) -> Row:
+def _finite(output: Mapping[str, Any], logprobs: list[float]) -> Row:
     # JSON has no infinities, and a NaN would be believed: better a row that says so.
     if all(math.isfinite(logprob) for logprob in logprobs):
         return Row(output, None)

@@ -50,7 +50,7 @@ def requests_of(
     task: str,
     params: Mapping[str, Any],
     seed: int,
-    rows: Iterable[tuple[int, int, dict[str, Any] | None]],
+    rows: Iterable[tuple[int, int, Mapping[str, Any] | None]],
 ) -> Iterator[Request]:
     """Rows (index, attempt and payload each) as the engine takes them, without those that it cannot take."""
     for index, attempt, payload in rows:
