@@ -83,8 +83,6 @@ class Helper:
     words: list[str]
     environ: dict[str, str]
     process: subprocess.Popen[bytes]
-    is_stopped: bool = False
-    """By SIGSTOP."""
 
 
 @dataclass(slots=True)
@@ -157,7 +155,6 @@ class Round:
         for helper in self.helpers:
             if helper.process.poll() is not None:
                 helper.process = self._spawn(helper.words, helper.environ)
-                helper.is_stopped = False
 
     def _spawn(self, command: list[str], environ: dict[str, str]) -> subprocess.Popen[bytes]:
         with (self.folder / "workers.log").open("ab") as log:

@@ -44,10 +44,6 @@ class BoundLogger(logging.LoggerAdapter[logging.Logger]):
         kwargs["extra"] = {**(self.extra or {}), **kwargs.get("extra", {})}
         return msg, kwargs
 
-    def bind(self, **fields: object) -> "BoundLogger":
-        """The same logger with more fields."""
-        return BoundLogger(self.logger, {**(self.extra or {}), **fields})
-
 
 def get_logger(fields: Mapping[str, object] | None = None) -> BoundLogger:
     """The worker's logger."""

@@ -35,8 +35,6 @@ class Overlap:
 
 OVERLAPPED = Overlap()
 """What this engine does."""
-WAITING = Overlap(kv=False, activations=False)
-"""Compute asks for both only when it needs them. Weights run ahead in either case."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +90,6 @@ class PassModel:
             0.0 if self._shares_host else self._kv_share[TierName.HOST]
         )
         self._host_attends = host_attention and not self._shares_host and hardware.host_attention is not None
-
-    @property
-    def kv_share(self) -> Mapping[TierName, float]:
-        """Part of the sequences that lives in each tier."""
-        return self._kv_share
 
     def cost(self, load: PassLoad) -> PassCost:
         """Seconds of one pass, lane by lane."""

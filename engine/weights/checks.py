@@ -12,24 +12,10 @@ from engine.model.family import Sizes, UnitSpec
 from engine.model.registry import sizes_for
 from engine.shape import ModelShape
 from engine.weights.layout import UnitLayout
-from engine.weights.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, UnitEntry, read_manifest
+from engine.weights.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, UnitEntry
 
 if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
-
-
-def check_model(model_dir: Path) -> Manifest:
-    """The manifest of a model directory that an engine will be able to load.
-
-    Raises:
-        CheckpointError: it is absent, half-written or damaged, or its parts are not of one model.
-    """
-    from engine.tokenizer import Tokenizer  # slow to import, and not needed to look at the units
-
-    manifest = read_manifest(model_dir)
-    shape = check_units(manifest, model_dir).shape
-    check_tokens(Tokenizer.of_model(model_dir / TOKENIZER_NAME, shape), shape, model_dir)
-    return manifest
 
 
 def check_units(manifest: Manifest, model_dir: Path) -> Sizes:

@@ -78,17 +78,6 @@ class Manifest:
     """The name of the checkpoint it was imported from, for people."""
     created_by: str
 
-    def unit(self, name: str) -> UnitEntry:
-        """The entry of one unit.
-
-        Raises:
-            KeyError: no unit has this name.
-        """
-        for entry in self.units:
-            if entry.name == name:
-                return entry
-        raise KeyError(name)
-
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
         fields = {each.name: getattr(self, each.name) for each in dataclass_fields(self)}

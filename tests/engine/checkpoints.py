@@ -8,6 +8,8 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import OPTConfig, OPTForCausalLM
 
+from engine.weights.manifest import Manifest, UnitEntry
+
 VOCABULARY = 512
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -73,3 +75,8 @@ def make_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, **changes:
     model.save_pretrained(folder)
     make_tokenizer(folder)
     return Checkpoint(folder, model)
+
+
+def unit_of(manifest: Manifest, name: str) -> UnitEntry:
+    """What a manifest says of one unit."""
+    return {unit.name: unit for unit in manifest.units}[name]

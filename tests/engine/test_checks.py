@@ -1,4 +1,4 @@
-"""A damaged model directory is one sentence, before a job is stored and when an engine loads: never a hang."""
+"""A damaged model directory is one sentence when an engine loads it: never a hang."""
 
 import json
 import os
@@ -17,8 +17,7 @@ from engine.model.opt import _ACTIVATIONS
 from engine.model.opt_sizes import ACTIVATIONS
 from engine.planner.plan import PlanOptions
 from engine.units import MIB
-from engine.weights.checks import check_model
-from engine.weights.manifest import MANIFEST_NAME, MOST_BYTES, TOKENIZER_NAME, read_manifest
+from engine.weights.manifest import MANIFEST_NAME, MOST_BYTES, TOKENIZER_NAME
 
 Damage = Callable[[Path], None]
 
@@ -162,18 +161,13 @@ def damaged(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) ->
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("damaged", DAMAGES, indirect=True)
 def test_damage_is_one_sentence(damaged: Path) -> None:
-    for load in (check_model, lambda folder: Engine.load(folder, PlanOptions(device="cpu", device_memory=64 * MIB))):
-        with pytest.raises(CheckpointError) as refused:
-            load(damaged)
-        assert str(damaged) in str(refused.value)
-        assert "\n" not in str(refused.value)
-        assert len(str(refused.value)) < 600
+    with pytest.raises(CheckpointError) as refused:
+        Engine.load(damaged, PlanOptions(device="cpu", device_memory=64 * MIB))
+    assert str(damaged) in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 600
     with suppress(CheckpointError):
         workload_of(damaged, [])  # by this, what waits is measured before an engine loads
-
-
-def test_a_whole_model_is_let_through(tiny_model: Path) -> None:
-    assert check_model(tiny_model) == read_manifest(tiny_model)
 
 
 def test_every_activation_is_known_to_both_halves_of_the_family() -> None:

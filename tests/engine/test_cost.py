@@ -15,7 +15,7 @@ from engine.errors import EngineError, HardwareError, PlanDoesNotFit
 from engine.memory.lane import LaneName
 from engine.model.family import EMBED, HEAD, layer_name
 from engine.model.registry import known_configs, sizes_for
-from engine.planner.cost import OVERLAPPED, WAITING, Overlap, PassCost, PassModel
+from engine.planner.cost import OVERLAPPED, Overlap, PassCost, PassModel
 from engine.planner.default import resolve_plan
 from engine.planner.flexgen import BlockCost, BlockPolicy, block_cost
 from engine.planner.hardware import LINKS, Hardware
@@ -46,6 +46,8 @@ POLICIES = {
 }
 """What FlexGen ran those with (its bench_suite.py)."""
 MANY = Workload.uniform(512, 32, 10_000)
+WAITING = Overlap(kv=False, activations=False)
+"""Compute asks for both only when it needs them, as FlexGen's does. Weights run ahead in either case."""
 
 
 def model(name: str) -> KnownModel:

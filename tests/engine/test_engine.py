@@ -34,6 +34,7 @@ from engine.schedule.scheduler import LOOK_AHEAD
 from engine.tiers import TierName
 from engine.units import KIB, MIB
 from engine.weights.manifest import read_manifest
+from tests.engine.checkpoints import unit_of
 
 BUDGETS = {"device": "cpu", "device_memory": 64 * MIB}
 
@@ -340,7 +341,7 @@ def test_whatever_the_budget_a_plan_fits_or_is_refused(kind: str, tiny_model: Pa
 
 
 def damage(folder: Path, unit: str) -> None:
-    path = folder / read_manifest(folder).unit(unit).file
+    path = folder / unit_of(read_manifest(folder), unit).file
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

@@ -26,7 +26,7 @@ from engine.weights.files import WeightFiles
 from engine.weights.importers.huggingface import import_checkpoint
 from engine.weights.manifest import Manifest, is_model_dir, read_manifest
 from engine.weights.writer import ModelWriter, UnitLayout
-from tests.engine.checkpoints import VARIANTS, make_checkpoint
+from tests.engine.checkpoints import VARIANTS, make_checkpoint, unit_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -565,7 +565,7 @@ def test_memory_stays_small_however_large_the_model(kind: str, wide: Path, tmp_p
     command = [sys.executable, "-c", textwrap.dedent(program), str(source), str(tmp_path / "small"), str(tmp_path)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     manifest: Manifest = read_manifest(tmp_path / "model")
-    layer = 2 * manifest.unit("layer.0").num_bytes  # as float32, in the checkpoint
+    layer = 2 * unit_of(manifest, "layer.0").num_bytes  # as float32, in the checkpoint
     assert manifest.num_bytes > 100 * MIB
     assert int(ran.stdout) < 2 * layer + 16 * MIB
     shutil.rmtree(tmp_path / "model")

@@ -28,7 +28,7 @@ from engine.weights.importers.huggingface import import_checkpoint
 from engine.weights.layout import stored_in
 from engine.weights.manifest import read_manifest
 from engine.weights.stream import WeightStream
-from tests.engine.checkpoints import make_checkpoint
+from tests.engine.checkpoints import make_checkpoint, unit_of
 
 NUM_LAYERS = 7
 PASSES = 3
@@ -198,7 +198,7 @@ def own_copy(model_dir: Path, tmp_path: Path) -> Path:
 
 
 def unit_path(folder: Path, name: str) -> Path:
-    return folder / read_manifest(folder).unit(name).file
+    return folder / unit_of(read_manifest(folder), name).file
 
 
 def truncate(path: Path) -> None:

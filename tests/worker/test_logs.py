@@ -45,7 +45,7 @@ def test_no_control_character_reaches_a_terminal_and_no_password_a_log() -> None
 
 
 def test_bound_fields_are_on_every_line_and_the_calls_own_win() -> None:
-    logger = get_logger({"worker": 1}).bind(job=2)
+    logger = get_logger({"worker": 1, "job": 2})
 
     _, kwargs = logger.process("x", {"extra": {"job": 3, "action": "a"}})
 
