@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from benchmarks import caps
 from benchmarks.workload import Item, Range, Workload
+from engine.units import KIB
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,5 +120,5 @@ def resident_bytes() -> int:
 def _status(key: str) -> int:
     for line in Path(f"/proc/{os.getpid()}/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
+            return int(line.split()[1]) * KIB
     raise RuntimeError(f"the kernel does not tell {key}")

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import BinaryIO, Self
 
-_SKIP_BYTES = 64 * 1024
+from engine.units import KIB
+
+_SKIP_BYTES = 64 * KIB
 _UTF8_BOM = b"\xef\xbb\xbf"
 
 

@@ -1,4 +1,7 @@
-"""Byte sizes, for the whole engine and the command line, and the two integer roundings."""
+"""Byte sizes, for the engine and all that imports it, and the two integer roundings.
+
+The only place where 1024 bytes become a unit, but for ``storage``, which imports nothing of ours.
+"""
 
 import re
 

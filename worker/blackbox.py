@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from engine.units import MIB
 from worker.rows import RowKey
 
-_COMPACT_BYTES = 1 << 20
+_COMPACT_BYTES = MIB
 
 
 @dataclass(frozen=True, slots=True)
