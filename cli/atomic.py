@@ -1,4 +1,4 @@
-"""Output files that are there whole or not at all, and never replace what a job was made from."""
+"""Output files that appear whole or not at all, and never replace what a job was made from."""
 
 import os
 import stat

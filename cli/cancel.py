@@ -1,4 +1,4 @@
-"""`overnight cancel`: what is not yet done is not done."""
+"""`overnight cancel`: drop what a job has not done yet."""
 
 import time
 

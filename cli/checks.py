@@ -69,7 +69,7 @@ def check_home(home: Path) -> Check:
 
 
 def check_sqlite() -> Check:
-    """The library, and the journal that is safe with it."""
+    """SQLite's version, and the journal mode that is safe with it."""
     from storage.sqlite import OLDEST_SQLITE, journal_mode_for
 
     version = sqlite3.sqlite_version_info
@@ -80,7 +80,7 @@ def check_sqlite() -> Check:
 
 
 def check_database(app: App) -> Check:
-    """That it opens and can be written, if it is there."""
+    """That the database opens and can be written, if it is there."""
     from storage.errors import DatabaseUnreachable
 
     path = sqlite_path(app.settings.database_url)
@@ -101,7 +101,7 @@ def check_database(app: App) -> Check:
 
 
 def check_redis(redis_url: str) -> Check:
-    """The doorbell; only `enqueue` and `worker` need it, `run` and `demo` bring their own."""
+    """Redis; only `enqueue` and `worker` need it, `run` and `demo` start their own."""
     from worker.doorbell import ping
     from worker.errors import RedisRefused, RedisUnavailable, RedisUnreachable
     from worker.private_redis import find_redis_server
@@ -148,7 +148,7 @@ def check_device() -> Iterator[Check]:
 
 
 def check_memory() -> Check:
-    """What the host tier could take."""
+    """How much memory the host tier could take."""
     from engine.devices.facts import free_host_memory
     from engine.units import format_bytes
 

@@ -1,4 +1,4 @@
-"""`overnight completion`: a script for the shell."""
+"""`overnight completion`: a script with which a shell completes commands and options."""
 
 import click
 from click.shell_completion import get_completion_class

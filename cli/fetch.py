@@ -15,7 +15,7 @@ from cli.options import job_argument, settings_options
 @job_argument
 @click.option("-o", "--output", default="-", metavar="FILE|-", help="Where to; - is stdout.  [default: -]")
 @click.option(
-    "--format", "file_format", type=click.Choice(FORMATS), help="Default: as the name of FILE ends, else jsonl."
+    "--format", "file_format", type=click.Choice(FORMATS), help="Default: by the end of FILE's name, else jsonl."
 )
 @click.option("--errors", is_flag=True, help="Only the rows that failed.")
 @settings_options

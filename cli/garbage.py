@@ -1,6 +1,6 @@
-"""How often Python looks for garbage: seldom in a command that is over in a moment, as usual in one that works on.
+"""How often Python collects garbage: seldom in a command that ends in a moment, as usual in one that works on.
 
-What imports make stays, and the process's end gives its memory back in one piece. Looking through it again at every
+What imports make stays until the process ends, which frees all memory at once. Looking through it again at every
 700 objects took a seventh of the time of `overnight status`, and looking through it at the end a quarter.
 """
 

@@ -18,7 +18,7 @@ GENERATION_DEFAULTS: dict[str, Any] = {
     "top_k": 0,
     "stop": (),
 }
-"""Options that only `generate` heeds. A test holds them to the engine's own."""
+"""Options that only `generate` heeds, with their defaults. A test compares them with the engine's own."""
 
 
 class Choices(ParamType):
@@ -42,7 +42,7 @@ def _no_empty_stop(ctx: click.Context, param: click.Parameter, value: tuple[str,
 
 
 _LONGEST_NAME = 80
-"""`status` shows it in a table, and never shortens a cell."""
+"""Characters: `status` shows names in a table, whose cells it never shortens."""
 
 
 def _no_blank_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -70,12 +70,14 @@ _OPTIONS: tuple[Callable[[Command], Command], ...] = (
     ),
     click.option("--temperature", type=Number(minimum=0), help="0 takes the likeliest token. [default: 0]"),
     click.option(
-        "--top-p", type=Number(minimum=0, above=True, maximum=1), help="Sample among this probability. [default: 1]"
+        "--top-p",
+        type=Number(minimum=0, above=True, maximum=1),
+        help="Sample among the likeliest tokens whose probabilities add up to this. [default: 1]",
     ),
     click.option(
         "--top-k",
         type=Number(minimum=0, maximum=2**31 - 1, whole=True),
-        help="Sample among so many tokens; 0: all. [default: 0]",
+        help="Sample among this many of the likeliest tokens; 0: all. [default: 0]",
     ),
     click.option(
         "--seed",
@@ -89,15 +91,21 @@ _OPTIONS: tuple[Callable[[Command], Command], ...] = (
         callback=_no_empty_stop,
         help="Text that ends an output; may be given several times.",
     ),
-    click.option("--name", type=Text(), callback=_no_blank_name, help="What you call the job; `status` shows it."),
+    click.option(
+        "--name", type=Text(), callback=_no_blank_name, help="A name of your own for the job; `status` shows it."
+    ),
     click.option(
         "--priority",
         default=0,
         show_default=True,
         type=Number(minimum=-(2**31), maximum=2**31 - 1, whole=True),
-        help="Higher goes first.",
+        help="Jobs with a higher one go first.",
     ),
-    click.option("--keep-going", is_flag=True, help="Lines that are no rows become error rows, not a refusal."),
+    click.option(
+        "--keep-going",
+        is_flag=True,
+        help="Store lines that cannot be read as error rows, instead of refusing the dataset.",
+    ),
 )
 
 
@@ -147,7 +155,7 @@ class JobOptions:
         return {**values, "stop": list(values["stop"]), "ignore_eos": False}
 
     def warnings(self) -> list[str]:
-        """A sentence for each option that was given and changes nothing."""
+        """A sentence for each option that was given but has no effect."""
         unheard: list[tuple[str, str]] = []
         if self.task != "generate":
             names = [name for name in (*GENERATION_DEFAULTS, "seed") if getattr(self, name) not in (None, ())]

@@ -15,7 +15,7 @@ class TooLong(Exception):
     def __init__(self, num_quotes: int = 0) -> None:
         super().__init__()
         self.num_quotes = num_quotes
-        """In what was read of it."""
+        """Quotes in the part of the line that was read."""
 
 
 class Lines:

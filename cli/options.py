@@ -95,7 +95,7 @@ class DeviceName(ParamType):
 
 
 class Text(ParamType):
-    """Text that can be written as UTF-8; a shell may pass bytes that are none."""
+    """Text that can be written as UTF-8; a shell may pass bytes that are not UTF-8."""
 
     name = "text"
 
@@ -121,7 +121,7 @@ def settings_options(command: Command) -> Command:
         type=Text(),
         expose_value=False,
         callback=_remember,
-        help="Redis, the doorbell: redis://… or unix://… (OVERNIGHT_REDIS).",
+        help="URL of the Redis that wakes workers: redis://… or unix://… (OVERNIGHT_REDIS).",
     )
     database = click.option(
         "--database",

@@ -41,7 +41,7 @@ class Pace:
         self._samples: deque[Sample] = deque()
 
     def forget(self) -> None:
-        """What was is no measure of what comes: the work stood still."""
+        """Forget the speed so far, which tells nothing of what comes: the work stood still."""
         self._samples.clear()
 
     def add(self, sample: Sample) -> None:
@@ -82,7 +82,7 @@ class Progress(Protocol):
         """Shows one snapshot; ``now`` in seconds, of any clock."""
 
     def note(self, text: str) -> None:
-        """A sentence between them."""
+        """Shows a sentence between snapshots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class LineProgress:
         self._last = line
 
     def note(self, text: str) -> None:
-        """Prints it."""
+        """Prints a sentence."""
         say(text)
 
 

@@ -1,4 +1,4 @@
-"""`overnight prune`: old jobs go, and the room they took comes back."""
+"""`overnight prune`: delete old jobs, and give back the disk space that they took."""
 
 import re
 import time
@@ -34,7 +34,14 @@ class Age(ParamType):
 
 
 @click.command("prune", short_help="Drop finished jobs, give the space back.")
-@click.option("--older-than", type=Age(), metavar="AGE", default="7d", show_default=True, help="30m, 12h, 7d or 2w.")
+@click.option(
+    "--older-than",
+    type=Age(),
+    metavar="AGE",
+    default="7d",
+    show_default=True,
+    help="How long ago a job must have ended: 30m, 12h, 7d or 2w.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would go, and change nothing.")
 @click.option("--compact", is_flag=True, help="Write the SQLite file anew as a whole; others wait meanwhile.")
 @json_option

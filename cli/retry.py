@@ -1,4 +1,4 @@
-"""`overnight retry`: failed and cancelled requests once more."""
+"""`overnight retry`: run failed and cancelled requests once more."""
 
 import time
 

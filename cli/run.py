@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.argument("dataset", metavar="DATASET", required=False)
 @click.option("-o", "--output", required=True, metavar="FILE|-", help="Where the outputs go; - is stdout.")
 @click.option(
-    "--format", "file_format", type=click.Choice(FORMATS), help="Default: as the name of FILE ends, else jsonl."
+    "--format", "file_format", type=click.Choice(FORMATS), help="Default: by the end of FILE's name, else jsonl."
 )
 @click.option(
     "--resume",
@@ -66,7 +66,7 @@ def command(
 ) -> None:
     """Run DATASET through a model and write the outputs: enqueue, work and fetch in one.
 
-    It brings a Redis and a worker of its own, which end with it. Interrupted (Ctrl-C), it keeps what is done and says
+    It starts a Redis and a worker of its own, which end with it. Interrupted (Ctrl-C), it keeps what is done and says
     how to go on.
 
     \b
@@ -137,7 +137,7 @@ def _job(
 
 
 def _refuse_what_a_job_keeps(ctx: click.Context) -> None:
-    """A job that goes on is as it was made: what would say otherwise shall not be ignored."""
+    """A job that goes on keeps its options: one that is given again is refused, rather than ignored."""
     given = [
         flag_name(field.name)
         for field in fields(JobOptions)
@@ -170,7 +170,7 @@ def _resumed(database: "Database", job_id: int) -> "Job":
 
 
 def _plan_options(app: App, placement: "PlanOptions") -> "PlanOptions":
-    """As the worker has them."""
+    """The options as the worker will have them."""
     return replace(placement, disk_dir=placement.disk_dir or app.settings.spill_dir)
 
 

@@ -20,7 +20,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _MOST_DIGITS, _MOST_BITS = 4300, 14_285
-"""Of a whole number: as many as Python writes."""
+"""Digits and bits of the largest whole number: those that Python can still write in decimal."""
 _AGAIN_S = 0.05
 """The signal repeats, should Python have dropped the first one's exception (in a destructor)."""
 _STATM = Path("/proc/self/statm")
@@ -50,7 +50,7 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
         self._most_items = most_items
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """A product or a power.
+        """The product or power of two values.
 
         Raises:
             OverflowError: it would be too large.
@@ -148,7 +148,7 @@ class Bounds:
 
 
 def _address_space() -> int:
-    """That of this process, in bytes; 0 where the system does not tell."""
+    """The size of this process's address space, in bytes; 0 where the system does not tell."""
     try:
         return int(_STATM.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     except (OSError, ValueError):

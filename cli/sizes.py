@@ -24,7 +24,7 @@ class Sizes:
 
 
 def sizes_of(ref: "ModelRef", settings: "Settings") -> Sizes:
-    """Of a model that is here; of a Hugging Face folder, as its import stores it.
+    """The sizes of a model that is here; for a Hugging Face folder, those that its import would give.
 
     Raises:
         CheckpointError: it is damaged, or of a kind that cannot be planned for.

@@ -68,7 +68,7 @@ class Submission:
         return sentences
 
     def workload(self, sizes: Sizes) -> "Workload | None":
-        """Lengths of the first rows, as the job's worker will see them; ``None``: of none.
+        """Lengths of the first rows, as the job's worker will see them; ``None``: no row can be computed.
 
         Raises:
             DatasetFault: a line among them is at fault.

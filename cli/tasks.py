@@ -24,9 +24,9 @@ class TaskSpec:
     """`generate`, `score` or `choose`."""
     template: PromptTemplate
     choices: tuple[str, ...] = ()
-    """The choices of every row; empty: each row brings its own."""
+    """The choices of every row; empty: each row has its own."""
     limits: Limits = DEFAULT_LIMITS
-    """What a row may be."""
+    """How large a row may be."""
 
     def payload(self, row: Row) -> GeneratePayload | ScorePayload | ChoosePayload:
         """The request of one row, as it is stored.

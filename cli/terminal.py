@@ -1,4 +1,4 @@
-"""Outputs on a terminal: what a model or a dataset wrote is shown, and commands nothing."""
+"""Outputs on a terminal: control characters that a model or a dataset wrote are shown, and have no effect."""
 
 from typing import BinaryIO
 
@@ -21,5 +21,5 @@ class TerminalStream:
         return len(text)
 
     def flush(self) -> None:
-        """What was written is on its way to the terminal."""
+        """Send on what was written so far."""
         self._stream.flush()

@@ -1,4 +1,4 @@
-"""`overnight wait`: until the job has ended; the exit code is its outcome."""
+"""`overnight wait`: returns when the job has ended; the exit code is its outcome."""
 
 import click
 

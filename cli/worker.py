@@ -14,7 +14,7 @@ from cli.workers import ALONE_VARIABLE, TRACE_VARIABLE
 
 
 @click.command("worker", short_help="Work on the jobs of a queue.")
-@click.option("--model", type=Text(), help="Load this one at the start. Default: the queue decides.")
+@click.option("--model", type=Text(), help="Load this model at the start. Default: the one that the queue needs first.")
 @queue_option("Which jobs to take")
 @placement_options
 @settings_options

@@ -65,7 +65,7 @@ def _missing(job: "Job") -> str:
 
 
 def _doing(workers: "list[Worker]", job: "Job") -> str | None:
-    """Of the worker that is nearest to this job's rows; None while they move."""
+    """What the worker does that is nearest to this job's rows; None while they move."""
     states = {worker.state for worker in workers}
     if "draining" in states:
         return "waiting for its turn" if job.state == "queued" else None

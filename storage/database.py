@@ -188,7 +188,7 @@ class Database:
         if version != HEAD:
             raise DatabaseReadOnly(
                 f"The database {self.path} has the older schema {version} and cannot be written, so it cannot be "
-                f"brought to {HEAD}. Run `overnight status` once where it can be written, or name a copy of it with "
+                f"upgraded to {HEAD}. Run `overnight status` once where it can be written, or name a copy of it with "
                 "--database."
             )
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 TOO_LONG_S = 0.12
-"""Of one transaction: the next one takes half as much."""
+"""Seconds of a transaction after which the next one does half as much."""
 SHORT_S = 0.05
-"""Below this, the next one takes twice as much: most of a small one is waiting for the disk to confirm it."""
+"""After a shorter one the next does twice as much: a small one mostly waits for the disk to confirm it."""
 WORK_S = 0.3
-"""Of transactions one after the other; then comes a gap."""
+"""Seconds of transactions one after the other; then comes a gap."""
 GAP_S = 0.2
 """Longer than the pause between two tries of a SQLite that waits for a lock (0.1 s at most): all get their turn."""
 

@@ -22,12 +22,12 @@ _IN_LIST = 500  # SQLite's oldest limit of parameters is 999
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What went, or would go."""
+    """What was deleted, or would be."""
 
     jobs: tuple[int, ...]
     """Their numbers, in order."""
     requests: int
-    """Of these jobs, their outputs not counted."""
+    """Requests of these jobs; their outputs are not counted."""
     passes: int
     workers: int
     faults: int
@@ -68,7 +68,7 @@ def prune(db: Database, *, before: float, pace: Pace | None = None) -> Pruned:
         with db.write() as connection:
             row = connection.execute(select(jobs.c.num_requests).where(mine)).one_or_none()
             if row is not None:
-                # As old as it is now: no worker's sweep shall take part while this goes on.
+                # Its age begins anew, so that no worker's sweep deletes it, too, while this goes on.
                 connection.execute(update(jobs).where(mine).values(visible=False, loaded_at=time.time()))
         if row is not None:
             remove_rows(db, job_id, pace)

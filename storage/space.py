@@ -14,7 +14,7 @@ from storage.pace import Pace
 
 _INCREMENTAL = 2
 _LITTLE_BYTES = 16 << 20
-"""So much is written anew in less than a second."""
+"""A file of this size is written anew in less than a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Space:
 
     size: int
     free: int
-    """Of these, in pages that hold nothing."""
+    """Bytes of the file in pages that hold nothing."""
     is_incremental: bool
     """The free pages can be cut off a few at a time."""
 

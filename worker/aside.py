@@ -13,12 +13,12 @@ from storage.faults import Fault, clear_fault, list_faults, note_fault, wait_aft
 from worker.patience import Patience
 
 LOADING, RUNNING = "loading", "running"
-"""What was done when it went wrong; each has a history of its own."""
+"""What the worker was doing with a model when it failed; each kind is counted apart."""
 DEATHS_SPARED = 8
 """Deaths in a pass, with no result between them, that cost the model no waiting: rows are being told apart, and each
-death brings a culprit nearer. Two culprits at once need about five."""
+death halves the rows that a culprit may be among. Two culprits at once need about five."""
 _Key = tuple[str, str]
-"""Model and kind."""
+"""A model, and the kind of its fault."""
 
 
 class Aside:

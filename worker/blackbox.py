@@ -1,4 +1,4 @@
-"""A flight recorder: what a worker was at, for whoever finds out why it died.
+"""A flight recorder: what a worker was doing, for whoever finds out why it died.
 
 One small file a worker, in the home folder, says which model is being loaded and which rows are in a pass. The worker
 holds a lock on it, which the kernel releases however it dies: a file that nobody holds proves a death, and tells what
@@ -22,7 +22,7 @@ _COMPACT_BYTES = MIB
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """What a worker was at when it died."""
+    """What a worker was doing when it died."""
 
     worker_id: int
     loading: str | None
@@ -37,11 +37,11 @@ class BlackBox:
     """Records for one worker. Use from the drain's thread; close it at an orderly end, which leaves no file."""
 
     def __init__(self, home: Path, database_url: str, worker_id: int, *, is_alone: bool = False) -> None:
-        """Raises OSError."""
+        """Raises OSError where the file cannot be made."""
         folder = _folder(home)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = folder / f"{_mark(database_url)}-{worker_id}"
-        # Locked before it has its name: nobody shall take it for a dead worker's.
+        # Locked before it has its name, so that nobody takes it for a dead worker's.
         unnamed = folder / f".{self._path.name}"
         self._file = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._file, fcntl.LOCK_EX)

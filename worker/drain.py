@@ -130,7 +130,7 @@ class Drain:
         return True
 
     def _run(self, engine: Engine, model: str, jobs: Sequence[Job], *, apart: bool) -> None:
-        """One engine run; what fails in it is borne by whom it belongs to."""
+        """One engine run; a failure in it is classified, and acted upon, here."""
         self._describe(Doing("draining", model))
         run = ModelRun(
             engine,

@@ -1,4 +1,4 @@
-"""Which model next: priority, then age, but loading weights is dear, so the resident model is left unwillingly.
+"""Which model is next: by priority, then age; but loading takes long, so the resident model stays while it may.
 
 Pure: jobs and times in, a model out.
 """

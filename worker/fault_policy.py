@@ -11,7 +11,7 @@ from worker.logs import BoundLogger
 
 
 class FaultPolicy:
-    """Makes those bear a failure to whom it belongs (docs/decisions/0007-faults.md)."""
+    """Acts on a failure by whose fault it was (docs/decisions/0007-faults.md)."""
 
     def __init__(self, store: JobStore, aside: Aside, bell: Bell, log: BoundLogger, *, is_alone: bool) -> None:
         """``is_alone``: there are no other workers that could do better, so a fault of this machine fails the job."""

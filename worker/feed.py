@@ -12,7 +12,7 @@ _LONG_S = 10.0
 _EMPTY_PAUSE_S = 0.25
 
 Refill = Callable[[int], Sequence[Request] | None]
-"""Claims up to so many requests: some, none at the moment (empty), or None: no more in this run."""
+"""Claims at most that number of requests; an empty list: none at the moment; None: no more in this run."""
 
 
 class Feed(Iterator[Request | None]):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Ledger:
     """Knows the claimed rows, and gathers results and passes for one transaction at a time.
 
-    Its size is bounded by what the engine holds and by what one second brings forth, never by the dataset.
+    Its size is bounded by what the engine holds and by what it computes in a second, never by the dataset.
     """
 
     def __init__(self, model: str) -> None:

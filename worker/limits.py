@@ -23,7 +23,7 @@ class Limits:
     row_depth: int = 64
     """Lists and objects within each other, the row itself included."""
     row_choices: int = 1000
-    """Choices that a row brings."""
+    """Choices of a row that has its own."""
     id_bytes: int = KIB
     """The field ``id`` as JSON text."""
     id_depth: int = 8

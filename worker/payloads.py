@@ -1,5 +1,7 @@
-"""The tasks, and what is stored for each: a row's payload, which the command line writes and the worker reads, and its
-output, which goes the other way."""
+"""The tasks, and what is stored of a row for each.
+
+The command line writes the payload and the worker reads it; the output goes the other way.
+"""
 
 from typing import TypedDict
 

@@ -26,7 +26,7 @@ class Prospect:
 
     @property
     def model(self) -> str:
-        """Two jobs with equal ones may run together."""
+        """Jobs for which this is equal may run together."""
         return str(self.model_dir)
 
 

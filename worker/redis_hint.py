@@ -7,7 +7,7 @@ _DEFAULT_PORT = 6379
 
 
 def start_command(redis_url: str) -> str | None:
-    """What starts a Redis that answers at ``redis_url``; None where it is elsewhere, or needs more than that."""
+    """A command that starts a Redis at ``redis_url``; None where it is elsewhere, or needs more than that."""
     try:
         parts = urlsplit(redis_url)
         port = parts.port or _DEFAULT_PORT

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from engine.schedule.passes import PassReport
 
 Sample = Callable[[], "Workload | None"]
-"""What waits for a model; ``None``: nothing is known."""
+"""The workload that waits for a model; ``None``: nothing is known of it."""
 Tell = Callable[[str], None]
 """Told the worker's state, in a word for people: "loading", "measuring"."""
 
@@ -27,7 +27,7 @@ class Engine(Protocol):
         """Whether its plan was made for a workload."""
 
     def seconds_saved(self, workload: "Workload") -> float:
-        """By loading the model again with a plan for this workload; below 0: better not."""
+        """Seconds that loading the model again with a plan for this workload would save; below 0: would cost."""
 
     def passes(self, requests: Iterator[Request | None]) -> "Iterator[PassReport]":
         """One report a pass; closing the iterator drops everything unfinished."""

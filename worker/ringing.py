@@ -21,7 +21,7 @@ from worker.settings import Settings
 
 _FIRST_S, _LONGEST_S = 0.5, 30.0
 _LONG_ENOUGH_S = 60.0
-"""A Celery that lived for so long did not end by what it found at its start."""
+"""Seconds: a Celery that lived for longer did not end because of what it found at its start."""
 
 
 class Ringing(threading.Thread):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from engine.planner.workload import Workload
 
 ROWS = 256
-"""Of all jobs together; the first of each, since datasets are rarely sorted."""
+"""Rows to look at, in all jobs together: the first of each job, since datasets are rarely sorted."""
 
 
 def sample_workload(
@@ -22,7 +22,7 @@ def sample_workload(
 ) -> "Workload | None":
     """Lengths of what the jobs still want, as far as their first rows tell; ``None``: nothing can be computed.
 
-    ``begins`` is told of each row just before it is looked into: one that kills the process shall be found.
+    ``begins`` is told of each row just before it is looked into: so that one which kills the process is found.
 
     Raises:
         DatabaseUnreachable: nothing can be read.

@@ -1,4 +1,4 @@
-"""Temporary folders that outlive nobody: what a killed process leaves is swept by the next one.
+"""Temporary folders: what a killed process leaves is removed by the next one.
 
 In each lies a file that its owner keeps locked, and the kernel releases the lock however the owner ends. Only folders
 of this user with such a file are ever touched.
@@ -71,7 +71,7 @@ def _sweep_one(folder: Path) -> bool:
 
 
 def _lock(descriptor: int) -> bool:
-    """False: somebody else holds it."""
+    """Take the lock; False: somebody else holds it."""
     try:
         import fcntl
     except ImportError:  # not a POSIX system: nothing is ever swept

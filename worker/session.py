@@ -23,7 +23,7 @@ from worker.residency import Residency
 from worker.settings import Settings
 
 _DEAD_ENQUEUE_S = 3600.0
-"""An enqueue that has added nothing for so long was killed; what it left is swept."""
+"""Seconds: an enqueue that has added nothing for longer was killed, and what it left is deleted."""
 _SWEEP_S = 600.0
 _BACKOFFS = (1, 5, 30)
 """Times ``Settings.backoff_s``: how long a model is left alone after the first, the second, and each further fault."""

@@ -23,7 +23,7 @@ _OF_ONE_RING = frozenset({"id", "root_id", "expires", "origin", "argsrepr", "lan
 """Headers whose values differ from ring to ring."""
 
 Report = Callable[[str], None]
-"""Told why a message was dropped."""
+"""Called with the reason why a message was dropped."""
 
 
 class Strays:
@@ -36,7 +36,7 @@ class Strays:
         self.count = 0
 
     def __call__(self, why: str) -> None:
-        """One message more."""
+        """Count one message more."""
         self.count += 1
         if (now := self._clock()) >= self._next_at:
             self._next_at = now + 60.0

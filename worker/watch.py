@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 PASSES = 10
 TOLERANCE = 1.25
 _SHARE = 0.2
-"""Of a pass: a lane that should be busy for less is not what makes it late."""
+"""Share of a pass: a lane that should be busy for less than that is not what makes the pass late."""
 
 
 class Watch:

@@ -81,19 +81,20 @@ class Flag:
 
 FLAGS = {
     "device": Flag("device", "cpu, or a GPU: cuda:0. Default: the first GPU, else cpu."),
-    "dtype": Flag("choice", "Compute and KV cache type. Default: as stored.", tuple(DType)),
+    "dtype": Flag("choice", "Number type of compute and KV cache. Default: as the weights are stored.", tuple(DType)),
     "device_memory": Flag("size", "Budget in device (GPU) memory, for example 4GiB."),
     "host_memory": Flag("size", "Budget in host (CPU) memory."),
     "disk_space": Flag("size", "Budget for spill files on disk."),
     "disk_dir": Flag("folder", "Where spill files go. Default: spill/ in OVERNIGHT_HOME."),
     "weights": Flag("shares", "Percent of the weights on each tier: 20/80/0.", by_hand=True),
     "kv": Flag("shares", "Percent of the KV cache on each tier: 0/100/0.", by_hand=True),
-    "activations": Flag("choice", "Tier of the activations.", tuple(TierName), by_hand=True),
-    "micro_batch": Flag("count", "Tokens of one micro-batch.", by_hand=True),
+    "activations": Flag("choice", "Tier where hidden states wait between layers.", tuple(TierName), by_hand=True),
+    "micro_batch": Flag("count", "Tokens that the device computes together.", by_hand=True),
     "micro_batches": Flag("count", "Micro-batches of a pass, at most.", by_hand=True),
     "schedule": Flag(
         "choice",
-        "New sequences join running ones in every pass, or a whole block before the next. Default: mixed.",
+        "mixed: new sequences join the running ones in every pass; block: one block of sequences runs to its end "
+        "before the next begins. Default: mixed.",
         SCHEDULES,
         by_hand=True,
     ),

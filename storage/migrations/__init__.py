@@ -19,7 +19,7 @@ def config() -> Config:
 
 
 def upgrade(connection: Connection, to: str = "head", *, using: Config | None = None) -> None:
-    """Bring the schema up to `to` within the transaction that `connection` is in: all revisions, or none."""
+    """Upgrade the schema to `to` within the transaction that `connection` is in: all revisions, or none."""
     made = using or config()
     made.attributes["connection"] = connection
     command.upgrade(made, to)
