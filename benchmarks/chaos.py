@@ -53,7 +53,7 @@ class Load:
     """The jobs of a round."""
 
     rows: int
-    """Of each of three jobs."""
+    """Rows of each of three jobs."""
     new_tokens: int
 
     def jobs(self) -> list[tuple[NewJob, list[NewRequest]]]:

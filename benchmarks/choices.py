@@ -44,7 +44,7 @@ WORKLOADS = {
 WEIGHTS = ("100/0/0", "75/0/25", "50/0/50", "25/0/75", "0/0/100")
 BATCHES = ((256, 2), (512, 1), (512, 4), (1024, 1), (1024, 2), (2048, 1), (2048, 2))
 BEST_AGAIN = 3
-"""Of the grid."""
+"""Plans of the grid that run once more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ class Ours:
     bound_by: str
     tok_s_each: tuple[float, ...]
     budget_bytes: int
-    """Of the plan, device and host together."""
+    """The plan's budgets, device and host together."""
     num_passes: int
 
 

@@ -31,7 +31,7 @@ class Job:
     workload: Workload
     num_requests: int
     batch: int = 1
-    """Of a peer."""
+    """Requests that a peer computes together."""
     schedule: str | None = None
     device_memory: int | None = None
     memory_cap: int | None = None

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "reviews"
 GENERATIONS = 200
 TOLERANCE = 1e-5
-"""Of a log-probability: kernels for one row and for two sum in different orders."""
+"""Difference of two log-probabilities that count as equal: kernels for one row and for two sum in different orders."""
 DEVICES: dict[str, type[Device]] = {"cpu": HostDevice, "simulated": SimulatedDevice}
 
 

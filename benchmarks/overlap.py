@@ -39,7 +39,7 @@ class Case:
     link_speed: float
     kv: str = "100/0/0"
     words: int = 2
-    """Of a prompt."""
+    """Words of a prompt."""
 
 
 CASES = {

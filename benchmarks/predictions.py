@@ -74,7 +74,7 @@ class Outcome:
 
     @property
     def error(self) -> float:
-        """Of the prediction, in proportion to what was measured."""
+        """How far the prediction is above what was measured, in proportion to that."""
         return self.predicted / self.measured - 1
 
     @property

@@ -71,7 +71,7 @@ class Flops:
 
     @classmethod
     def of(cls, shape: ModelShape) -> "Flops":
-        """Of a model with as many key/value heads as query heads."""
+        """The operations of a model with as many key/value heads as query heads."""
         return cls(
             per_token=2.0 * shape.num_layers * sum(out * into for out, into in layer_products(shape)),
             per_row=2.0 * shape.vocab_size * shape.hidden_size,

@@ -132,4 +132,4 @@ ATTACKS: Mapping[str, Attack] = {
     "pool_shrink": _broadcast("pool_shrink", n=1),
     "an unknown command": _broadcast("rm", path="/"),
 }
-"""By name; each puts one thing into Redis, or sends one command."""
+"""What strangers do, by name; each puts one thing into Redis, or sends one command."""

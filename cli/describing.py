@@ -90,7 +90,7 @@ def format_age(seconds: float) -> str:
 
 
 def format_time(moment: float) -> str:
-    """By the clock on the wall here: ``2026-03-01 23:10:05``."""
+    """In the local time of this machine: ``2026-03-01 23:10:05``."""
     return datetime.fromtimestamp(moment).strftime("%Y-%m-%d %H:%M:%S")
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from engine.schedule.passes import PassStats as PassStats
     from engine.tiers import Shares as Shares
 
-_HOMES = {
+_NAMES_IN = {
     "engine.engine": ("Engine",),
     "engine.errors": (
         "CheckpointError",
@@ -62,12 +62,12 @@ _HOMES = {
     ),
     "engine.tiers": ("Shares",),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - one list of names, above
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605 - one list of names, above
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class DType(StrEnum):
-    """By the name that PyTorch and checkpoints give it."""
+    """A number type, by the name that PyTorch and checkpoints give it."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"

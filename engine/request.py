@@ -40,7 +40,7 @@ class Generate:
     prompt: str
     sampling: SamplingParams
     sample_index: int = 0
-    """With the seed, names this request's stream of random numbers."""
+    """Together with the seed, it selects this request's stream of random numbers."""
 
 
 @dataclass(frozen=True, slots=True)

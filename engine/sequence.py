@@ -15,7 +15,7 @@ class Sequence:
     max_tokens: int
     """Tokens it may ever hold, prompt and output together."""
     sampling: SamplingParams | None = None
-    """For a generation; ``None`` for a scored sequence."""
+    """How a generation draws its tokens; ``None`` for a scored sequence."""
     sample_index: int = 0
     score_from: int = 0
     """Scored sequences: index of the first token whose log-probability is wanted."""
@@ -32,7 +32,7 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether its prompt is computed and each pass brings one generated token."""
+        """Whether its prompt is computed and each pass gives one generated token."""
         return not self.is_scored and self.num_computed >= self.num_prompt_tokens
 
     @property

@@ -61,5 +61,5 @@ OUTPUT_KEYS = {
     "score": tuple(ScoreOutput.__annotations__),
     "choose": tuple(ChooseOutput.__annotations__),
 }
-"""By task; the columns of a table, in their order, where a nested value is JSON."""
+"""The keys of a task's output; in a table its columns, where a nested value is JSON."""
 TASKS = tuple(OUTPUT_KEYS)

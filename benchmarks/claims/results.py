@@ -39,7 +39,7 @@ class MachineResults:
 
 
 Results = dict[str, MachineResults]
-"""By the machine's description."""
+"""The results of each machine, by its description."""
 
 
 def read(path: Path = STORED) -> Results:

@@ -87,7 +87,7 @@ class CudaDevice:
         self._zero: _Zero = zero, perf_counter()
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """From PyTorch's caching allocator, which hands memory out in the order of the compute stream."""
+        """Memory from PyTorch's caching allocator, which hands memory out in the order of the compute stream."""
         with gpu_errors(self.name), torch.cuda.stream(self._compute):
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
 

@@ -10,7 +10,7 @@ from engine.process import LARGEST_KEPT
 from engine.units import MIB, align_up, div_ceil
 
 WIDEST_BYTES = LARGEST_KEPT - MIB
-"""Of one result: the C library keeps freed memory up to a size, and returns larger pieces to the system at once."""
+"""Bytes of one result, at most: larger ones go back to the system at once when they are freed."""
 _FEW_ROWS = 256
 _STEPS = 16, 32
 """Few rows are padded to a multiple of the first, the height of a matrix unit's tile; more, to one of the second."""
@@ -29,7 +29,7 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, relu: bool
 
 
 def row_parts(num_rows: int, widest_bytes: int) -> int:
-    """In how many parts, of equal size, rows should go through a block whose widest tensor has so many bytes a row.
+    """In how many equal parts rows should go through a block whose widest tensor has ``widest_bytes`` a row.
 
     So that this tensor is memory that was used a moment ago, not fresh pages; and no more parts than that takes, since
     small products run at less speed.

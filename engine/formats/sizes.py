@@ -13,7 +13,7 @@ class TensorFormat(Protocol):
 
     @property
     def name(self) -> str:
-        """As a manifest names it."""
+        """The name that a manifest gives it."""
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a tensor of this shape, as it is stored."""

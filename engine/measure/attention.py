@@ -64,7 +64,7 @@ def decode_points(cache: "Cache", overheads: Overheads) -> Points:
 
 
 def least_decode_s(cache: "Cache") -> float:
-    """Of one sequence in one layer, however short it is."""
+    """Seconds of one sequence's decode token in one layer, however short the sequence is."""
     return min(_decode_s(cache, length) for length in cache.effort.lengths[:3])
 
 
@@ -85,11 +85,11 @@ class Spilled:
     reads: Points
     writes: Points
     attention: Points
-    """Without the lanes' time."""
+    """Attention to them, without the lanes' time."""
 
 
 def spilled(cache: "Cache") -> Spilled:
-    """Of a cache on disk."""
+    """The rates of a cache on disk."""
     reads: dict[float, float] = {}
     writes: dict[float, float] = {}
     attends: dict[float, float] = {}
@@ -119,7 +119,7 @@ def qkv_tokens(effort: Effort) -> int:
 
 
 class Cache:
-    """A KV cache of a few layers, and random queries, keys and values to bring to it."""
+    """A KV cache of a few layers, and random queries, keys and values to give to it."""
 
     def __init__(self, device: Device, dtype: DType, shape: ModelShape, effort: Effort, traffic: Traffic) -> None:
         self.shape = shape
@@ -137,12 +137,12 @@ class Cache:
 
     @property
     def pair_flops(self) -> float:
-        """Of a query and a key in one layer."""
+        """Operations of one query with one key in one layer."""
         return 4.0 * self.shape.num_heads * self.shape.head_size
 
     @contextmanager
     def prompts(self, number: int, length: int, more: int = 0) -> Iterator[list[Segment]]:
-        """So many prompts of so many tokens, with room for more."""
+        """``number`` prompts of ``length`` tokens each, with room for ``more`` tokens."""
         total = length + more
         found = [TokenSequence([1] * total, length, total + 1, SamplingParams()) for _ in range(number)]
         try:
@@ -161,12 +161,12 @@ class Cache:
             self._attend(layer, batch)
 
     def attend(self, batch: Sequence[Segment]) -> Attend:
-        """For a layer; the next time, it is the next one's keys and values."""
+        """Attention for a layer; each call takes the next layer's keys and values."""
         self.attention.begin([MicroBatch(tuple(batch))])
         return lambda q, k, v: self.attention.attend(next(self._layers), 0, q, k, v)
 
     def seconds(self, batch: Sequence[Segment]) -> float:
-        """Of one layer; the next time it is the next one's turn, so that caches cannot help more than in a model."""
+        """Seconds of one layer; layers take turns, so that the processor's caches help no more than in a model."""
         self.attention.begin([MicroBatch(tuple(batch))])
         return timed(self._device, lambda: self._attend(next(self._layers), batch), self.effort)
 
@@ -223,7 +223,7 @@ def cache_plan(
 def cache_in(
     tier: TierName, device: Device, dtype: DType, hidden_size: int, folder: Path, effort: Effort
 ) -> Iterator[Cache]:
-    """With room for what is measured and no more, in one tier."""
+    """A cache in one tier, with room for what is measured and no more."""
     shape = cached_shape(hidden_size, effort)
     plan = cache_plan(tier, device.name, dtype, shape, facts_of(device), effort)
     memory = Memory(device, plan.used_bytes, folder)

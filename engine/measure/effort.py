@@ -11,7 +11,7 @@ from engine.units import MIB
 
 SOURCE = "measured on this machine"
 Points = tuple[tuple[float, float], ...]
-"""Of a curve: ``(size, units per second)``, sizes ascending."""
+"""The points of a curve: ``(size, units per second)``, sizes ascending."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,24 +25,24 @@ class Effort:
     vocabulary: int = 50272
     tokens: tuple[int, ...] = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
     few_tokens: tuple[int, ...] = (1, 64, 512)
-    """For dtypes other than the machine's best."""
+    """Tokens, for dtypes other than the machine's best."""
     rows: tuple[int, ...] = (1, 16, 64, 256)
-    """Of logits computed together."""
+    """Rows of logits computed together."""
     few_rows: tuple[int, ...] = (1, 64)
     lengths: tuple[int, ...] = (16, 64, 256, 512, 1024, 2000)
     """Tokens of sequences whose attention is measured."""
     spilled: tuple[int, ...] = (64, 512)
     """The same, of sequences in a spill file."""
     sequences: int = 32
-    """That decode side by side."""
+    """Sequences that decode side by side."""
     cached_tokens: int = 16384
-    """In the KV cache of each of these layers, at most: as with the weights, more than caches hold."""
+    """Tokens in the KV cache of each of these layers, at most: as with the weights, more than caches hold."""
     cached_layers: int = 4
     streamed_bytes: int = 384 * MIB
-    """Of the files of each width that are read from the disk, more or less."""
+    """Bytes of the files of each width that are read from the disk, more or less."""
     small_transfer: int = 4 * MIB
     copies: tuple[int, ...] = (4 * MIB, 32 * MIB, 96 * MIB)
-    """Bytes brought to the device, and back, at a time."""
+    """Bytes copied to the device, and back, at a time."""
     small_layers: tuple[int, int] = (4, 16)
     """Depths of two models that are too small to compute anything: what differs is the overhead of a layer."""
     small_steps: int = 24
@@ -50,13 +50,13 @@ class Effort:
     """Seconds one figure may take, more or less."""
     busy_s: float = 2.0
     stopped: Callable[[], bool] = lambda: False
-    """Whether somebody wants an end of it."""
+    """Whether the measurement was told to stop."""
 
     def pause(self) -> None:
         """Called between small steps.
 
         Raises:
-            Interrupted: somebody wants an end of it.
+            Interrupted: the measurement was told to stop.
         """
         if self.stopped():
             raise Interrupted("measuring this machine was interrupted; it begins anew when a plan next needs it")

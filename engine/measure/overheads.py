@@ -36,18 +36,18 @@ _FEW, _MANY = 1, 32
 
 @dataclass(frozen=True, slots=True)
 class Overheads:
-    """Seconds."""
+    """Seconds that passes take whatever they compute."""
 
     of_pass: float
     of_sequence: float
-    """In each pass."""
+    """For each sequence, in each pass."""
     of_layer: float
     of_segment: float
-    """In each layer."""
+    """For each segment, in each layer."""
 
     @classmethod
     def of(cls, pass_s: Mapping[tuple[int, int], float]) -> "Overheads":
-        """From seconds of passes through two depths with ``_FEW`` and ``_MANY`` sequences, by (layers, sequences).
+        """Solved from passes through two depths with ``_FEW`` and ``_MANY`` sequences: seconds by (layers, sequences).
 
         Disturbed measurements may contradict each other: what is left of a difference is then nothing, not less.
         """
@@ -63,7 +63,7 @@ class Overheads:
 
 
 def overheads(device: Device, dtype: DType, folder: Path, effort: Effort) -> Overheads:
-    """Of this engine on this machine; ``folder`` receives two models of a few kilobytes.
+    """The overheads of this engine on this machine; ``folder`` receives two models of a few kilobytes.
 
     Raises:
         EngineError, OSError: the engine cannot be run, or nothing can be written.
@@ -77,9 +77,9 @@ def overheads(device: Device, dtype: DType, folder: Path, effort: Effort) -> Ove
 
 
 def _pass_seconds(device: Device, model_dir: Path, number: int, effort: Effort) -> float:
-    """A decode pass of so many sequences, from one report to the next; of many, one of the shortest.
+    """Seconds of a decode pass of ``number`` sequences, from one report to the next: one of the shortest of many.
 
-    The median would do for itself, but small differences of these are wanted, and what disturbs only makes longer.
+    Small differences of these are wanted, and disturbances only ever make a pass longer: hence not the median.
     """
     options = PlanOptions(
         device=device.name, device_memory=MEMORY, host_memory=MEMORY, disk_space=0, weights=Shares(100, 0, 0),

@@ -21,7 +21,7 @@ from engine.request import SamplingParams
 from engine.weights.layout import flops_of
 
 _LEAST_SHARE = 0.1
-"""Of the measured time that is left at least once overheads, measured by themselves, are taken off."""
+"""Share of the measured time that is left at least once overheads, measured by themselves, are taken off."""
 
 
 def family_of(hidden_size: int, effort: Effort) -> Family:
@@ -55,7 +55,7 @@ class Layers:
         self.token_flops = flops_of(self.family)[name]
 
     def work(self, tokens: int, attend: Attend | None = None) -> Callable[[NamedWeights], object]:
-        """One layer for so many tokens, with attention if there is any."""
+        """What computes one layer for that many tokens, with attention if there is any."""
         kind = torch_dtype(self.dtype)
         rows = padded_rows(tokens, kind, self.device.torch_device)
         hidden_TD = torch.randn(rows, self.family.shape.hidden_size, dtype=kind, device=self.device.torch_device)
@@ -63,13 +63,13 @@ class Layers:
         return lambda weights: self.family.layer(weights, hidden_TD, positions_T, attend or _first)
 
     def seconds(self, tokens: int, attend: Attend | None = None) -> float:
-        """Of that, each layer in turn."""
+        """Seconds of one layer, measured over all layers in turn."""
         work = self.work(tokens, attend)
         return timed(self.device, lambda: work(next(self._weights)), self._effort)
 
 
 def curve(measured: Sequence[tuple[float, float, float]]) -> Points:
-    """From ``(size, amount, seconds)``."""
+    """Points of a rate, ``(size, amount per second)``, from ``(size, amount, seconds)``."""
     return tuple((float(size), amount / seconds) for size, amount, seconds in measured)
 
 

@@ -34,7 +34,7 @@ Compute = Callable[[NamedWeights], object]
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """Of layers of one width."""
+    """How fast layers of one width are read and computed."""
 
     layer_bytes: int
     read_rate: float
@@ -48,7 +48,7 @@ class Streamed:
 def streamed(
     device: Device, dtype: DType, hidden_size: int, compute: Compute, folder: Path, effort: Effort
 ) -> Streamed:
-    """By a weight stream of its own.
+    """Read and compute layers of one width through a weight stream of its own.
 
     Raises:
         EngineError, OSError: the disk failed, or has no room.

@@ -74,7 +74,7 @@ def _layer_points(layers: Layers, cache: Cache, prompt: Rate, overheads: Overhea
 
 
 def _seconds(layers: Layers, cache: Cache, tokens: int) -> tuple[float, int, int]:
-    """Of a layer for so many tokens; how many prompts they were, and of how many tokens each."""
+    """Seconds of a layer for ``tokens`` tokens; how many prompts they were, and of how many tokens each."""
     most = min(tokens, _LONGEST_PROMPT)
     length = max((each for each in cache.effort.lengths if each <= most), default=tokens)
     number = max(1, tokens // length)

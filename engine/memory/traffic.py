@@ -23,12 +23,12 @@ class LaneRecorder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Sums over some time."""
+    """What lanes moved over some time."""
 
     num_bytes: dict[str, int] = field(default_factory=dict)
-    """By lane; lanes that moved nothing are left out."""
+    """Bytes by lane; lanes that moved nothing are left out."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By lane: how long it was busy."""
+    """By lane, how long it was busy."""
     weight_bytes: int = 0
 
     @property

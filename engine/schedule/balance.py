@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from engine.schedule.passes import PassStats
 
 MIN_PROMPT_TOKENS = 64
-"""A pass carries so many in any case: prompts must not starve where decoding alone takes as long as the links."""
+"""A pass carries at least these: prompts must not starve where decoding alone takes as long as the links."""
 RECENT = 3
 """Passes by which the links, and all compute but prompts, are judged: what one of them says is not believed alone."""
 PROMPTS = 9
@@ -37,7 +37,7 @@ class Balance:
 
     @property
     def prompt_tokens(self) -> int | None:
-        """For the next pass; ``None``: as many as there are, since nothing is streamed or nothing known."""
+        """Prompt tokens of the next pass; ``None``: all there are, since nothing is streamed or nothing is known."""
         if not self._prompt_token_s or not (links_s := median_high(self._links_s)):
             return None
         prompt_token_s = median_high(self._prompt_token_s)

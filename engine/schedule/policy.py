@@ -21,7 +21,7 @@ def most_prompt_tokens(
     """Tokens of prompts that need a KV cache in a pass, at most; ``None``: as many as there are.
 
     Args:
-        balanced: with so many, compute takes as long as the links; ``None``: nothing is streamed, or nothing known.
+        balanced: with this number, compute takes as long as the links; ``None``: nothing is streamed, or nothing known.
         sustaining: see ``sustaining_prompt_tokens``.
         first: tokens of the prompt that would begin.
         more_wait: whether more sequences wait than find room. The last ones start as soon as they can, since nothing

@@ -135,11 +135,11 @@ class Scheduler:
                 self._kv.release(segment.sequence)
 
     def needs_kv(self, sequence: Sequence) -> bool:
-        """Whether anything will ever look back at its keys and values."""
+        """Whether a later pass will attend to its keys and values."""
         return not sequence.is_scored or sequence.num_to_compute > min(self._micro_batch, self._prefill_chunk)
 
     def stuck(self) -> Sequence | None:
-        """After an empty pass: the sequence that will never fit."""
+        """The sequence that will never fit, asked after an empty pass; ``None``: there is none."""
         return self._waiting[0] if self._waiting and not self._running else None
 
     def retire(self, sequence: Sequence) -> None:
@@ -189,7 +189,7 @@ class Scheduler:
             self._start(sequence)
 
     def _let_pass(self, packer: _Packer, pull: Callable[[], list[Sequence] | None]) -> None:
-        """While the first waiting sequence waits for room, those that need none go by, into tokens that nobody uses.
+        """While the first waiting sequence waits for room, those that need none overtake it, into tokens left over.
 
         They cost it nothing: they hold no room, end with this pass, and before the next pass's tokens are offered to
         them, the first waiting sequence is asked again. Where nothing runs, no room will come, and they wait, too, so
@@ -229,7 +229,7 @@ class Scheduler:
                 return
 
     def _sustaining_prompt_tokens(self) -> float:
-        """By the sequences that are known: those that run or wait, and need a KV cache."""
+        """See ``policy``; by the sequences that are known: those that run or wait, and need a KV cache."""
         known = [each for each in (*self._running, *self._waiting) if self.needs_kv(each)]
         held = sum(each.num_kv_tokens for each in self._running)
         if not known:

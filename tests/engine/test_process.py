@@ -55,6 +55,16 @@ def test_freed_memory_is_used_again_unless_the_user_chose(chosen: str | None) ->
     assert after * 10 < before if chosen is None else after * 2 > before
 
 
+@alone
+def test_opening_a_device_changes_no_setting() -> None:
+    from engine.devices.open import open_device
+
+    environ, before = dict(os.environ), page_faults()
+    open_device("cpu").close()
+    assert dict(os.environ) == environ
+    assert page_faults() * 2 > before
+
+
 def page_faults() -> int:
     """Pages that were got from the system, for ten times what the tensors of a layer take."""
     libc = ctypes.CDLL(None)
