@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from cli.options import Command, DeviceName, Number, SharesType, Size
+from cli.options import Command, DeviceName, Number, ParamType, SharesType, Size
 from engine.planner.plan import FLAGS, Flag, PlanOptions, flag_name
 
 
@@ -33,7 +33,7 @@ def placement_arguments(placement: PlanOptions) -> list[str]:
     return words
 
 
-def _type_of(flag: Flag) -> click.ParamType[Any]:
+def _type_of(flag: Flag) -> ParamType:
     match flag.kind:
         case "device":
             return DeviceName()
