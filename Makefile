@@ -14,10 +14,10 @@ CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
 PARALLEL ?= -n logical --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test lint claims format coverage
+.PHONY: help venv demo test lint claims core-lines format coverage
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## everything into .venv: packages at the versions of constraints.txt, and Redis
 
@@ -36,6 +36,12 @@ lint: venv ## style, types, import arrows
 
 claims: venv ## measure every figure that the documentation states; `make claims ONLY=name` for one
 	@set -f; $(BIN)/python -m benchmarks.claims $(ONLY)
+
+# Families other than the first, and formats other than plain, are what the path is ready for, and no part of it.
+CORE := engine.py stage.py executor.py activations.py sequence.py weights/stream.py \
+	$(addsuffix /*.py,schedule kvcache attention memory devices model formats)
+core-lines: ## how many lines a reader of one pass has before them
+	@cd engine && wc -l $$(ls $(CORE) | grep -vE '^model/llama|^formats/int') | sort -n
 
 format: venv ## mend what ruff can mend
 	@$(BIN)/ruff check --fix .
