@@ -99,7 +99,7 @@ class Activations:
 
     def close(self) -> None:
         """Free the room."""
-        run_all([*([self._ring.close] if self._ring is not None else []), self._release])
+        run_all([*([self._ring.close] if self._ring is not None else []), self._places.clear, self._release])
 
     def _shaped(self, raw: Tensor, index: int) -> Tensor:
         return raw[: self._sizes[index]].view(self._dtype).view(-1, self._hidden_size)

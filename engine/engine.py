@@ -118,7 +118,7 @@ class Engine:
         self._closers.append(self._stage.close)
         self._executor = Executor(self._stage)
         self._kv = KVCache(
-            self.plan.kv_tokens(self._shape),
+            self._stage.attention.tokens,
             extent_tokens=self.plan.extent_tokens,
             fills_together=self.plan.kv_fills_together,
             claim=self._stage.attention.claim,
@@ -282,7 +282,9 @@ class Engine:
         outputs = []
         for result in found.results:
             sequence = result.segment.sequence
-            progress = self._running[sequence]
+            progress = self._running.get(sequence)
+            if progress is None:  # dropped while it was computed
+                continue
             progress.advance(sequence, result.next_token, result.scores)
             if sequence.finished:
                 self._scheduler_of().retire(sequence)

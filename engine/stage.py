@@ -44,18 +44,18 @@ class Stage:
         self.has_embedding = self.layers.start == 0
         self.has_head = self.layers.stop == shape.num_layers
         shape = replace(shape, num_layers=len(self.layers))
-        # Every pass needs them, and a buffer to stream them through would be as large as they are.
-        units = {layer_name(index): tier for index, tier in zip(self.layers, plan.layers, strict=True)}
-        if self.has_embedding or (self.has_head and family.head_needs_embedding()):
-            units = {EMBED: TierName.DEVICE, **units}
-        if self.has_head:
-            units[HEAD] = TierName.DEVICE
-        self._closers: list[Callable[[], None]] = []
+        self._closers: list[Callable[[], None]] = [files.close]
         try:
+            units = {layer_name(index): tier for index, tier in zip(self.layers, plan.layers, strict=True)}
+            # Embedding and head stay on the device: a buffer to stream them through would be as large as they are.
+            if self.has_embedding or (self.has_head and family.head_needs_embedding()):
+                units = {EMBED: TierName.DEVICE, **units}
+            if self.has_head:
+                units[HEAD] = TierName.DEVICE
             # What lives no longer than one operation is not allocated here, and must find room all the same.
-            on_device, workspace = memory.tiers[TierName.DEVICE], (plan.workspace_bytes, "workspace")
-            on_device.take(*workspace)
-            self._closers.append(lambda: on_device.give(*workspace))
+            on_device = memory.tiers[TierName.DEVICE]
+            on_device.take(plan.workspace_bytes, "workspace")
+            self._closers.append(lambda: on_device.give(plan.workspace_bytes, "workspace"))
             self.weights = WeightStream(files, memory, units=units, dtype=plan.dtype, num_slots=plan.staging_slots)
             self._closers.append(self.weights.close)
             self.activations = Activations(memory, plan, shape.hidden_size)

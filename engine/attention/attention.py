@@ -63,6 +63,7 @@ class Attention:
         Raises:
             TierFull: a budget would be exceeded.
         """
+        self.tokens = tokens
         self._num_kv_heads = shape.num_kv_heads
         self._views: WeakKeyDictionary[Holding, MemoryKV | FetchedKV] = WeakKeyDictionary()
         self._work: list[_Work] = []
@@ -114,7 +115,7 @@ class Attention:
     def close(self) -> None:
         """Free everything."""
         fetching = [self._fetching.close] if self._fetching is not None else []
-        run_all([*fetching, self._runner.close, self._views.clear, self._pools.close])
+        run_all([*fetching, self._runner.close, self._work.clear, self._views.clear, self._pools.close])
 
     def _work_of(self, batch: MicroBatch) -> _Work:
         work = _Work(batch.num_tokens, [])

@@ -1,6 +1,6 @@
 """Who holds which room of the KV cache: ranges of tokens in the tiers, reserved at admission. No tensor, no torch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from engine.errors import DiskFull, EngineError
@@ -81,7 +81,7 @@ class KVCache:
                 raise EngineError(f"{tier}: {reserved} tokens of KV cache are reserved, sequences hold {of_sequences}")
 
     def admit(self, sequence: Sequence) -> bool:
-        """Reserve room until the sequence's end, all of it in one tier; ``False``: not now.
+        """Reserve room until the sequence's end, all of it in one tier; ``False``: no tier has as many tokens free.
 
         Raises:
             DiskFull: the spill file cannot grow although its budget would allow it, and no sequence holds any room.
@@ -92,13 +92,11 @@ class KVCache:
             tiers.sort(key=lambda tier: 1 - self._free[tier].free / self._tokens[tier])
         for tier in tiers:
             try:
-                extents = self._reserve(tier, needed)
+                self.held[sequence] = Holding(tier, self._reserve(tier, needed))
             except DiskFull:
                 if not self.held:  # else: when a running sequence ends, its part of the spill file is free
                     raise
-                continue
-            if extents is not None:
-                self.held[sequence] = Holding(tier, extents)
+            else:
                 return True
         return False
 
@@ -108,17 +106,17 @@ class KVCache:
         if holding is not None:
             self._give(holding.tier, holding.extents)
 
-    def _reserve(self, tier: TierName, needed: int) -> tuple[Extent, ...] | None:
-        """``None``: there is as much room, but nowhere in pieces that are long enough."""
-        taken: list[Extent] = []
+    def _reserve(self, tier: TierName, needed: int) -> tuple[Extent, ...]:
+        """Extents as long as they may be; shorter ones where there is as much room, but no gap of that length."""
+        free, taken, start = self._free[tier], list[Extent](), 0
         try:
-            for start in range(0, needed, self._extent_tokens):
+            while start < needed:
                 capacity = min(self._extent_tokens, needed - start)
-                offset = self._free[tier].allocate(capacity)
+                offset = free.allocate(capacity)
                 if offset is None:
-                    self._give(tier, taken)
-                    return None
+                    offset, capacity = free.allocate_some(capacity)
                 taken.append(Extent(start, capacity, offset))
+                start += capacity
                 if self._claim is not None:
                     self._claim(tier, offset + capacity)
         except BaseException:
@@ -126,6 +124,6 @@ class KVCache:
             raise
         return tuple(taken)
 
-    def _give(self, tier: TierName, extents: tuple[Extent, ...] | list[Extent]) -> None:
+    def _give(self, tier: TierName, extents: Iterable[Extent]) -> None:
         for extent in extents:
             self._free[tier].release(extent.offset, extent.capacity)

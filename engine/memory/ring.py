@@ -107,6 +107,7 @@ class Ring:
         self._order: Iterator[Item] = iter(())
         self._next: Item | None = None
         self._begun: deque[tuple[Item, _Slot]] = deque()
+        self._free: deque[_Slot] = deque()
         try:
             for _ in range(num_slots):
                 self._slots.append(_Slot(memory.allocate(TierName.DEVICE, slot_bytes, what), None))
@@ -115,7 +116,7 @@ class Ring:
         except BaseException:
             self.close()
             raise
-        self._free = deque(self._slots)
+        self._free.extend(self._slots)
 
     def begin(self, items: Iterable[Item]) -> None:
         """These will be entered next, in this order, which may be endless.
@@ -173,10 +174,17 @@ class Ring:
                 self._fetching.close,
                 self._writing.close,
                 self.settle,
-                self._slots.clear,
+                self._forget,
                 *(block.release for block in blocks),
             ]
         )
+
+    def _forget(self) -> None:
+        """Nothing refers to memory of places or buffers any more: whoever still has the ring does not keep it alive."""
+        self._order, self._next = iter(()), None
+        self._slots.clear()
+        self._begun.clear()
+        self._free.clear()
 
     def _run_ahead(self) -> None:
         while self._free and self._next is not None and not self._is_to_change(self._next.place):

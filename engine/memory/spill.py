@@ -3,6 +3,7 @@
 import errno
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,8 @@ class DiskTier(Tier):
             try:
                 os.posix_fallocate(self._file(), self._claimed, end - self._claimed)
             except OSError as error:
+                with suppress(OSError):  # what was claimed before the room was used up is nobody's
+                    os.ftruncate(self._file(), self._claimed)
                 raise self._failed(error) from error
             self._claimed = end
 

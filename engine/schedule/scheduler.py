@@ -93,8 +93,6 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: dict[Sequence, None] = {}
         self._in_flight: set[Sequence] = set()
-        self._gone: set[Sequence] = set()
-        """Retired while in flight: their room is somebody's who still computes."""
 
     @property
     def num_waiting(self) -> int:
@@ -104,7 +102,7 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Nothing waits and nothing runs."""
-        return not self._waiting and not self._running
+        return not self._waiting and not self._running and not self._in_flight
 
     def next_pass(self, pull: Callable[[], list[Sequence] | None], prompt_tokens: int | None = None) -> Pass:
         """The next pass; ``pull`` yields the sequences of one more request, or ``None`` when there is none now.
@@ -126,12 +124,11 @@ class Scheduler:
         return this_pass
 
     def completed(self, this_pass: Pass) -> None:
-        """The keys and values of its tokens exist."""
+        """Its tokens count as computed. What was retired meanwhile gives its room back."""
         for segment in this_pass.segments:
             segment.sequence.num_computed += segment.length
             self._in_flight.discard(segment.sequence)
-            if segment.sequence in self._gone:
-                self._gone.remove(segment.sequence)
+            if segment.sequence not in self._running:  # retired meanwhile
                 self._kv.release(segment.sequence)
 
     def needs_kv(self, sequence: Sequence) -> bool:
@@ -140,7 +137,7 @@ class Scheduler:
 
     def stuck(self) -> Sequence | None:
         """The sequence that will never fit, asked after an empty pass; ``None``: there is none."""
-        return self._waiting[0] if self._waiting and not self._running else None
+        return self._waiting[0] if self._waiting and not self._running and not self._in_flight else None
 
     def retire(self, sequence: Sequence) -> None:
         """Forget a sequence that ended or was dropped, and free its KV cache."""
@@ -148,9 +145,7 @@ class Scheduler:
             del self._running[sequence]
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
-        if sequence in self._in_flight:
-            self._gone.add(sequence)
-        else:
+        if sequence not in self._in_flight:  # else the pass that is under way still writes there
             self._kv.release(sequence)
 
     @property
@@ -231,10 +226,13 @@ class Scheduler:
     def _sustaining_prompt_tokens(self) -> float:
         """See ``policy``; by the sequences that are known: those that run or wait, and need a KV cache."""
         known = [each for each in (*self._running, *self._waiting) if self.needs_kv(each)]
-        held = sum(each.num_kv_tokens for each in self._running)
         if not known:
             return 0.0
-        room = (self._kv.free_tokens + held) * len(known) / max(1, sum(each.num_kv_tokens for each in known))
+        room = (
+            (self._kv.free_tokens + self._kv.held_tokens)
+            * len(known)
+            / max(1, sum(each.num_kv_tokens for each in known))
+        )
         prompts = sum(each.num_to_compute if each.is_scored else each.num_prompt_tokens for each in known)
         steps = sum(each.max_tokens - 1 - each.num_prompt_tokens for each in known if not each.is_scored)
         running = min(room, self._micro_batch * self._micro_batches)

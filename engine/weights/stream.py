@@ -60,7 +60,7 @@ class WeightStream:
         """Read everything that stays in memory, and begin to stream the rest.
 
         Args:
-            files: the units' own; closed with the stream.
+            files: the units' own; stay the caller's to close, after the stream.
             memory: what pays for it.
             units: where each unit's weights live, layers in order of depth; embedding and head on the device.
             dtype: what they are computed in.
@@ -124,7 +124,6 @@ class WeightStream:
                 self._host.clear,
                 self._streamed.clear,
                 *(block.release for block in blocks),
-                self._files.close,
             ]
         )
 

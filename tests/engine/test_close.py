@@ -1,12 +1,15 @@
 """Closing: the device is waited for first, every part is closed whatever the others do, the first error is told."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.activations import Activations
 from engine.attention.attention import Attention
+from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
 from engine.engine import Engine
 from engine.errors import DeviceFailed, EngineError
@@ -15,9 +18,10 @@ from engine.memory.closing import run_all
 from engine.memory.device import Device
 from engine.memory.ring import Ring
 from engine.memory.spill import DiskTier
+from engine.memory.tier import Block
 from engine.planner.plan import PlanOptions
 from engine.request import Generate, Request, SamplingParams
-from engine.tiers import Shares
+from engine.tiers import Shares, TierName
 from engine.units import MIB
 from engine.weights.stream import WeightStream
 
@@ -127,3 +131,20 @@ def test_every_step_is_taken_and_the_first_error_raised() -> None:
         run_all(step(number, error) for number, error in enumerate(errors))
     assert taken == [0, 1, 2, 3]
     run_all([])
+
+
+@pytest.mark.parametrize("device", [SimulatedDevice, HostDevice])
+def test_an_engine_that_was_closed_keeps_no_memory(tiny_model: Path, device: Callable[[], Device]) -> None:
+    """Whoever still has it, as an error's traceback may, does not keep its blocks alive: a GPU's would not be free."""
+    engine = used(tiny_model, device())
+    starts = {block.data.untyped_storage().data_ptr() for block in held_blocks()}
+    assert starts
+    engine.close()
+    gc.collect()
+    kept = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+    assert not [each for each in kept if each.untyped_storage().data_ptr() in starts]
+    assert not engine.tiers[TierName.DEVICE].used
+
+
+def held_blocks() -> list[Block]:
+    return [each for each in gc.get_objects() if type(each) is Block and each._data is not None]

@@ -1,5 +1,6 @@
 """The spill file: what is written comes back; it is private, nameless, and claimed before it is used."""
 
+import errno
 import os
 import random
 import stat
@@ -168,3 +169,21 @@ def test_sequences_wait_for_each_others_room_on_a_full_file_system(
             filler.unlink()
             assert len(list(engine.run(requests[:3]))) == 3, "nothing was lost by it"
         engine.check_integrity()
+
+
+def test_what_was_claimed_in_vain_is_given_back(tier: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems keep what they could give before they were full, and others need it: the database, logs."""
+    kept = tier.allocate(PAGE, "KV cache")
+    claim = os.posix_fallocate
+
+    def claim_half(fd: int, offset: int, size: int) -> None:
+        claim(fd, offset, size // 2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", claim_half)
+    with pytest.raises(DiskFull):
+        tier.allocate(32 * PAGE, "KV cache")
+    assert tier._fd is not None
+    assert os.fstat(tier._fd).st_size == PAGE
+    assert tier.used == PAGE
+    kept.release()

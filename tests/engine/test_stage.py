@@ -66,11 +66,9 @@ class Pipeline:
             memory = self._stack.enter_context(closing(Memory(make(), plan.budgets, model_dir)))
             stage = Stage(WeightFiles(model_dir, manifest), self._family, own, memory, range(first, end))
             self.stages.append(self._stack.enter_context(closing(stage)))
-        # The same ranges of tokens in each: as many as the stage with the longest tokens has room for.
-        shape = replace(self._family.shape, num_layers=NUM_LAYERS)
-        self.kv = KVCache(
-            plan.kv_tokens(shape), extent_tokens=plan.extent_tokens, fills_together=True, claim=self._claim
-        )
+        # The same ranges of tokens in each: as many as the stage with the most layers has room for.
+        tokens = {tier: min(stage.attention.tokens[tier] for stage in self.stages) for tier in TierName}
+        self.kv = KVCache(tokens, extent_tokens=plan.extent_tokens, fills_together=True, claim=self._claim)
         self.scheduler = Scheduler(
             self.kv,
             micro_batch=plan.micro_batch,

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Opened:
+    files: WeightFiles
     stream: WeightStream
     memory: Memory
 
@@ -75,13 +77,14 @@ def open_stream() -> Iterator[Open]:
             disk_dir=model_dir,
         )
         memory = Memory(device, plan.budgets, model_dir)
-        stream = stream_of(WeightFiles(model_dir, manifest), memory, plan)
-        opened.append(Opened(stream, memory))
+        files = WeightFiles(model_dir, manifest)
+        opened.append(Opened(files, stream_of(files, memory, plan), memory))
         return opened[-1]
 
     yield open_one
     for each in opened:
         each.stream.close()
+        each.files.close()
         each.memory.close()
         for tier in each.memory.tiers.values():
             assert tier.used == 0
@@ -258,7 +261,8 @@ def test_a_tier_without_room_is_an_error_and_frees_what_was_taken(model_dir: Pat
         device="simulated", facts=facts_of(device), disk_dir=model_dir,
     )  # fmt: skip
     memory = Memory(device, {**plan.budgets, TierName.HOST: 50_000}, model_dir)
-    with pytest.raises(TierFull, match="host memory is full: weights needs"):
-        stream_of(WeightFiles(model_dir, manifest), memory, plan)
+    files = WeightFiles(model_dir, manifest)
+    with closing(files), pytest.raises(TierFull, match="host memory is full: weights needs"):
+        stream_of(files, memory, plan)
     assert [tier.used for tier in memory.tiers.values()] == [0, 0, 0]
     memory.close()
