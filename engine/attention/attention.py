@@ -98,7 +98,8 @@ class Attention:
         """
         work = self._work[index]
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
-        out_TNH[work.num_tokens :] = 0
+        if work.num_tokens < out_TNH.shape[0]:
+            out_TNH[work.num_tokens :] = 0
         decode = decoder(work.decode_rows, q_TNH, k_TKH, v_TKH, out_TNH)
         rows = Rows(layer, q_TNH, k_TKH, v_TKH, out_TNH, decode)
         self._runner.run(rows, work.here)

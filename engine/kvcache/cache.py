@@ -69,7 +69,7 @@ class KVCache:
 
     @property
     def free_tokens(self) -> int:
-        """Tokens for which no room is reserved, in all tiers together."""
+        """Tokens for which no room is reserved, in all tiers together, also those in gaps too short for an extent."""
         return sum(ranges.free for ranges in self._free.values())
 
     def check_integrity(self) -> None:
@@ -81,7 +81,7 @@ class KVCache:
                 raise EngineError(f"{tier}: {reserved} tokens of KV cache are reserved, sequences hold {of_sequences}")
 
     def admit(self, sequence: Sequence) -> bool:
-        """Reserve room until the sequence's end, all of it in one tier; ``False``: no tier has as many tokens free.
+        """Reserve room until the sequence's end, all of it in one tier; ``False``: not now.
 
         Raises:
             DiskFull: the spill file cannot grow although its budget would allow it, and no sequence holds any room.
@@ -92,11 +92,13 @@ class KVCache:
             tiers.sort(key=lambda tier: 1 - self._free[tier].free / self._tokens[tier])
         for tier in tiers:
             try:
-                self.held[sequence] = Holding(tier, self._reserve(tier, needed))
+                extents = self._reserve(tier, needed)
             except DiskFull:
                 if not self.held:  # else: when a running sequence ends, its part of the spill file is free
                     raise
-            else:
+                continue
+            if extents is not None:
+                self.held[sequence] = Holding(tier, extents)
                 return True
         return False
 
@@ -106,17 +108,21 @@ class KVCache:
         if holding is not None:
             self._give(holding.tier, holding.extents)
 
-    def _reserve(self, tier: TierName, needed: int) -> tuple[Extent, ...]:
-        """Extents as long as they may be; shorter ones where there is as much room, but no gap of that length."""
-        free, taken, start = self._free[tier], list[Extent](), 0
+    def _reserve(self, tier: TierName, needed: int) -> tuple[Extent, ...] | None:
+        """``None``: as much is free, but not in gaps that are long enough.
+
+        Short gaps are left alone: a sequence in pieces of any length would fill them, but leave shorter ones still to
+        the next, and attention over seven pieces takes up to twenty times as long as over one.
+        """
+        taken: list[Extent] = []
         try:
-            while start < needed:
+            for start in range(0, needed, self._extent_tokens):
                 capacity = min(self._extent_tokens, needed - start)
-                offset = free.allocate(capacity)
+                offset = self._free[tier].allocate(capacity)
                 if offset is None:
-                    offset, capacity = free.allocate_some(capacity)
+                    self._give(tier, taken)
+                    return None
                 taken.append(Extent(start, capacity, offset))
-                start += capacity
                 if self._claim is not None:
                     self._claim(tier, offset + capacity)
         except BaseException:

@@ -20,15 +20,6 @@ class FreeRanges:
                 return offset
         return None
 
-    def allocate_some(self, most: int) -> tuple[int, int]:
-        """Offset and size of the longest free range, cut to ``most``; something must be free."""
-        offset, free = max(self._ranges, key=lambda each: each[1])
-        size = min(free, most)
-        rest = [(offset + size, free - size)] if free > size else []
-        index = self._ranges.index((offset, free))
-        self._ranges[index : index + 1] = rest
-        return offset, size
-
     def release(self, offset: int, size: int) -> None:
         """Make a range free again.
 
