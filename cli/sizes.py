@@ -51,6 +51,7 @@ def _of_checkpoint(folder: Path) -> Sizes:
 
     from engine.dtypes import DType
     from engine.errors import CheckpointError
+    from engine.model.fields import stored_dtype
     from engine.model.registry import sizes_for
     from engine.weights.layout import stored_as
 
@@ -62,8 +63,8 @@ def _of_checkpoint(folder: Path) -> Sizes:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a JSON object; get the checkpoint again")
     sizes = sizes_for(config)
-    named = str(config.get("torch_dtype") or config.get("dtype") or "").removeprefix("torch.")
-    dtype = DType(named) if named in tuple(DType) else DType.FLOAT16
-    if dtype != named:
+    named = stored_dtype(config)
+    dtype = named or DType.FLOAT16
+    if named is None:
         say(f"{path} does not say how the weights are stored: taking {dtype}")
     return Sizes(sizes.shape, stored_as(sizes, dtype), folder)

@@ -14,6 +14,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import engine
 from engine.model.registry import FAMILIES
 
@@ -59,12 +61,13 @@ def modules_of(name: str) -> list[str]:
 
 
 def light_modules() -> list[str]:
-    """The modules that the import-linter contracts keep free of torch."""
+    """The modules that the import-linter contracts keep free of torch, and what each model family says of sizes."""
     contracts = PYPROJECT["tool"]["importlinter"]["contracts"]
     sources = [
         c["source_modules"] for c in contracts if c["type"] == "forbidden" and c["forbidden_modules"] == ["torch"]
     ]
-    return [module for names in sources for name in names for module in modules_of(name)]
+    light = [module for names in sources for name in names for module in modules_of(name)]
+    return light + [f"engine.model.{family}_sizes" for family in FAMILIES]
 
 
 def sources(room: str) -> Iterator[Path]:
@@ -124,48 +127,62 @@ def _name(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]+", requirement)[0]).lower()  # type: ignore[index]
 
 
-def words_of(identifier: str) -> list[str]:
+def words_of(name: str) -> list[str]:
     """``OPTSizes.from_config`` → opt, sizes, from, config."""
-    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+", identifier)]
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+", name)]
 
 
 def names_in_code(tree: ast.AST) -> Iterator[str]:
-    """What a module calls things by, and short texts that code compares with; sentences are for people."""
+    """What a module calls things by, and the words that code compares with; texts with spaces are for people."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             yield node.id
         elif isinstance(node, ast.Attribute):
             yield node.attr
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.alias):
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.alias):
             yield node.name
         elif isinstance(node, ast.arg | ast.keyword):
             yield node.arg or ""
         elif isinstance(node, ast.ImportFrom):
             yield node.module or ""
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w.]+", node.value):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"\S+", node.value):
             yield node.value
 
 
 def family_words() -> set[str]:
-    return {word for name in [*FAMILIES, *FAMILIES.values()] for word in [name, *words_of(name)[:1]]}
+    """The families' modules and the ``model_type``s of their checkpoints, with a version's number and without."""
+    names = {name for family, model_types in FAMILIES.items() for name in (family, *model_types)}
+    return {word for name in names for word in (name, words_of(name)[0])}
+
+
+def names_of_families(code: str) -> list[str]:
+    """The names in a module's code that are, or have among their words, a family's."""
+    words = family_words()
+    return [name for name in names_in_code(ast.parse(code)) if words & {name.lower(), *words_of(name)}]
 
 
 def test_only_its_own_files_and_the_registry_name_a_model_family() -> None:
-    own = {ROOT / f"engine/model/{module}{half}.py" for module in FAMILIES.values() for half in ("", "_sizes")}
-    assert all(path.is_file() for path in own)
-    for room in ("cli", "engine", "worker"):
-        for path in (ROOT / room).rglob("*.py"):
-            if path in own or path == ROOT / "engine/model/registry.py":
-                continue
-            found = [
-                name
-                for name in names_in_code(ast.parse(path.read_text(encoding="utf-8")))
-                if family_words() & {name.lower(), *words_of(name)}
-            ]
-            assert not found, f"{path.relative_to(ROOT)} names a model family: {found}"
+    models = ROOT / "engine/model"
+    own = {path for family in FAMILIES for path in (models / f"{family}.py", *models.glob(f"{family}_*.py"))}
+    assert {models / f"{family}{half}.py" for family in FAMILIES for half in ("", "_sizes")} <= own
+    found = {
+        str(path.relative_to(ROOT)): names
+        for room in ("cli", "engine", "worker")
+        for path in sources(room)
+        if path not in own and path != models / "registry.py" and (names := names_of_families(path.read_text()))
+    }
+    assert found == {}
 
 
-def test_a_family_that_is_named_is_found() -> None:
-    code = "from engine.model.opt_sizes import OPTSizes\nif config['model_type'] == 'opt': options = OPTSizes\n"
-    found = [name for name in names_in_code(ast.parse(code)) if "opt" in {name.lower(), *words_of(name)}]
-    assert sorted(found) == ["OPTSizes", "OPTSizes", "engine.model.opt_sizes", "opt"]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_that_is_named_is_found(family: str) -> None:
+    for code in (
+        f"from engine.model.{family}_sizes import sizes",
+        f"from engine.model import {family}",
+        f"class {family.upper()}Sizes: pass",
+        f"{family}_config = None",
+        *(f"config['model_type'] == '{model_type}'" for model_type in FAMILIES[family]),
+        f"name.startswith('somebody/{family}-')",
+    ):
+        assert names_of_families(code), code
+    assert names_of_families(f"raise ValueError('such as a name of {family}')") == []

@@ -14,48 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.formats.linear import linear, row_parts
+from engine.model.activation_functions import ACTIVATION_FUNCTIONS
 from engine.model.family import Attend, Config, NamedWeights
 from engine.model.opt_sizes import POSITION_OFFSET, OPTSizes
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-def _clipped_gelu(x: Tensor) -> Tensor:
-    return F.gelu(x).clamp_(-10, 10)
-
-
-def _relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,  # on the CPU in bfloat16, part of the product
-    "gelu": F.gelu,
-    "gelu_python": F.gelu,
-    "gelu_10": _clipped_gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_fast": _gelu_tanh,
-    "gelu_accurate": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "gelu_python_tanh": _gelu_tanh,
-    "quick_gelu": _quick_gelu,
-    "hardswish": F.hardswish,
-    "leaky_relu": F.leaky_relu,
-    "linear": lambda x: x,
-    "mish": F.mish,
-    "relu2": _relu_squared,
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-}
 
 
 def family(config: Config) -> "OPT":
@@ -82,7 +43,7 @@ class OPT(OPTSizes):
         """
         sizes = OPTSizes.from_config(config)
         values = {field.name: getattr(sizes, field.name) for field in fields(sizes)}
-        return cls(**values, activation=_ACTIVATIONS[config.get("activation_function", "relu")])
+        return cls(**values, activation=ACTIVATION_FUNCTIONS[config.get("activation_function", "relu")])
 
     def embed(self, weights: NamedWeights, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """Token plus learned position, ``[T, D]``."""

@@ -9,20 +9,11 @@ from typing import Any
 
 from engine.errors import CheckpointError
 from engine.model.family import EMBED, HEAD, Config, TensorSpec, UnitSpec, layer_name
+from engine.model.fields import activation_name, bos_token_id, layer_count, positive, token_ids
 from engine.shape import ModelShape
 
 POSITION_OFFSET = 2
 """OPT's learned positions start at row 2: fairseq kept the first rows for padding."""
-ACTIVATIONS = frozenset(
-    (
-        "relu", "gelu", "gelu_python", "gelu_10", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh",
-        "gelu_python_tanh", "quick_gelu", "hardswish", "leaky_relu", "linear", "mish", "relu2", "relu6", "sigmoid",
-        "silu", "swish", "tanh",
-    )
-)  # fmt: skip
-"""Those that ``engine.model.opt`` computes."""
-MOST_LAYERS = 4096
-"""More than any model has, few enough to be listed."""
 
 
 def sizes(config: Config) -> "OPTSizes":
@@ -87,15 +78,12 @@ class OPTSizes:
         Raises:
             CheckpointError: a value that is out of range.
         """
-        activation = config.get("activation_function", "relu")
-        if not isinstance(activation, str) or activation not in ACTIVATIONS:
-            known = ", ".join(sorted(ACTIVATIONS))
-            raise CheckpointError(f"config.json: activation_function {activation!r} is not known; known are {known}")
+        activation_name(config, "activation_function", "relu")
         shape = shape_of(config)
         norm_before = bool(config.get("do_layer_norm_before", True))
         return OPTSizes(
             shape=shape,
-            embed_size=_positive(config, "word_embed_proj_dim", shape.hidden_size),
+            embed_size=positive(config, "word_embed_proj_dim", shape.hidden_size),
             norm_before=norm_before,
             final_norm=norm_before and not config.get("_remove_final_layer_norm", False),
             bias=bool(config.get("enable_bias", True)),
@@ -153,48 +141,26 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     Raises:
         CheckpointError: a value that is out of range.
     """
-    hidden_size = _positive(config, "hidden_size", 768)
-    num_heads = _positive(config, "num_attention_heads", 12)
-    ffn_size = _positive(config, "ffn_dim", 3072)
-    num_layers = _positive(config, "num_hidden_layers", 12)
-    if num_layers > MOST_LAYERS:
-        raise CheckpointError(f"config.json: num_hidden_layers is {num_layers}, and no model has over {MOST_LAYERS}")
+    hidden_size = positive(config, "hidden_size", 768)
+    num_heads = positive(config, "num_attention_heads", 12)
+    ffn_size = positive(config, "ffn_dim", 3072)
     if hidden_size % num_heads:
         raise CheckpointError(
             f"config.json: hidden_size {hidden_size} is not divisible by num_attention_heads {num_heads}"
         )
-    eos = config.get("eos_token_id", 2)
-    bos = config.get("bos_token_id", 2)
     return ModelShape(
-        num_layers=num_layers,
+        num_layers=layer_count(config, 12),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_size=hidden_size // num_heads,
         ffn_size=ffn_size,
-        vocab_size=_positive(config, "vocab_size", 50272),
-        max_positions=_positive(config, "max_position_embeddings", 2048),
-        bos_token_id=None if bos is None else _token_id("bos_token_id", bos),
-        eos_token_ids=tuple(
-            _token_id("eos_token_id", each) for each in (eos if isinstance(eos, list) else [eos]) if each is not None
-        ),
+        vocab_size=positive(config, "vocab_size", 50272),
+        max_positions=positive(config, "max_position_embeddings", 2048),
+        bos_token_id=bos_token_id(config, 2),
+        eos_token_ids=token_ids(config, "eos_token_id", 2),
         workspace_values=workspace_values(hidden_size, ffn_size),
     )
-
-
-def _positive(config: Mapping[str, Any], name: str, default: int) -> int:
-    value = config.get(name)
-    if value is None:
-        return default
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"config.json: {name} must be a positive integer, not {value!r:.40}")
-    return value
-
-
-def _token_id(name: str, value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise CheckpointError(f"config.json: {name} must be a token's number, not {value!r:.40}")
-    return value
 
 
 def workspace_values(hidden_size: int, ffn_size: int) -> int:

@@ -8,11 +8,12 @@ from typing import Any
 from engine.errors import CheckpointError
 from engine.model.family import Config, Family, Sizes
 
-FAMILIES: Mapping[str, str] = {
-    "opt": "opt",
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "opt": ("opt",),
 }
-"""By a checkpoint's ``model_type``, the module beside this one that computes it; ``<module>_sizes`` says how large it
-is, without torch."""
+"""By the module beside this one that computes a family, the ``model_type`` of each of its checkpoints;
+``<module>_sizes`` says how large they are, without torch, and perhaps the configurations of well-known ones, ``KNOWN``.
+"""
 _REFERENCE = "opt"
 """Whose layers a machine is measured with: rates are told by operations and bytes, and hold for other families, too."""
 
@@ -40,8 +41,8 @@ def family_for(config: Mapping[str, Any]) -> Family:
 def known_configs() -> dict[str, Config]:
     """The configurations of well-known models, by their names on the hub."""
     found: dict[str, Config] = {}
-    for name in dict.fromkeys(FAMILIES.values()):
-        found |= import_module(f"{__package__}.{name}_sizes").KNOWN
+    for name in FAMILIES:
+        found |= getattr(import_module(f"{__package__}.{name}_sizes"), "KNOWN", {})
     return found
 
 
@@ -56,9 +57,10 @@ def reference_config(
 
 def _module(config: Mapping[str, Any], suffix: str = "") -> ModuleType:
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise CheckpointError(
-            f"model_type {model_type!r} is not supported; overnight runs checkpoints of model_type "
-            + " or ".join(repr(name) for name in FAMILIES)
-        )
-    return import_module(f"{__package__}.{FAMILIES[model_type]}{suffix}")
+    for name, model_types in FAMILIES.items():
+        if model_type in model_types:
+            return import_module(f"{__package__}.{name}{suffix}")
+    known = [repr(each) for model_types in FAMILIES.values() for each in model_types]
+    raise CheckpointError(
+        f"model_type {model_type!r} is not supported; overnight runs checkpoints of model_type {' or '.join(known)}"
+    )

@@ -18,6 +18,7 @@ from engine.dtypes import DType
 from engine.errors import CheckpointError
 from engine.memory.tensors import torch_dtype
 from engine.model.family import TensorSpec, UnitSpec
+from engine.model.fields import stored_dtype
 from engine.model.registry import sizes_for
 from engine.weights.importers.sources import CheckpointFile, TensorInfo, open_checkpoint_file
 from engine.weights.importers.tokenizer_files import check_vocabulary, tokenizer_files
@@ -165,9 +166,9 @@ class Checkpoint:
         Raises:
             CheckpointError: neither is one we store.
         """
-        named = str(config.get("torch_dtype") or config.get("dtype") or "").removeprefix("torch.")
-        if named in tuple(DType):
-            return DType(named)
+        named = stored_dtype(config)
+        if named is not None:
+            return named
         first = next(source for unit in units for tensor in unit.tensors for source in tensor.sources)
         found = self._infos[first].dtype_name
         names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
