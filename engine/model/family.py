@@ -39,6 +39,15 @@ class TensorSpec:
     shape: tuple[int, ...]
     sources: tuple[str, ...]
     """Checkpoint tensor names, without a leading ``model.``; several are concatenated along dimension 0."""
+    rows: tuple[int, ...] = ()
+    """Of each source, where they are not equally many; in all ``shape[0]``."""
+
+    def source_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape that each source must have."""
+        if len(self.sources) == 1:
+            return (self.shape,)
+        rows = self.rows or (self.shape[0] // len(self.sources),) * len(self.sources)
+        return tuple((count, *self.shape[1:]) for count in rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.dtypes import DType
 from engine.errors import CheckpointError, DiskFull
 from engine.memory.aligned import aligned_empty
-from engine.model.family import layer_name
+from engine.model.family import TensorSpec, layer_name
 from engine.units import MIB
 from engine.weights.files import WeightFiles
 from engine.weights.importers.huggingface import import_checkpoint
@@ -235,9 +235,9 @@ def test_a_missing_tensor_is_named(source: Path, tmp_path: Path) -> None:
     ("name", "shape", "asked"),
     [
         ("layers.1.fc1.weight", (128, 63), "(128, 64)"),
-        ("layers.1.self_attn.q_proj.weight", (64, 63), "(192, 64)"),
-        ("layers.1.self_attn.q_proj.weight", (65, 64), "(192, 64)"),
-        ("layers.1.self_attn.v_proj.bias", (), "(192,)"),
+        ("layers.1.self_attn.q_proj.weight", (64, 63), "(64, 64)"),
+        ("layers.1.self_attn.q_proj.weight", (65, 64), "(64, 64)"),
+        ("layers.1.self_attn.v_proj.bias", (), "(64,)"),
         ("embed_tokens.weight", (500, 64), "(512, 64)"),
     ],
 )
@@ -248,13 +248,30 @@ def test_a_wrong_shape_is_named(name: str, shape: tuple[int, ...], asked: str, s
         assert part in message
 
 
-@pytest.mark.parametrize("name", ["layers.4.fc1.weight", "project_in.bias", "layers.0.fc1.extra"])
-def test_what_would_change_nothing_is_ignored_and_what_would_is_not(name: str, source: Path, tmp_path: Path) -> None:
+def test_rows_that_only_together_are_right_are_refused(source: Path, tmp_path: Path) -> None:
+    prefix = "model.decoder.layers.1.self_attn"
+    wrong = {f"{prefix}.q_proj.weight": torch.zeros(96, 64), f"{prefix}.k_proj.weight": torch.zeros(32, 64)}
+    replace_weights(source, tensors_of(source) | wrong)
+    assert "(96, 64), but config.json asks for (64, 64)" in refusal(source, tmp_path / "model")
+
+
+def test_sources_of_unequal_height() -> None:
+    spec = TensorSpec("qkv.weight", (8, 5), ("q", "k", "v"), rows=(4, 2, 2))
+    assert spec.source_shapes() == ((4, 5), (2, 5), (2, 5))
+    assert TensorSpec("qkv.bias", (6,), ("q", "k", "v")).source_shapes() == ((2,), (2,), (2,))
+    assert TensorSpec("scalar", (), ("s",)).source_shapes() == ((),)
+
+
+@pytest.mark.parametrize("name", ["project_in.bias", "layers.0.fc1.extra", "layers.0.self_attn.rotary_emb.inv_freq"])
+def test_what_would_change_nothing_is_ignored(name: str, source: Path, tmp_path: Path) -> None:
     replace_weights(source, tensors_of(source) | {f"model.decoder.{name}": torch.zeros(3)})
-    if name == "layers.4.fc1.weight":  # a fifth layer, where the configuration has four
-        assert name in refusal(source, tmp_path / "model")
-    else:
-        import_checkpoint(source, tmp_path / "model")
+    import_checkpoint(source, tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["layers.4.fc1.weight", "layers.0.self_attn.q_norm.weight"])
+def test_weights_of_a_layer_that_the_configuration_does_not_have(name: str, source: Path, tmp_path: Path) -> None:
+    replace_weights(source, tensors_of(source) | {f"model.decoder.{name}": torch.zeros(3)})
+    assert name in refusal(source, tmp_path / "model")
 
 
 def test_biases_that_the_configuration_switches_off_are_refused(source: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ class Checkpoint:
             self._open.popitem()[1].close()
 
     def check(self, units: Iterable[UnitSpec]) -> None:
-        """Checks that every tensor of the model is there with its shape, and no layer or bias would be forgotten.
+        """Checks that every tensor of the model is there with its shape, and that none of a layer would be forgotten.
 
         Raises:
             CheckpointError: naming the tensor, the file, and both shapes.
@@ -149,12 +149,12 @@ class Checkpoint:
             for tensor in unit.tensors:
                 self._check_tensor(tensor)
                 used.update(tensor.sources)
-        patterns = {_pattern(name) for name in used}
         modules = {name.rpartition(".")[0] for name in used}
+        layers = {prefix for prefix in map(_layer_prefix, used) if prefix}
         for name in self._where.keys() - used:
             module, _, kind = name.rpartition(".")
             # Other leftovers (fairseq's version, a tied head, another task's head) change nothing and are ignored.
-            if _pattern(name) in patterns or (kind in ("weight", "bias") and module in modules):
+            if kind in ("weight", "bias") and (module in modules or _layer_prefix(name) in layers):
                 raise CheckpointError(
                     f"{self._where[name][0]} holds tensor {name}, for which config.json has no place; "
                     "are they of the same model?"
@@ -197,7 +197,7 @@ class Checkpoint:
                 yield cast.view(torch.uint8).numpy().data
 
     def _check_tensor(self, tensor: TensorSpec) -> None:
-        for source in tensor.sources:
+        for source, shape in zip(tensor.sources, tensor.source_shapes(), strict=True):
             if source not in self._where:
                 raise CheckpointError(f"tensor {source} is missing in the weights of {self._source}")
             path, name = self._where[source]
@@ -206,20 +206,10 @@ class Checkpoint:
                 raise CheckpointError(
                     f"tensor {name} of {path} is stored as {info.dtype_name}; only plain floating point is read"
                 )
-            if len(tensor.sources) == 1:
-                fits = info.shape == tensor.shape
-            else:
-                fits = len(info.shape) == len(tensor.shape) and info.shape[1:] == tensor.shape[1:]
-            if not fits:
+            if info.shape != shape:
                 raise CheckpointError(
-                    f"tensor {name} of {path} has shape {info.shape}, but config.json asks for {tensor.shape}"
-                    + (" together with its neighbours" if len(tensor.sources) > 1 else "")
+                    f"tensor {name} of {path} has shape {info.shape}, but config.json asks for {shape}"
                 )
-        rows = [self._infos[source].shape[0] for source in tensor.sources]
-        if sum(rows) != tensor.shape[0]:
-            path = self._where[tensor.sources[0]][0]
-            shapes = ", ".join(f"{source} {self._infos[source].shape}" for source in tensor.sources)
-            raise CheckpointError(f"{path}: {shapes} together do not give the shape {tensor.shape} of config.json")
 
     def _file(self, path: Path) -> CheckpointFile:
         if path not in self._open:
@@ -286,8 +276,10 @@ def _overflow(piece: Tensor, cast: Tensor) -> float | None:
     return lost.max().item() if lost.numel() else None
 
 
-def _pattern(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
+def _layer_prefix(name: str) -> str:
+    """What stands before the number of a layer (``layers.7.mlp.weight`` → ``layers``); empty: there is none."""
+    prefix = re.split(r"\.\d+\.", name, maxsplit=1)[0]
+    return prefix if prefix != name else ""
 
 
 def _created_by() -> str:
