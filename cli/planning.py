@@ -160,7 +160,7 @@ def _token_counts(texts: list[str], model: Sizes) -> list[int]:
         return [max(1, len(text) // _CHARACTERS_A_TOKEN) for text in texts]
     from engine.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(model.folder / TOKENIZER_NAME, model.shape.bos_token_id)
+    tokenizer = Tokenizer.of_model(model.folder / TOKENIZER_NAME, model.shape)
     return [max(1, len(token_ids)) for token_ids in tokenizer.encode_batch(texts)]
 
 

@@ -17,6 +17,8 @@ class ModelShape:
     max_positions: int
     """Tokens a sequence may hold, prompt and output together."""
     bos_token_id: int | None
+    forces_bos: bool = False
+    """Whether every text begins with BOS, also where the tokenizer's own rule does not put it there."""
     eos_token_ids: tuple[int, ...]
     workspace_values: int
     """Values a token holds at the widest moment inside a layer; the workspace is sized by it."""

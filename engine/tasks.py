@@ -131,7 +131,9 @@ class _Unfit(Exception):
 def _begin_generation(request: Request, work: Generate, tokenizer: Tokenizer, shape: ModelShape) -> Generating:
     tokens = tokenizer.encode(work.prompt)
     if not tokens:
-        raise _Unfit("empty_prompt", "the prompt is empty and the model has no BOS token to start from")
+        raise _Unfit(
+            "empty_prompt", "the prompt is empty and the model's tokenizer puts no token before it to start from"
+        )
     if len(tokens) > shape.max_positions:
         raise _Unfit(
             "too_long",
@@ -168,7 +170,7 @@ def _scored_sequence(context: str, continuation: str, tokenizer: Tokenizer, shap
     if not continuation_ids:
         raise _Unfit("empty_continuation", "the continuation has no tokens to score")
     if not context_ids:
-        raise _Unfit("empty_prompt", "the context is empty and the model has no BOS token to start from")
+        raise _Unfit("empty_prompt", "the context is empty and the model has neither BOS nor EOS to start from")
     tokens = context_ids + continuation_ids
     if len(tokens) > shape.max_positions + 1:
         raise _Unfit(

@@ -26,6 +26,7 @@ class Tokenizer:
         self._bos = bos_token_id
         self._prefix = prefix_token_id if bos_token_id is None else bos_token_id
         self._adds_bos = bos_token_id is not None and backend.encode("").ids[:1] == [bos_token_id]
+        self._num_after = _num_after(backend)
         self._special = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
         self._byte_level = isinstance(backend.decoder, decoders.ByteLevel)
 
@@ -35,8 +36,9 @@ class Tokenizer:
 
         Args:
             path: a model directory's tokenizer.json.
-            bos_token_id: the configuration's; every encoded text begins with it. None: there is none.
-            prefix_token_id: what an empty context is scored after where there is no BOS (the EOS, in lm-eval).
+            bos_token_id: what every encoded text begins with, once. None: texts are encoded by the file's own rule,
+                which may put BOS before them, too.
+            prefix_token_id: what an empty context is scored after where ``bos_token_id`` is None.
 
         Raises:
             CheckpointError: absent or damaged.
@@ -51,13 +53,13 @@ class Tokenizer:
 
     @classmethod
     def of_model(cls, path: Path, shape: ModelShape) -> Self:
-        """The same, with the special tokens of a configuration.
+        """The same, with the special tokens of a configuration; an empty context is scored after BOS, else EOS.
 
         Raises:
             CheckpointError: absent or damaged.
         """
-        eos = shape.eos_token_ids
-        return cls.load(path, shape.bos_token_id, eos[0] if eos else None)
+        first = next((each for each in (shape.bos_token_id, *shape.eos_token_ids) if each is not None), None)
+        return cls.load(path, shape.bos_token_id if shape.forces_bos else None, first)
 
     @property
     def largest_id(self) -> int:
@@ -66,7 +68,7 @@ class Tokenizer:
         return max(*self._backend.get_vocab(with_added_tokens=True).values(), *around, -1, -1)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids with BOS exactly once at their start.
+        """Token ids by the tokenizer's own rule; where a BOS is given, with it exactly once at their start.
 
         Raises:
             UnencodableText: the text holds a lone surrogate.
@@ -85,7 +87,8 @@ class Tokenizer:
         """A context and its continuation as lm-eval encodes them.
 
         White space at the end of the context moves to the continuation; both are encoded as one text, which is cut
-        where the context's own encoding ends. An empty context becomes the BOS (or prefix) token.
+        where the context's own encoding ends. What the tokenizer's rule puts before a text is part of the context, what
+        it puts after one (an EOS, with some) is left out. An empty context becomes the BOS (or prefix) token.
 
         Raises:
             UnencodableText: a text holds a lone surrogate.
@@ -96,7 +99,8 @@ class Tokenizer:
             if self._prefix is None:
                 return [], ids
             return [self._prefix], ids[1:] if ids[:1] == [self._prefix] else ids
-        context_ids, whole_ids = self.encode_batch([stripped, context + continuation])
+        pair = self.encode_batch([stripped, context + continuation])
+        context_ids, whole_ids = (ids[: len(ids) - self._num_after] for ids in pair)
         return context_ids, whole_ids[len(context_ids) :]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -204,6 +208,12 @@ class _WholeStream(TextStream):
         new = text[self._num_emitted :]
         self._num_emitted = max(self._num_emitted, len(text))
         return new
+
+
+def _num_after(backend: tokenizers.Tokenizer) -> int:
+    """How many tokens the tokenizer's rule puts after a text."""
+    mask = backend.encode("a").special_tokens_mask
+    return 0 if all(mask) else mask[::-1].index(0)
 
 
 def _check_unicode(text: str) -> None:

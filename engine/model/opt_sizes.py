@@ -158,6 +158,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
         vocab_size=positive(config, "vocab_size", 50272),
         max_positions=positive(config, "max_position_embeddings", 2048),
         bos_token_id=bos_token_id(config, 2),
+        forces_bos=True,
         eos_token_ids=token_ids(config, "eos_token_id", 2),
         workspace_values=workspace_values(hidden_size, ffn_size),
     )

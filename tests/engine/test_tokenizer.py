@@ -3,6 +3,7 @@
 import atexit
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -16,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from engine.errors import CheckpointError
+from engine.shape import ModelShape
 from engine.tokenizer import Tokenizer, UnencodableText
 from engine.weights.importers.tokenizer_files import from_vocab_and_merges, tokenizer_files
 
@@ -186,6 +188,57 @@ def test_without_bos_none_is_added() -> None:
     tokenizer = ours("new", None)
     assert tokenizer.encode("The fox") == oracle("new")("The fox")["input_ids"]
     assert tokenizer.encode("") == []
+
+
+SHAPE = ModelShape(
+    num_layers=1, hidden_size=8, num_heads=1, num_kv_heads=1, head_size=8, ffn_size=8, vocab_size=512, max_positions=16,
+    bos_token_id=BOS, eos_token_ids=(0,), workspace_values=1,
+)  # fmt: skip
+
+
+def with_shape(tmp_path: Path, kind: str = "bos", **changes: Any) -> Tokenizer:
+    (tmp_path / "tokenizer.json").write_bytes((folder(kind=kind) / "tokenizer.json").read_bytes())
+    return Tokenizer.of_model(tmp_path / "tokenizer.json", replace(SHAPE, **changes))
+
+
+@pytest.mark.parametrize("kind", ["new", "bos"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_without_a_rule_of_the_family_ids_are_those_of_the_tokenizers_own(kind: str, text: str, tmp_path: Path) -> None:
+    assert with_shape(tmp_path, kind).encode(text) == oracle(kind)(text)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["new", "bos"])
+def test_a_family_that_forces_bos_has_it_whatever_the_tokenizers_rule(kind: str, tmp_path: Path) -> None:
+    for text in TEXTS:
+        assert with_shape(tmp_path, kind, forces_bos=True).encode(text) == expected_ids(kind, text)
+
+
+@pytest.mark.parametrize("context", ["Review: bad", "</s>Review: bad", " Review: bad \n"])
+def test_a_context_that_the_tokenizer_puts_bos_before_keeps_it_in_a_pair(context: str, tmp_path: Path) -> None:
+    context_ids, continuation_ids = with_shape(tmp_path).encode_pair(context, "is it")
+    assert context_ids == oracle("bos")(context.rstrip())["input_ids"]
+    assert context_ids + continuation_ids == oracle("bos")(context + "is it")["input_ids"]
+
+
+def test_an_empty_context_is_scored_after_bos_else_eos(tmp_path: Path) -> None:
+    bare = oracle("bos")("again", add_special_tokens=False)["input_ids"]
+    assert with_shape(tmp_path).encode_pair("", "again") == ([BOS], bare)
+    assert with_shape(tmp_path, bos_token_id=0).encode_pair("", "again") == ([0], bare)
+    assert with_shape(tmp_path, bos_token_id=None).encode_pair("", "again") == ([0], bare)
+    assert with_shape(tmp_path, bos_token_id=None, eos_token_ids=()).encode_pair("", "again") == ([], bare)
+
+
+def test_what_a_tokenizer_puts_after_texts_is_not_between_context_and_continuation(tmp_path: Path) -> None:
+    built = tokenizers.Tokenizer.from_file(str(folder(kind="new") / "tokenizer.json"))
+    tokens = [("<s>", 0), ("</s>", BOS)]
+    built.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=tokens)
+    built.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.of_model(tmp_path / "tokenizer.json", SHAPE)
+    bare = oracle("new")("The fox again")["input_ids"]
+    assert tokenizer.encode("The fox again") == [0, *bare, BOS]
+    context_ids, continuation_ids = tokenizer.encode_pair("The fox", " again")
+    assert context_ids == [0, *oracle("new")("The fox")["input_ids"]]
+    assert context_ids + continuation_ids == [0, *bare]
 
 
 def test_a_batch_is_each_alone() -> None:
