@@ -17,7 +17,7 @@ EMBED = "embed"
 HEAD = "head"
 
 Config = Mapping[str, Any]
-"""A Hugging Face ``config.json``."""
+"""A Hugging Face ``config.json``; in a model directory with its ``generation_config.json`` inside."""
 
 NamedWeights = Mapping[str, "Tensor"]
 """The tensors of one unit (embedding, one layer, head) by the names of its ``UnitSpec``."""

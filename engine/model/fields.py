@@ -7,6 +7,8 @@ from engine.dtypes import DType
 from engine.errors import CheckpointError
 from engine.model.family import Config
 
+GENERATION = "generation_config"
+"""Under this name, a model directory's configuration has the checkpoint's generation_config.json."""
 MOST_LAYERS = 4096
 """More than any model has, few enough to be listed."""
 ACTIVATIONS = frozenset(
@@ -72,14 +74,18 @@ def activation_name(config: Config, name: str, default: str) -> str:
     return found
 
 
-def token_ids(config: Config, name: str, default: int | None = None) -> tuple[int, ...]:
-    """The tokens of a field that holds one, a list of them, or null.
+def eos_token_ids(config: Config, default: int | None = None) -> tuple[int, ...]:
+    """The tokens that end a generation: those of config.json first, then those that generation_config.json adds.
 
     Raises:
         CheckpointError: one is no token's number.
     """
-    value = config.get(name, default)
-    return tuple(_token_id(name, each) for each in (value if isinstance(value, list) else [value]) if each is not None)
+    name = "eos_token_id"
+    found = _token_ids(config.get(name, default), name, "config.json")
+    more = config.get(GENERATION)
+    if isinstance(more, dict):
+        found += _token_ids(more.get(name), name, "generation_config.json")
+    return tuple(dict.fromkeys(found))
 
 
 def bos_token_id(config: Config, default: int | None = None) -> int | None:
@@ -89,7 +95,7 @@ def bos_token_id(config: Config, default: int | None = None) -> int | None:
         CheckpointError: it is no token's number.
     """
     value = config.get("bos_token_id", default)
-    return None if value is None else _token_id("bos_token_id", value)
+    return None if value is None else _token_id(value, "bos_token_id", "config.json")
 
 
 def stored_dtype(config: Config) -> DType | None:
@@ -99,7 +105,12 @@ def stored_dtype(config: Config) -> DType | None:
     return DType(named) if named in tuple(DType) else None
 
 
-def _token_id(name: str, value: Any) -> int:
+def _token_ids(value: Any, name: str, file: str) -> list[int]:
+    """Of a field that holds one, a list of them, or null."""
+    return [_token_id(each, name, file) for each in (value if isinstance(value, list) else [value]) if each is not None]
+
+
+def _token_id(value: Any, name: str, file: str) -> int:
     if type(value) is not int or value < 0:
-        raise CheckpointError(f"config.json: {name} must be a token's number, not {value!r:.40}")
+        raise CheckpointError(f"{file}: {name} must be a token's number, not {value!r:.40}")
     return value

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.errors import CheckpointError
 from engine.model.family import EMBED, HEAD, Config, TensorSpec, UnitSpec, layer_name
-from engine.model.fields import activation_name, bos_token_id, layer_count, positive, token_ids
+from engine.model.fields import activation_name, bos_token_id, eos_token_ids, layer_count, positive
 from engine.shape import ModelShape
 
 POSITION_OFFSET = 2
@@ -159,7 +159,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
         max_positions=positive(config, "max_position_embeddings", 2048),
         bos_token_id=bos_token_id(config, 2),
         forces_bos=True,
-        eos_token_ids=token_ids(config, "eos_token_id", 2),
+        eos_token_ids=eos_token_ids(config, 2),
         workspace_values=workspace_values(hidden_size, ffn_size),
     )
 

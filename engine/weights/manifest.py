@@ -68,7 +68,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     model_type: str
     config: Mapping[str, Any]
-    """The checkpoint's ``config.json``, whole."""
+    """The checkpoint's ``config.json``, whole, and in it under ``generation_config`` its ``generation_config.json``."""
     dtype: DType
     """The number type of the weights that are plain, and the default to compute in."""
     units: tuple[UnitEntry, ...]

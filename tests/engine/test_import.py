@@ -21,6 +21,7 @@ from engine.dtypes import DType
 from engine.errors import CheckpointError, DiskFull
 from engine.memory.aligned import aligned_empty
 from engine.model.family import TensorSpec, layer_name
+from engine.model.registry import sizes_for
 from engine.units import MIB
 from engine.weights.files import WeightFiles
 from engine.weights.importers.huggingface import import_checkpoint
@@ -176,7 +177,10 @@ def test_the_manifest_says_what_was_written(checkpoint: Path, tmp_path: Path) ->
     assert [unit.name for unit in manifest.units] == ["embed", *map(layer_name, range(4)), "head"]
     assert manifest.dtype == "float32"
     assert manifest.source == "opt-tiny"
-    assert manifest.config == json.loads((checkpoint / "config.json").read_text())
+    config, generation = (
+        json.loads((checkpoint / f"{name}.json").read_text()) for name in ("config", "generation_config")
+    )
+    assert manifest.config == {**config, "generation_config": generation}
     assert manifest.num_bytes == sum((tmp_path / "model" / unit.file).stat().st_size for unit in manifest.units)
     assert all(unit.num_bytes % 4096 == 0 for unit in manifest.units)
     assert all(tensor.offset % 256 == 0 for unit in manifest.units for tensor in unit.tensors.values())
@@ -196,6 +200,45 @@ def test_dtype_is_asked_for_or_the_configurations_or_the_tensors(source: Path, t
     replace_weights(source, {name: tensor.half() for name, tensor in tensors_of(source).items()})
     change_config(source, torch_dtype=...)
     assert import_checkpoint(source, tmp_path / "c").dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation", "ends"),
+    [
+        (2, 2, (2,)),
+        (2, [7, 2], (2, 7)),
+        ([5, 6], None, (5, 6)),
+        (None, 7, (7,)),
+        (..., 7, (2, 7)),  # absent from this family's config.json: its default
+        ([5, 6], ..., (5, 6)),
+    ],
+)
+def test_a_generation_ends_at_the_tokens_of_either_file(
+    in_config: object, in_generation: object, ends: tuple[int, ...], source: Path, tmp_path: Path
+) -> None:
+    change_config(source, eos_token_id=in_config)
+    (source / "generation_config.json").write_text(
+        json.dumps({} if in_generation is ... else {"eos_token_id": in_generation})
+    )
+    import_checkpoint(source, tmp_path / "model")
+    assert sizes_for(read_manifest(tmp_path / "model").config).shape.eos_token_ids == ends
+
+
+def test_a_model_directory_from_before_generation_settings_were_kept(source: Path, tmp_path: Path) -> None:
+    import_checkpoint(source, tmp_path / "model")
+    path = tmp_path / "model" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["config"]["generation_config"]
+    path.write_text(json.dumps(manifest))
+    assert sizes_for(read_manifest(tmp_path / "model").config).shape.eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize(("content", "says"), [("{", "cannot be read"), ('{"eos_token_id": "x"}', "eos_token_id")])
+def test_damaged_generation_settings_are_named(content: str, says: str, source: Path, tmp_path: Path) -> None:
+    (source / "generation_config.json").write_text(content)
+    message = refusal(source, tmp_path / "model")
+    assert "generation_config.json" in message
+    assert says in message
 
 
 def test_float64_needs_a_choice(source: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from engine.dtypes import DType
 from engine.errors import CheckpointError
 from engine.memory.tensors import torch_dtype
 from engine.model.family import TensorSpec, UnitSpec
-from engine.model.fields import stored_dtype
+from engine.model.fields import GENERATION, stored_dtype
 from engine.model.registry import sizes_for
 from engine.weights.importers.sources import CheckpointFile, TensorInfo, open_checkpoint_file
 from engine.weights.importers.tokenizer_files import check_vocabulary, tokenizer_files
@@ -88,10 +88,10 @@ def import_checkpoint(
 
 
 def read_config(source: Path) -> dict[str, Any]:
-    """The configuration of a Hugging Face folder.
+    """The configuration of a Hugging Face folder: config.json, with generation_config.json in it if there is one.
 
     Raises:
-        CheckpointError: there is no such folder, or no usable config.json in it.
+        CheckpointError: there is no such folder, or no usable config.json in it, or the other file is damaged.
     """
     if not source.exists():
         raise CheckpointError(f"{source} does not exist")
@@ -105,7 +105,8 @@ def read_config(source: Path) -> dict[str, Any]:
     config = _read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path} has no model_type")
-    return config
+    generation = source / "generation_config.json"
+    return {**config, GENERATION: _read_json(generation)} if generation.is_file() else config
 
 
 class Checkpoint:
