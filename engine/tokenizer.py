@@ -1,9 +1,11 @@
 """Text to token ids and back, as the model's makers meant it, on the ``tokenizers`` library alone."""
 
 import codecs
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import tokenizers
 from tokenizers import decoders, pre_tokenizers
@@ -29,6 +31,9 @@ class Tokenizer:
         self._num_after = _num_after(backend)
         self._special = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
         self._byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        steps = _steps(backend.decoder)
+        self._local = all(map(_is_local, steps))
+        self._byte_tokens = any(step["type"] == "ByteFallback" for step in steps)
 
     @classmethod
     def load(cls, path: Path, bos_token_id: int | None, prefix_token_id: int | None = None) -> Self:
@@ -108,8 +113,12 @@ class Tokenizer:
         return self._backend.decode(list(token_ids), skip_special_tokens=True)
 
     def token_text(self, token_id: int) -> str:
-        """One token as people read it, special ones too; a piece of a character is U+FFFD."""
-        return self._backend.decode([token_id], skip_special_tokens=False)
+        """One token as people read it inside a text, special ones too; a piece of a character is U+FFFD."""
+        alone = self._backend.decode([token_id], skip_special_tokens=False)
+        if self._byte_level or not self._local:
+            return alone
+        # SentencePiece's decoders take spaces from the first token of a text, which the second still has.
+        return self._backend.decode([token_id, token_id], skip_special_tokens=False)[len(alone) :]
 
     def stop_checker(self, stop: Sequence[str]) -> "StopChecker":
         """A new watch for stop strings over one sequence's output."""
@@ -117,13 +126,16 @@ class Tokenizer:
 
     def stream(self) -> "TextStream":
         """A new incremental ``decode``."""
-        return _ByteStream(self) if self._byte_level else _WholeStream(self)
+        return _ByteStream(self) if self._byte_level or self._local else _WholeStream(self)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to the decoded bytes of a byte-level tokenizer; nothing if special or unknown."""
+        """What one token adds to the decoded bytes inside a text; nothing if special or unknown."""
         text = None if token_id in self._special else self._backend.id_to_token(token_id)
         if text is None:
             return b""
+        if not self._byte_level:
+            is_byte = self._byte_tokens and _BYTE_TOKEN.fullmatch(text)
+            return bytes([int(text[3:5], 16)]) if is_byte else self.token_text(token_id).encode()
         try:
             return bytes(_BYTE_OF[character] for character in text)
         except KeyError:  # an added token, which is its own text
@@ -155,28 +167,35 @@ class StopChecker:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
         self._stop = tuple(text for text in stop if text)
         self._overlap = max((len(text) for text in self._stop), default=1) - 1
         self._stream = tokenizer.stream()
-        self._settled: list[str] = []  # text in which no stop string can begin any more
-        self._tail = ""
+        self._token_ids: list[int] = []
+        self._tail = ""  # the end of the text: before it, no stop string can begin any more
 
     def push(self, token_id: int) -> str | None:
         """Takes the next token; the text before the earliest stop string if there is one now, else None."""
         if not self._stop:
             return None
+        self._token_ids.append(token_id)
         tail = self._tail + self._stream.push(token_id)
-        begins = [begin for begin in (tail.find(text) for text in self._stop) if begin >= 0]
-        if begins:
-            return "".join(self._settled) + tail[: min(begins)]
-        keep = max(0, len(tail) - self._overlap)
-        self._settled.append(tail[:keep])
-        self._tail = tail[keep:]
+        if any(text in tail for text in self._stop):
+            # The stream may differ from the text in spaces at its start and in bytes that are no characters.
+            whole = self._tokenizer.decode(self._token_ids)
+            begins = [begin for begin in (whole.find(text) for text in self._stop) if begin >= 0]
+            if begins:
+                return whole[: min(begins)]
+        self._tail = tail[max(0, len(tail) - self._overlap) :]
         return None
 
 
 class TextStream:
-    """An incremental ``decode``: the pieces that ``push`` returns are the text so far, less an unfinished character."""
+    """An incremental ``decode``: the pieces that ``push`` returns are the text so far, less an unfinished character.
+
+    They may begin with spaces that ``decode`` takes from the start of a text, and may make something else of bytes
+    that are no characters.
+    """
 
     def push(self, token_id: int) -> str:
         """The text that this token completes."""
@@ -184,7 +203,7 @@ class TextStream:
 
 
 class _ByteStream(TextStream):
-    """For byte-level tokenizers, whose text is the concatenation of their tokens' bytes."""
+    """For tokenizers whose text is the concatenation of what each token stands for, in bytes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -195,7 +214,7 @@ class _ByteStream(TextStream):
 
 
 class _WholeStream(TextStream):
-    """For any other: decodes all again at every token, since the text of one may depend on those around it."""
+    """For decoders that we know nothing of: decodes all again at every token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -204,10 +223,28 @@ class _WholeStream(TextStream):
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
-        text = self._tokenizer.decode(self._ids).rstrip("�")
+        text = self._tokenizer.decode(self._ids).rstrip("\ufffd")
         new = text[self._num_emitted :]
         self._num_emitted = max(self._num_emitted, len(text))
         return new
+
+
+def _steps(decoder: decoders.Decoder | None) -> list[dict[str, Any]]:
+    """The settings of what a decoder does with tokens, one after the other, as tokenizer.json has them."""
+    if decoder is None:
+        return []
+    settings = json.loads(decoder.__getstate__())
+    return list(settings["decoders"]) if settings["type"] == "Sequence" else [settings]
+
+
+def _is_local(step: Mapping[str, Any]) -> bool:
+    """Whether a token's text then depends on those around it in nothing but the first spaces and the bytes of a
+    character, as with SentencePiece's vocabularies."""
+    return (
+        step["type"] in ("Metaspace", "ByteFallback", "Fuse")
+        or (step["type"] == "Replace" and len(step["pattern"].get("String", "")) == 1)
+        or (step["type"] == "Strip" and step["start"] <= 1 and step["stop"] == 0)
+    )
 
 
 def _num_after(backend: tokenizers.Tokenizer) -> int:
@@ -236,3 +273,4 @@ def _byte_of() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_of()
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from engine.errors import CheckpointError
@@ -401,28 +401,116 @@ def test_long_outputs_are_not_searched_again() -> None:
         assert len(checker._tail) < len("never to be found")
 
 
-def test_tokenizers_that_are_not_byte_level(tmp_path: Path) -> None:
-    """Llama's kind: a text depends on the tokens around it (here, the first space goes)."""
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "ab", "▁ab"]
+PIECES = ["▁", "a", "b", "▁a", "ab", "▁ab", "▁▁", "日", "日b", "é", "▁▁a"]
+MERGES = [("▁", "a"), ("a", "b"), ("▁", "ab"), ("▁", "▁"), ("日", "b"), ("▁▁", "a")]
+SENTENCEPIECE = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+NOT_BYTE_LEVEL: dict[str, tuple[Any, Any, Any]] = {
+    # normalizer, pre-tokenizer, decoder
+    "llama-2": (
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        None,
+        decoders.Sequence([*SENTENCEPIECE, decoders.Strip(" ", 1, 0)]),
+    ),
+    "newer": (
+        None,
+        pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+        decoders.Sequence([*SENTENCEPIECE, decoders.Strip(" ", 1, 0)]),
+    ),
+    "gemma": (normalizers.Replace(" ", "▁"), None, decoders.Sequence(SENTENCEPIECE)),
+    "metaspace": (None, pre_tokenizers.Metaspace(), decoders.Metaspace()),
+    "two spaces go": (
+        normalizers.Replace(" ", "▁"), None, decoders.Sequence([*SENTENCEPIECE, decoders.Strip(" ", 2, 0)]),
+    ),
+    "words": (None, pre_tokenizers.Whitespace(), None),
+    "pieces of words": (None, pre_tokenizers.Whitespace(), decoders.WordPiece(prefix="▁")),
+}  # fmt: skip
+
+
+@cache
+def not_byte_level(kind: str) -> Tokenizer:
+    """SentencePiece's kind, and others: a text depends on the tokens around it."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]
     built = tokenizers.Tokenizer(
         models.BPE(
-            {word: index for index, word in enumerate(words)}, [("▁", "a"), ("a", "b"), ("▁", "ab")],
-            unk_token="<unk>", byte_fallback=True,
+            {word: index for index, word in enumerate(words)}, MERGES, unk_token="<unk>", byte_fallback=True
         )
     )  # fmt: skip
-    built.pre_tokenizer = pre_tokenizers.Metaspace()
-    built.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    normalizer, pre_tokenizer, decoder = NOT_BYTE_LEVEL[kind]
+    if normalizer is not None:
+        built.normalizer = normalizer
+    if pre_tokenizer is not None:
+        built.pre_tokenizer = pre_tokenizer
+    if decoder is not None:
+        built.decoder = decoder
     built.add_special_tokens(["<s>", "</s>"])
-    built.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json", 1)
-    for text, stop, before in (
+    built.add_tokens(["two words"])
+    path = Path(mkdtemp(dir=SCRATCH)) / "tokenizer.json"
+    built.save(str(path))
+    return Tokenizer.load(path, None)
+
+
+@pytest.mark.parametrize("kind", ["llama-2", "newer", "gemma"])
+@pytest.mark.parametrize(
+    ("text", "stop", "before"),
+    [
         ("ab a日b ab", ["日b"], "ab a"),
         ("ab ab", ["b a"], "a"),
         ("a🙂", ["🙂"], "a"),
+        ("a🙂🙃 b", ["🙃 b"], "a🙂"),
+        ("ab", [" a"], None),  # no text, though the first token has a space
         ("ab", ["x"], None),
-    ):
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text
-        assert pushed(tokenizer, ids, list(stop)) == stopped(tokenizer, ids, list(stop)) == before
+    ],
+)
+def test_stop_strings_of_sentencepieces_kind(kind: str, text: str, stop: list[str], before: str | None) -> None:
+    tokenizer = not_byte_level(kind)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert pushed(tokenizer, ids, stop) == stopped(tokenizer, ids, stop) == before
+
+
+# Pieces of words and bytes in runs, special tokens, and numbers beyond the vocabulary.
+mixed_ids = st.lists(st.integers(259, 272) | st.integers(0, 275) | st.sampled_from([0xF0, 0x9F, 0x99, 0x82]).map(
+    lambda byte: byte + 3), max_size=20)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_BYTE_LEVEL)
+@given(ids=mixed_ids, data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_stop_strings_of_other_kinds_are_found_where_decoding_all_finds_them(
+    kind: str, ids: list[int], data: st.DataObject
+) -> None:
+    tokenizer = not_byte_level(kind)
+    texts = "".join(texts_so_far(tokenizer, ids)).replace("\ufffd", "x") or "x"
+    begins = st.integers(0, len(texts) - 1)
+    strings = st.builds(lambda begin, size: texts[begin : begin + size], begins, st.integers(1, 5))
+    stop = data.draw(st.lists(strings | st.text("ab 日🙂", min_size=1, max_size=3), min_size=1, max_size=3))
+    assert pushed(tokenizer, ids, stop) == stopped(tokenizer, ids, stop)
+
+
+@pytest.mark.parametrize("kind", ["llama-2", "newer", "gemma", "metaspace"])
+@given(ids=mixed_ids)
+@settings(max_examples=150, deadline=None)
+def test_streamed_text_of_sentencepieces_kind_is_the_text(kind: str, ids: list[int]) -> None:
+    """But for spaces at its start, an unfinished character, and what becomes of bytes that are none."""
+    stream = not_byte_level(kind).stream()
+    streamed = "".join(stream.push(token_id) for token_id in [*ids, 261])  # a letter ends what is unfinished
+    whole = not_byte_level(kind).decode([*ids, 261])
+    assert all(piece in streamed for piece in whole.split("\ufffd"))
+    if "\ufffd" not in whole:
+        assert streamed.endswith(whole)
+        assert streamed.removesuffix(whole).strip(" ") == ""
+
+
+def test_no_long_output_is_decoded_again_at_every_token() -> None:
+    tokenizer = not_byte_level("llama-2")
+    assert type(tokenizer.stream()) is type(ours("old").stream())
+    assert type(not_byte_level("pieces of words").stream()) is not type(ours("old").stream())
+
+
+def test_a_tokens_text_inside_a_text_has_its_space() -> None:
+    tokenizer = not_byte_level("llama-2")
+    assert [tokenizer.token_text(id) for id in tokenizer.encode("ab a日")] == [" a", "b", " a", "日"]
+    assert tokenizer.token_text(2) == "</s>"
+    assert tokenizer.token_text(3 + 0xE2) == "\ufffd"
+    assert tokenizer.token_text(3 + 0x41) == "A"
+    assert tokenizer.token_text(100_000) == ""
