@@ -54,8 +54,9 @@ def download(name: str, destination: Path) -> Path:
     if not wanted:
         raise CheckpointError(f"{name} on the Hugging Face hub holds neither .safetensors nor .bin weights")
     raise CheckpointError(
-        f"{name} on the Hugging Face hub holds no tokenizer: download it yourself, copy tokenizer.json, or vocab.json "
-        "and merges.txt, into its folder from where the checkpoint comes from, and import the folder"
+        f"{name} on the Hugging Face hub holds no tokenizer: download it yourself, put tokenizer.json (or vocab.json "
+        "and merges.txt) into its folder, from where the checkpoint comes from or made with transformers, and import "
+        "the folder"
     )
 
 

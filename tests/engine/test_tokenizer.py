@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import cache
@@ -174,6 +175,28 @@ def test_damaged_vocabulary_files(name: str, tmp_path: Path) -> None:
     if name != "tokenizer_config.json":
         with pytest.raises(CheckpointError, match="has no tokenizer"):
             tokenizer_files(tmp_path)
+
+
+def test_a_vocabulary_of_another_kind_is_not_taken_for_gpt2s(tmp_path: Path) -> None:
+    for path in folder(kind="old").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    settings_path = tmp_path / "tokenizer_config.json"
+    config = json.loads(settings_path.read_text())
+    for named in ("GPT2Tokenizer", "GPT2TokenizerFast", None):
+        settings_path.write_text(json.dumps({**config, "tokenizer_class": named}))
+        tokenizer_files(tmp_path)
+    settings_path.write_text(json.dumps({**config, "tokenizer_class": "Qwen2Tokenizer"}))
+    with pytest.raises(CheckpointError, match=r"of a Qwen2Tokenizer; make tokenizer\.json of it with transformers"):
+        tokenizer_files(tmp_path)
+
+
+def test_sentencepieces_own_file_alone_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model alone; make tokenizer\.json of it") as refused:
+        tokenizer_files(tmp_path)
+    (code,) = re.findall(r'python -c "(.*)"$', str(refused.value))
+    compile(code, "advice", "exec")
+    assert repr(str(tmp_path)) in code
 
 
 def test_a_model_directory_without_a_usable_tokenizer(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from tokenizers.models import BPE
 
 from engine.errors import CheckpointError
 from engine.tokenizer import Tokenizer as EncodingTokenizer
-from engine.weights.importers.tokenizer_present import check_tokenizer
+from engine.weights.importers.tokenizer_present import check_tokenizer, how_to_make
 from engine.weights.manifest import TOKENIZER_NAME
 
 _COPIED = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 LEAST_SHARE = 0.8
 """The part of a vocabulary that its tokenizer knows at least: tables are padded, but never by more."""
+_GPT2 = "GPT2Tokenizer"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _ROLES = ("unk_token", "bos_token", "eos_token", "pad_token", "cls_token", "sep_token", "mask_token")
 
@@ -64,9 +65,12 @@ def from_vocab_and_merges(source: Path) -> Tokenizer:
     """GPT-2's byte-level BPE as OPT uses it, with the special tokens that the folder's settings name.
 
     Raises:
-        CheckpointError: a file is damaged.
+        CheckpointError: a file is damaged, or they are of another kind of tokenizer.
     """
     config = _settings(source / "tokenizer_config.json")
+    kind = str(config.get("tokenizer_class") or _GPT2).removesuffix("Fast")
+    if kind != _GPT2:  # vocab.json does not say how it cuts texts into words, and this one may do it otherwise
+        raise CheckpointError(f"{source} has the vocab.json and merges.txt of a {kind}; {how_to_make(source)}")
     try:
         model = BPE.from_file(
             str(source / "vocab.json"), str(source / "merges.txt"), continuing_subword_prefix="", end_of_word_suffix=""
