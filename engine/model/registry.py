@@ -10,6 +10,7 @@ from engine.model.family import Config, Family, Sizes
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "opt": ("opt",),
+    "llama": ("llama", "mistral", "qwen2", "qwen3"),
 }
 """By the module beside this one that computes a family, the ``model_type`` of each of its checkpoints;
 ``<module>_sizes`` says how large they are, without torch, and perhaps the configurations of well-known ones, ``KNOWN``.

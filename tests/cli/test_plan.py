@@ -252,8 +252,8 @@ def test_on_this_machine_budgets_are_of_what_is_free_now(home: Path, run: Run) -
 
 def test_another_kind_of_model_is_refused(run: Run, checkpoint: Path) -> None:
     shutil.copytree(checkpoint, "other")
-    (Path("other") / "config.json").write_text(json.dumps(CONFIG | {"model_type": "llama"}))
-    assert "'llama'" in one_sentence(run(*T4, "--model", "./other"), 3)
+    (Path("other") / "config.json").write_text(json.dumps(CONFIG | {"model_type": "gpt_neox"}))
+    assert "'gpt_neox'" in one_sentence(run(*T4, "--model", "./other"), 3)
     (Path("other") / "config.json").write_text("{")
     assert "config.json" in one_sentence(run(*T4, "--model", "./other"), 3)
 

@@ -1,0 +1,118 @@
+"""Llama (Touvron et al. 2023, arXiv:2302.13971) and its like as pure functions of named weights.
+
+Llama, Mistral, Qwen2 and Qwen3: RMSNorm before each block, rotary positions, grouped queries, a gated feed-forward
+block; with or without biases, norms of queries and keys, and a tied output embedding. Shapes: see
+``engine.model.family``; h is half of the head size, F the width of the feed-forward block.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from math import tau
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.formats.linear import linear, row_parts
+from engine.model.activation_functions import ACTIVATION_FUNCTIONS
+from engine.model.family import Attend, Config, NamedWeights
+from engine.model.llama_sizes import LlamaSizes, Rope
+
+
+def family(config: Config) -> "Llama":
+    """The family of a Hugging Face ``config.json``, for ``engine.model.registry``.
+
+    Raises:
+        CheckpointError: a value that is out of range or not supported.
+    """
+    return Llama.from_config(config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama(LlamaSizes):
+    """One configuration of Llama's family; implements ``engine.model.family.Family``."""
+
+    activation: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Llama":
+        """Read a Hugging Face ``config.json``.
+
+        Raises:
+            CheckpointError: a value that is out of range or not supported.
+        """
+        sizes = LlamaSizes.from_config(config)
+        values = {field.name: getattr(sizes, field.name) for field in fields(sizes)}
+        return cls(**values, activation=ACTIVATION_FUNCTIONS[config.get("hidden_act", "silu")])
+
+    def embed(self, weights: NamedWeights, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
+        """Tokens alone, ``[T, D]``; positions come in with the queries and keys of each layer."""
+        del positions_T
+        return F.embedding(token_ids_T, weights["tokens.weight"])
+
+    def layer(self, weights: NamedWeights, hidden_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """Attention and feed-forward block, each with its residual; ``hidden_TD`` is overwritten."""
+        hidden_TD.add_(self._attention(weights, self._norm(weights, "attention_norm", hidden_TD), positions_T, attend))
+        x_TD = self._norm(weights, "ffn_norm", hidden_TD)
+        parts = row_parts(x_TD.shape[0], 2 * self.shape.ffn_size * x_TD.element_size())
+        for rows_RD, x_RD in zip(torch.chunk(hidden_TD, parts), torch.chunk(x_TD, parts), strict=True):
+            rows_RD.add_(self._feed_forward(weights, x_RD))
+        return hidden_TD
+
+    def _feed_forward(self, weights: NamedWeights, x_RD: Tensor) -> Tensor:
+        gate_RF, up_RF = linear(x_RD, weights["gate_up.weight"], weights.get("gate_up.bias")).chunk(2, dim=-1)
+        return linear(self.activation(gate_RF).mul_(up_RF), weights["down.weight"], weights.get("down.bias"))
+
+    def _attention(self, weights: NamedWeights, x_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        shape = self.shape
+        counts = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+        qkv = linear(x_TD, weights["qkv.weight"], weights.get("qkv.bias")).view(-1, sum(counts), shape.head_size)
+        q_TNH, k_TKH, v_TKH = torch.split(qkv, counts, dim=1)
+        if self.norms_heads:
+            q_TNH.copy_(self._norm(weights, "q_norm", q_TNH))
+            k_TKH.copy_(self._norm(weights, "k_norm", k_TKH))
+        turn_(qkv[:, : -shape.num_kv_heads], positions_T, self.rope)
+        out_TNH = attend(q_TNH, k_TKH, v_TKH)
+        return linear(out_TNH.flatten(1), weights["out.weight"], weights.get("out.bias"))
+
+    def head(self, weights: NamedWeights, embedding: NamedWeights | None, hidden_TD: Tensor) -> Tensor:
+        """Final norm and token table; float32 logits ``[T, V]``."""
+        hidden_TD = self._norm(weights, "norm", hidden_TD)
+        table = weights["logits.weight"] if embedding is None else embedding["tokens.weight"]
+        return F.linear(hidden_TD, table).float()
+
+    def _norm(self, weights: NamedWeights, name: str, x: Tensor) -> Tensor:
+        """RMSNorm over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467), computed in float32."""
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.norm_eps)
+        return scaled.to(x.dtype).mul_(weights[f"{name}.weight"])
+
+
+def frequencies(rope: Rope, head_size: int, device: torch.device) -> Tensor:
+    """The angle by which one position turns each pair of values, float32 ``[h]``.
+
+    Computed where it is needed: it is small, and a copy from the host would wait for it.
+    """
+    places_h = torch.arange(0, head_size, 2, dtype=torch.float32, device=device)
+    turns_h = 1.0 / (rope.theta ** (places_h / head_size))
+    if rope.low_freq_factor is None:
+        return turns_h / rope.factor
+    # How often each turns over the positions of the training tells how much of it is kept as it is.
+    often_h = turns_h * (rope.original_positions / tau)
+    kept_h = (often_h - rope.low_freq_factor).div_(rope.high_freq_factor - rope.low_freq_factor).clamp_(0, 1)
+    return turns_h * kept_h + turns_h / rope.factor * (1 - kept_h)
+
+
+def turn_(x_TNH: Tensor, positions_T: Tensor, rope: Rope) -> None:
+    """Turns each head's pairs of values, ``(i, i + h)``, by their positions' angles, in place.
+
+    Angles are float32; their sine and cosine, and the products with them, have the values' type, as in transformers.
+    """
+    angles_Th = positions_T[:, None] * frequencies(rope, x_TNH.shape[-1], x_TNH.device)
+    cos_T1H, sin_T1H = (
+        torch.cat((wave, wave), -1).to(x_TNH.dtype)[:, None] for wave in (angles_Th.cos(), angles_Th.sin())
+    )
+    first_TNh, second_TNh = x_TNH.chunk(2, dim=-1)
+    turned_TNH = torch.cat((-second_TNh, first_TNh), -1).mul_(sin_T1H)
+    x_TNH.mul_(cos_T1H).add_(turned_TNH)
