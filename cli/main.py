@@ -150,8 +150,8 @@ def _close_stdout_quietly() -> None:
 def main(ctx: click.Context) -> None:
     """Offline LLM batch inference for one GPU machine.
 
-    Put a dataset in the queue, let a worker run it through an OPT model over GPU, CPU and disk memory, and fetch the
-    outputs in the morning.
+    Put a dataset in the queue, let a worker run it through a language model over GPU, CPU and disk memory, and fetch
+    the outputs in the morning.
     """
     ctx.ensure_object(App)
     if ctx.invoked_subcommand is None:

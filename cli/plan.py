@@ -26,7 +26,10 @@ def _tokens() -> Number:
 
 @click.command("plan", short_help="What would run how fast, on this machine or another.")
 @click.option(
-    "--model", required=True, type=Text(), help="A name from `overnight models`, a folder, or facebook/opt-…."
+    "--model",
+    required=True,
+    type=Text(),
+    help="A name from `overnight models`, a folder, or a known one: facebook/opt-30b.",
 )
 @click.option(
     "--hardware",
