@@ -11,7 +11,7 @@ import torch
 from engine import Engine, Generate, Generation, PlanOptions, Request, SamplingParams, Score, Scoring
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
-from engine.model.llama import Llama
+from engine.model.llama import Llama, turn_
 from engine.model.llama_sizes import KNOWN
 from engine.tokenizer import Tokenizer
 from engine.weights.importers.huggingface import import_checkpoint
@@ -113,3 +113,20 @@ def test_norms_are_computed_in_float32() -> None:
         expected = norm(hidden)
         found = family._norm({"norm.weight": norm.weight.data}, "norm", hidden)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_angles_are_computed_in_float32(dtype: torch.dtype) -> None:
+    """Half precision cannot tell far positions from their neighbours; the small models above have near ones alone."""
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    torch.manual_seed(0)
+    family = Llama.from_config(KNOWN["Qwen/Qwen3-0.6B"])
+    positions = torch.tensor([0, 1, 255, 257, 1023, 4097, 30001, 40959])
+    heads_TNH = torch.randn(len(positions), 2, family.shape.head_size).to(dtype)
+    rope = {"rope_type": "default", "rope_theta": family.rope.theta}
+    rotary = LlamaRotaryEmbedding(LlamaConfig(head_dim=family.shape.head_size, rope_parameters=rope))
+    heads_1NTH = heads_TNH.transpose(0, 1)[None].clone()
+    expected, _ = apply_rotary_pos_emb(heads_1NTH, heads_1NTH, *rotary(heads_1NTH, positions[None]))
+    turn_(heads_TNH, positions, family.rope)
+    assert torch.equal(heads_TNH, expected[0].transpose(0, 1))
