@@ -64,7 +64,7 @@ class FetchedKV:
     def __init__(self, extents: tuple[Extent, ...], places: list[list[Place]]) -> None:
         self.extents = extents
         self.places = places
-        """Of each extent, one a layer."""
+        """For each extent, one place a layer."""
 
 
 class KVPools:

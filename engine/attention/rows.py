@@ -64,18 +64,16 @@ class Rows:
             self.decode(part.begin, layers[self.layer], start)
             return
         q_NtH, k_KtH, v_KtH = self.of(part)
-        if kv is None:
-            self.finish(part, [attend(q_NtH, k_KtH, v_KtH, causal=True)])
-            return
-        kv.append(self.layer, start, part.kv_heads, k_KtH, v_KtH)
-        if length == 1 or kv.only_extent(start + length - 1) is not None:
-            # Read with the rest, its own keys are one piece less to merge.
-            past = kv.read(self.layer, start + length, part.kv_heads)
-            self.finish(part, [attend(q_NtH, k_KsH, v_KsH, causal=True) for k_KsH, v_KsH in past])
-            return
-        past = kv.read(self.layer, start, part.kv_heads)
-        pieces = [attend(q_NtH, k_KsH, v_KsH, causal=False) for k_KsH, v_KsH in past]
-        self.finish(part, [*pieces, attend(q_NtH, k_KtH, v_KtH, causal=True)])
+        pieces, whole = [], False
+        if kv is not None:
+            kv.append(self.layer, start, part.kv_heads, k_KtH, v_KtH)
+            # Its own tokens, if they are read with the rest, are one piece less to merge.
+            whole = length == 1 or kv.only_extent(start + length - 1) is not None
+            stored = kv.read(self.layer, start + length if whole else start, part.kv_heads)
+            pieces = [attend(q_NtH, k_KsH, v_KsH, causal=whole) for k_KsH, v_KsH in stored]
+        if not whole:
+            pieces.append(attend(q_NtH, k_KtH, v_KtH, causal=True))
+        self.finish(part, pieces)
 
     def _heads(self, part: Part) -> slice:
         group = self.q_TNH.shape[1] // self.k_TKH.shape[1]

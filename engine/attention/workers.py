@@ -45,10 +45,10 @@ class AttentionWorkers:
     """
 
     def __init__(self, num_threads: int) -> None:
-        self._num_threads = num_threads
+        """``num_threads``: the caller's included; more than one."""
         # The setting is the calling thread's own: compute elsewhere keeps all cores.
         self._pool = ThreadPoolExecutor(
-            max(1, num_threads - 1),
+            num_threads - 1,
             thread_name_prefix="overnight-attention",
             initializer=torch.set_num_threads,
             initargs=(1,),
@@ -59,7 +59,7 @@ class AttentionWorkers:
 
         A single item is left to all cores together.
         """
-        if sum(map(len, shares)) < 2 or self._num_threads < 2:
+        if sum(map(len, shares)) < 2:
             for share in shares:
                 for item in share:
                     work(item)

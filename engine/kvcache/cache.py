@@ -63,9 +63,14 @@ class KVCache:
         return max(self._tokens.values())
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens there is room for, in all tiers together."""
+        return sum(self._tokens.values())
+
+    @property
     def held_tokens(self) -> int:
         """Tokens that are reserved for sequences."""
-        return sum(self._tokens.values()) - self.free_tokens
+        return self.num_tokens - self.free_tokens
 
     @property
     def free_tokens(self) -> int:

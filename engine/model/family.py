@@ -40,7 +40,7 @@ class TensorSpec:
     sources: tuple[str, ...]
     """Checkpoint tensor names, without a leading ``model.``; several are concatenated along dimension 0."""
     rows: tuple[int, ...] = ()
-    """Of each source, where they are not equally many; in all ``shape[0]``."""
+    """How many rows each source has, where they differ; their sum is ``shape[0]``."""
 
     def source_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shape that each source must have."""

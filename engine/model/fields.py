@@ -106,7 +106,7 @@ def stored_dtype(config: Config) -> DType | None:
 
 
 def _token_ids(value: Any, name: str, file: str) -> list[int]:
-    """Of a field that holds one, a list of them, or null."""
+    """The tokens that a field names: one, a list of them, or null."""
     return [_token_id(each, name, file) for each in (value if isinstance(value, list) else [value]) if each is not None]
 
 

@@ -40,7 +40,7 @@ class Rope:
 
     @classmethod
     def from_config(cls, config: Config) -> "Rope":
-        """Of either spelling: ``rope_parameters``, or before it ``rope_theta`` and ``rope_scaling``.
+        """Read either spelling: ``rope_parameters``, or before it ``rope_theta`` and ``rope_scaling``.
 
         Raises:
             CheckpointError: a kind of rotary positions that is not supported, or a value that is out of range.

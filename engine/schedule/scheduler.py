@@ -9,7 +9,6 @@ then decode it until its last sequence has ended, and only then admit the next.
 
 from collections import deque
 from collections.abc import Callable
-from itertools import count
 
 from engine.kvcache.cache import Holding, KVCache
 from engine.kvcache.segments import MicroBatch, Segment
@@ -173,7 +172,7 @@ class Scheduler:
         for running in [running for running in self._at_hand if not running.is_decoding]:
             if packer.left > least:
                 self._add_chunk(packer, running, packer.left - least)
-        while packer.left and self._has_slot and (sequence := self._first_waiting(pull)) is not None:
+        while packer.left and self._has_slot and (sequence := self._waiting_at(0, pull)) is not None:
             if self.needs_kv(sequence):
                 if packer.left <= least or not self._kv.admit(sequence):
                     self._let_pass(packer, pull)
@@ -192,15 +191,13 @@ class Scheduler:
         """
         index = 0
         while self._running and packer.left and self._has_slot and index < LOOK_AHEAD:
-            if index == len(self._waiting):
-                pulled = pull()
-                if pulled is None:
-                    return
-                self._waiting.extend(pulled)
-            elif self.needs_kv(self._waiting[index]):
+            sequence = self._waiting_at(index, pull)
+            if sequence is None:
+                return
+            if self.needs_kv(sequence):
                 index += 1
-            elif packer.add_whole(self._waiting[index], self._waiting[index].num_to_compute):
-                self._running[self._waiting[index]] = None
+            elif packer.add_whole(sequence, sequence.num_to_compute):
+                self._running[sequence] = None
                 del self._waiting[index]
             else:
                 return
@@ -208,7 +205,7 @@ class Scheduler:
     def _fill_by_block(self, packer: _Packer, pull: Callable[[], list[Sequence] | None]) -> None:
         """Prompts alone while any is unfinished, decode tokens alone after that; a new block when nobody runs."""
         if not self._running:
-            while self._has_slot and (sequence := self._first_waiting(pull)) is not None:
+            while self._has_slot and (sequence := self._waiting_at(0, pull)) is not None:
                 if self.needs_kv(sequence) and not self._kv.admit(sequence):
                     break
                 self._start(sequence)
@@ -228,11 +225,7 @@ class Scheduler:
         known = [each for each in (*self._running, *self._waiting) if self.needs_kv(each)]
         if not known:
             return 0.0
-        room = (
-            (self._kv.free_tokens + self._kv.held_tokens)
-            * len(known)
-            / max(1, sum(each.num_kv_tokens for each in known))
-        )
+        room = self._kv.num_tokens * len(known) / max(1, sum(each.num_kv_tokens for each in known))
         prompts = sum(each.num_to_compute if each.is_scored else each.num_prompt_tokens for each in known)
         steps = sum(each.max_tokens - 1 - each.num_prompt_tokens for each in known if not each.is_scored)
         running = min(room, self._micro_batch * self._micro_batches)
@@ -240,33 +233,26 @@ class Scheduler:
 
     def _more_wait_than_fit(self, pull: Callable[[], list[Sequence] | None]) -> bool:
         """Pulls requests until they would fill the KV cache, or until one comes that needs none."""
-        free = self._kv.free_tokens
-        needed = 0
-        for index in count():
-            while index >= len(self._waiting):
-                pulled = pull()
-                if pulled is None:
-                    return False
-                self._waiting.extend(pulled)
-            if not self.needs_kv(self._waiting[index]):
+        free, index = self._kv.free_tokens, 0
+        while (sequence := self._waiting_at(index, pull)) is not None:
+            free, index = free - sequence.num_kv_tokens, index + 1
+            if free < 0 or not self.needs_kv(sequence):
                 return True
-            needed += self._waiting[index].num_kv_tokens
-            if needed > free:
-                return True
-        raise AssertionError  # count() does not end
+        return False
 
     @property
     def _has_slot(self) -> bool:
         # Each running sequence wants a token a pass: no more of them than a pass has tokens.
         return len(self._running) < self._micro_batch * self._micro_batches
 
-    def _first_waiting(self, pull: Callable[[], list[Sequence] | None]) -> Sequence | None:
-        while not self._waiting:
+    def _waiting_at(self, index: int, pull: Callable[[], list[Sequence] | None]) -> Sequence | None:
+        """The sequence at a place of the queue, pulling requests until there is one; ``None``: none comes now."""
+        while index >= len(self._waiting):
             pulled = pull()
             if pulled is None:
                 return None
             self._waiting.extend(pulled)
-        return self._waiting[0]
+        return self._waiting[index]
 
     def _start(self, sequence: Sequence) -> None:
         """The first waiting sequence was admitted."""

@@ -85,5 +85,5 @@ class Oracle:
 
     @torch.no_grad()
     def _logprobs(self, token_ids: tuple[int, ...]) -> torch.Tensor:
-        """Of every token after each of ``token_ids``, ``[T, V]``."""
+        """Log-probabilities of every token after each of ``token_ids``, ``[T, V]``."""
         return self.model(torch.tensor([token_ids])).logits[0].float().log_softmax(-1)

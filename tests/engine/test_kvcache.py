@@ -15,7 +15,7 @@ TOKENS = {TierName.DEVICE: 40, TierName.HOST: 64, TierName.DISK: 25}
 
 
 def sequence(num_tokens: int) -> Sequence:
-    """Whose keys and values take so many tokens' room."""
+    """A sequence that needs room for ``num_tokens`` tokens."""
     return Sequence([1], 1, num_tokens + 1, SamplingParams())
 
 

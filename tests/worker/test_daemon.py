@@ -49,7 +49,7 @@ def test_a_trace_that_cannot_be_written_is_refused_before_any_work(settings: Set
 
 def test_a_worker_tunes_its_process(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(name, "")  # so that what the worker sets is taken back
+        monkeypatch.setenv(name, "")  # so that what the worker sets is undone at the end
         monkeypatch.delenv(name)
     test_a_trace_that_cannot_be_written_is_refused_before_any_work(settings, tmp_path)
     assert os.environ["GOMP_SPINCOUNT"]
