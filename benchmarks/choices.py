@@ -19,20 +19,18 @@ from typing import Any
 from benchmarks.inprocess import generated, measured_here
 from benchmarks.workload import Item, Range
 from benchmarks.workload import Workload as Texts
-from engine.attention.sizes import kv_bytes_per_token
-from engine.errors import EngineError, PlanDoesNotFit
-from engine.planner.decide import Question
-from engine.planner.default import budgets_of, resolve_plan
+from engine.errors import EngineError
+from engine.planner.decide import best_plan
 from engine.planner.explain import flags_of
 from engine.planner.hardware import Hardware
 from engine.planner.plan import PlanOptions
+from engine.planner.plan_input import PlanInput
 from engine.planner.profiles import load_hardware
+from engine.planner.resolve import fitting_plan
 from engine.planner.workload import Workload
 from engine.process import tune
 from engine.tiers import Shares
 from engine.units import MIB
-from engine.weights.layout import stored_in
-from engine.weights.manifest import read_manifest
 
 LINE = 0.95
 SHAPE = "opt-125m"
@@ -98,9 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _compared(model_dir: Path, items: Sequence[Item], hardware: Hardware, repeat: int) -> dict[str, Any]:
-    grid = [_timed(model_dir, options, items) for options in _grid(_question(model_dir, items, hardware))]
+    given = _plan_input(model_dir, items)
+    grid = [_timed(model_dir, options, items) for options in _grid(given)]
     again = [replace(each, rates=()) for each in sorted(grid, key=lambda each: -each.rate)[:BEST_AGAIN]]
-    chosen = Timed(_question(model_dir, items, hardware).decide().options)
+    chosen = Timed(best_plan(given, hardware).options)
     for _ in range(repeat):
         chosen, *again = (_timed(model_dir, each.options, items, each.rates) for each in (chosen, *again))
     best = max(again, key=lambda each: each.rate)
@@ -113,50 +112,33 @@ def _compared(model_dir: Path, items: Sequence[Item], hardware: Hardware, repeat
     }
 
 
-def _question(model_dir: Path, items: Sequence[Item], hardware: Hardware) -> Question:
-    """As a worker would ask that has nothing but this memory."""
+def _plan_input(model_dir: Path, items: Sequence[Item]) -> PlanInput:
+    """As of a worker that has nothing but this memory."""
     from engine.devices.host import HostDevice
-    from engine.devices.open import facts_of
-    from engine.model.registry import sizes_for
+    from engine.loading import plan_input
 
-    manifest = read_manifest(model_dir)
+    workload = Workload.of((len(item.prompt), len(item.continuation)) for item in items)
     options = PlanOptions(device="cpu", device_memory=MEMORY, disk_dir=model_dir)
-    facts = facts_of(HostDevice())
-    return Question(
-        hardware=hardware,
-        shape=sizes_for(manifest.config).shape,
-        stored=stored_in(manifest),
-        workload=Workload.of((len(item.prompt), len(item.continuation)) for item in items),
-        options=options,
-        budgets=budgets_of(options, facts, model_dir),
-        facts=facts,
-    )
+    return plan_input(model_dir, options, HostDevice(), workload)
 
 
-def _grid(question: Question) -> Iterator[PlanOptions]:
+def _grid(given: PlanInput) -> Iterator[PlanOptions]:
     """Plans made by hand, those that fit."""
-    assert question.facts is not None
-    longest = max(each.reserved for each in question.workload.lengths)
     for weights, (micro_batch, micro_batches) in product(WEIGHTS, BATCHES):
         options = replace(
-            question.options, weights=Shares.parse(weights), micro_batch=micro_batch, micro_batches=micro_batches
+            given.options, weights=Shares.parse(weights), micro_batch=micro_batch, micro_batches=micro_batches
         )
-        try:
-            plan = resolve_plan(
-                options, shape=question.shape, stored=question.stored, device="cpu", facts=question.facts,
-                disk_dir=Path(),
-            )  # fmt: skip
-        except PlanDoesNotFit:
-            continue
-        if max(plan.kv_bytes.values()) >= longest * kv_bytes_per_token(question.shape, plan.kv_format):
+        plan = fitting_plan(given.asking(options))
+        if plan is not None and max(plan.kv_bytes.values()) >= given.longest * given.token_bytes:
             yield options
 
 
 def _timed(model_dir: Path, options: PlanOptions, items: Sequence[Item], before: tuple[float, ...] = ()) -> Timed:
     """One run more. The engine has done part of it before, as a worker's has that goes on to its next job."""
-    from engine.engine import Engine
 
-    with Engine.load(model_dir, options) as engine:
+    from engine.loading import load_engine
+
+    with load_engine(model_dir, options) as engine:
         generated(engine, items[: len(items) // 3])
         start = perf_counter()
         tokens = generated(engine, items)

@@ -12,6 +12,7 @@ from benchmarks.jobs import Job, PeakMemory
 from benchmarks.workload import Item, as_text
 from engine.dtypes import DType
 from engine.engine import Engine
+from engine.loading import load_engine
 from engine.planner.plan import PlanOptions
 from engine.request import Generate, Generation, Output, Rejection, Request, SamplingParams, Score
 from engine.schedule.passes import PassStats
@@ -38,7 +39,7 @@ def run(job: Job) -> dict[str, Any]:
     torch.ones(64, 64) @ torch.ones(64, 64)  # the thread pool belongs to the idle process
     gc.collect()
     memory = PeakMemory()
-    with Engine.load(Path(job.model_dir), _options(job, memory.idle_bytes)) as engine:
+    with load_engine(Path(job.model_dir), _options(job, memory.idle_bytes)) as engine:
         _warm_up(engine, job, items)
         reports: list[PassStats] = []
         outputs: list[Output] = []

@@ -17,7 +17,7 @@ from typing import Any
 from engine import engine as engine_module
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
-from engine.engine import Engine
+from engine.loading import load_engine
 from engine.memory.device import Device
 from engine.request import Choose, Generate, Request, SamplingParams
 from engine.weights.importers.huggingface import import_checkpoint
@@ -50,7 +50,7 @@ def record(model_dir: Path) -> dict[str, dict[str, Any]]:
         for name in PLACEMENTS:
             with tempfile.TemporaryDirectory() as folder:
                 options = options_of(name, dtype="float32", disk_dir=Path(folder), micro_batch=512, micro_batches=4)
-                with Engine.load(model_dir, options, device=make()) as engine:
+                with load_engine(model_dir, options, device=make()) as engine:
                     outputs = {str(output.key): asdict(output) for output in engine.run(requests(texts))}
             found[f"{device}, {name}"] = json.loads(json.dumps(outputs))
             print(f"{device}, {name}: {len(outputs)} outputs", file=sys.stderr, flush=True)

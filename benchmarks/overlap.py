@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoints import default_cache, make_checkpoint
-from engine import Engine, Generate, PassStats, PlanOptions, Request, SamplingParams, Shares
+from engine import Generate, PassStats, PlanOptions, Request, SamplingParams, Shares
 from engine.devices.simulated import SimulatedDevice
+from engine.loading import load_engine
 from engine.memory.spill import DiskTier
 from engine.units import GIB
 from engine.weights.files import WeightFiles
@@ -90,7 +91,7 @@ def measure(case: Case) -> list[PassStats]:
     sampling = SamplingParams(max_new_tokens=8, ignore_eos=True)
     device = SimulatedDevice(bytes_per_second=case.link_speed)
     requests = [Request(index, Generate("w9 " * case.words, sampling)) for index in range(REQUESTS)]
-    with Engine.load(checkpoint.model_dir, options, device=device) as engine, throttled_disk(case.disk_speed):
+    with load_engine(checkpoint.model_dir, options, device=device) as engine, throttled_disk(case.disk_speed):
         reports = list(engine.passes(iter(requests)))
     decode = [report.stats for report in reports if not report.stats.prefill_tokens]
     return decode[WARM_PASSES:-1]

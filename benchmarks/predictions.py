@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
+from math import ceil
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -17,11 +18,14 @@ from typing import Any
 from benchmarks.inprocess import generated, measured_here
 from benchmarks.workload import Range
 from benchmarks.workload import Workload as Texts
+from engine.attention.sizes import kv_bytes_per_token
 from engine.errors import EngineError
 from engine.planner.hardware import Hardware
-from engine.planner.plan import PlanOptions
+from engine.planner.plan import Plan, PlanOptions
 from engine.planner.profiles import load_hardware
+from engine.planner.workload import Workload
 from engine.process import tune
+from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 from engine.units import GIB, format_bytes
 
@@ -129,11 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outcome:
     from benchmarks.checkpoints import make_checkpoint
-    from engine.engine import Engine
+    from engine.loading import load_engine
     from engine.model.registry import sizes_for
-    from engine.planner.cost import OVERLAPPED
-    from engine.planner.predict import bytes_taken, predict
-    from engine.planner.workload import Workload
+    from engine.planner.predict import predict
     from engine.weights.layout import stored_in
     from engine.weights.manifest import read_manifest
 
@@ -150,11 +152,9 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outco
             device="cpu", weights=Shares.parse(configuration.weights), kv=kv, device_memory=configuration.memory,
             host_memory=configuration.memory if kv.host else None, disk_dir=Path(spill), **configuration.options,
         )  # fmt: skip
-        with Engine.load(checkpoint.model_dir, options) as engine:
+        with load_engine(checkpoint.model_dir, options) as engine:
             workload = Workload.of((len(item.prompt), len(item.continuation)) for item in items)
-            prediction = predict(
-                hardware, sizes_for(manifest.config).shape, stored, engine.plan, workload, overlap=OVERLAPPED
-            )
+            prediction = predict(hardware, shape, stored, engine.plan, workload)
             taken = bytes_taken(engine.plan, shape, workload)
             generated(engine, items)  # a worker's first job touches memory and compiles kernels
             start = perf_counter()
@@ -167,6 +167,16 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outco
                 predicted_bytes={str(tier): taken[tier] for tier in TierName},
                 measured_bytes={str(tier): engine.tiers[tier].peak for tier in TierName},
             )
+
+
+def bytes_taken(plan: Plan, shape: ModelShape, workload: Workload) -> dict[TierName, int]:
+    """Bytes of each tier that a run will hold at its peak: the cache's share of memory is taken at once, that of the
+    disk as sequences come."""
+    taken = plan.used_bytes
+    token_bytes = kv_bytes_per_token(shape, plan.kv_format)
+    needed = workload.requests * ceil(workload.mean(lambda each: each.reserved)) * token_bytes
+    taken[TierName.DISK] -= max(0, plan.kv_bytes[TierName.DISK] - needed)
+    return taken
 
 
 def _line(outcome: Outcome) -> str:

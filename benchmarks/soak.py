@@ -10,8 +10,8 @@ from benchmarks.checkpoints import default_cache, make_checkpoint
 from benchmarks.jobs import resident_bytes
 from benchmarks.shapes import shape_of
 from benchmarks.workload import Range, Workload, as_text
-from engine.engine import Engine
 from engine.errors import EngineError
+from engine.loading import load_engine
 from engine.planner.plan import PlanOptions
 from engine.process import tune
 from engine.request import Generate, Request, SamplingParams, Score
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoint = make_checkpoint(asked.shape, dtype, asked.cache_dir, _say)
         options = PlanOptions(device="cpu", weights=Shares(0, 0, 100), device_memory=GIB)
         sizes: list[int] = []
-        with Engine.load(checkpoint.model_dir, options) as engine:
+        with load_engine(checkpoint.model_dir, options) as engine:
             for index, _ in enumerate(engine.run(_requests(asked.requests, vocabulary)), start=1):
                 if index % 1000 == 0:
                     sizes.append(resident_bytes())

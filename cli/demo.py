@@ -48,7 +48,6 @@ def command(app: App, as_json: bool) -> None:
 
     folder = shipped_folder()
     model_dir = _import_model(app, folder)
-    tiers = describe_tiers(model_dir)
     with app.open_database() as database:
         submitted = _enqueue(app, database, folder / "sample.jsonl")
         again = f"overnight run --resume {submitted.id} -o labels.jsonl"
@@ -62,10 +61,10 @@ def command(app: App, as_json: bool) -> None:
     if as_json:
         result = {"accuracy": correct / len(labelled), "correct": correct, "rows": len(labelled)}
         more = {"throughput": report["throughput"], "seconds": report["seconds"], "tokens": report["tokens"]}
-        where = {"job": job.id, "model": str(model_dir), "tiers": tiers, "database": app.database_name}
+        where = {"job": job.id, "model": str(model_dir), "plan": report["plan"], "database": app.database_name}
         emit_json({**result, **more, **where})
         return
-    for line in _lines_for_people(labelled, report, tiers, app.database_name):
+    for line in _lines_for_people(labelled, report, app.database_name):
         emit(line)
     emit(f"accuracy {correct / len(labelled):.3f} ({correct} of {len(labelled)})")
 
@@ -106,41 +105,6 @@ def _enqueue(app: App, database: "Database", sample: Path) -> "Job":
     return job
 
 
-def describe_tiers(model_dir: Path) -> dict[str, str]:
-    """What the worker's plan puts where: weights in layers, KV cache in bytes, by tier."""
-    from engine.devices.open import facts_of, open_device
-    from engine.model.registry import family_for
-    from engine.planner.default import resolve_plan
-    from engine.planner.plan import PlanOptions
-    from engine.tiers import TierName
-    from engine.units import format_bytes
-    from engine.weights.layout import stored_in
-    from engine.weights.manifest import read_manifest
-
-    manifest = read_manifest(model_dir)
-    device = open_device(None)
-    try:
-        plan = resolve_plan(
-            PlanOptions(),
-            shape=family_for(manifest.config).shape,
-            stored=stored_in(manifest),
-            device=device.name,
-            facts=facts_of(device),
-            disk_dir=model_dir,
-        )
-    finally:
-        device.close()
-    tiers = {}
-    for tier in TierName:
-        parts = [f"{plan.num_layers_in(tier)} of {len(plan.layers)} layers"] if plan.num_layers_in(tier) else []
-        if plan.kv_bytes[tier]:
-            parts.append(f"KV cache of up to {format_bytes(plan.kv_bytes[tier])}")
-        name = f"{tier} ({plan.device})" if tier is TierName.DEVICE else str(tier)
-        if parts:
-            tiers[name] = ", ".join(parts)
-    return tiers
-
-
 def _join(sample: Path, database: "Database", job_id: int) -> Iterator[Labelled]:
     from storage.results import stream_outputs
 
@@ -150,9 +114,9 @@ def _join(sample: Path, database: "Database", job_id: int) -> Iterator[Labelled]
             yield Labelled(row["text"], row["label"], output.output["label"] if output.output else None)
 
 
-def _lines_for_people(
-    labelled: list[Labelled], report: dict[str, Any], tiers: dict[str, str], database: str
-) -> Iterator[str]:
+def _lines_for_people(labelled: list[Labelled], report: dict[str, Any], database: str) -> Iterator[str]:
+    from cli.plans import plan_in_words
+
     yield ""
     for row in labelled[:_SHOWN_ROWS]:
         text = " ".join(row.text.split())
@@ -162,8 +126,7 @@ def _lines_for_people(
     yield ""
     speed = format_rate(report["throughput"]["total_per_s"])
     yield f"speed      {speed}; {len(labelled)} reviews in {format_seconds(report['seconds'])}"
-    for tier, what in tiers.items():
-        yield f"tier       {tier}: {what}"
+    yield f"plan       {plan_in_words(report['plan'])}"
     yield f"database   {database}"
     yield f"next       overnight fetch {report['id']} --format csv -o labels.csv   the labels as a table"
     yield "           overnight models                                the model, ready for your own reviews"

@@ -10,11 +10,12 @@ from cli.context import App
 from cli.display import emit, emit_json, emit_table, format_count, format_rate, format_seconds
 from cli.options import Number, Text, json_option, settings_options
 from cli.placement import placement_options, take_placement
-from cli.planning import DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, DEFAULT_REQUESTS, LengthOptions, read_question
+from cli.planning import DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, DEFAULT_REQUESTS, LengthOptions, read_input
 
 if TYPE_CHECKING:
     from engine.planner.advice import Advice
-    from engine.planner.decide import Question
+    from engine.planner.hardware import Hardware
+    from engine.planner.plan_input import PlanInput
     from engine.planner.search import Found
 
 _SWEEPS = ("device-memory", "host-memory")
@@ -64,34 +65,35 @@ def command(app: App, /, model: str, hardware: str | None, sweep: str | None, as
       overnight plan --model facebook/opt-30b --hardware t4-gcp --sweep device-memory
     """
     lengths = LengthOptions.take(values)
-    question = read_question(app, model, hardware, take_placement(values), lengths)
+    given, machine = read_input(app, model, hardware, take_placement(values), lengths)
     if sweep is not None:
-        _emit_sweep(question, sweep, as_json)
+        _emit_sweep(given, machine, sweep, as_json)
         return
     from engine.planner.advice import advise
+    from engine.planner.decide import best_plan
     from engine.planner.explain import document
 
-    found = question.decide()
-    advice = advise(question.decide, question.hardware, dict(found.plan.budgets), found)
+    found = best_plan(given, machine)
+    advice = advise(given, machine, found)
     if as_json:
-        emit_json(document(found, advice, question))
+        emit_json(document(given, machine, found, advice))
     else:
-        _explain(found, advice, question, model)
+        _explain(given, machine, found, advice, model)
 
 
-def _emit_sweep(question: "Question", sweep_of: str, as_json: bool) -> None:
-    from engine.planner.sweep import asked_budgets, sweep
+def _emit_sweep(given: "PlanInput", machine: "Hardware", sweep_of: str, as_json: bool) -> None:
+    from engine.planner.sweep import sweep
     from engine.tiers import TierName
     from engine.units import format_bytes
 
     tier = TierName(sweep_of.partition("-")[0])
-    if not asked_budgets(question)[tier]:
+    if not given.budgets[tier]:
         raise click.UsageError(
             f"--sweep {sweep_of}: there is nothing to begin with, since the budget is 0"
-            + (" where device and host are one memory" if question.hardware.shares_host_memory else "")
+            + (" where device and host are one memory" if machine.shares_host_memory else "")
         )
     points: list[dict[str, Any]] = []
-    for point in sweep(question, tier):
+    for point in sweep(given, machine, tier):
         prediction = point.found.prediction if point.found else None
         points.append(
             {
@@ -118,18 +120,19 @@ def _emit_sweep(question: "Question", sweep_of: str, as_json: bool) -> None:
     emit_table((sweep_of.upper(), "GENERATED", "WITH PROMPTS", "BOUND BY"), rows)
 
 
-def _explain(found: "Found", advice: "list[Advice]", question: "Question", model: str) -> None:
+def _explain(given: "PlanInput", machine: "Hardware", found: "Found", advice: "list[Advice]", model: str) -> None:
     """For people: what is where, how fast that is, why not faster, and what would help."""
     from engine.planner.explain import flags_of, product_ceiling_per_s
     from engine.tiers import TierName
     from engine.units import format_bytes
 
-    plan, prediction, workload = found.plan, found.prediction, question.workload
+    plan, prediction, workload = found.plan, found.prediction, given.workload
+    assert workload is not None
     prompts = sorted({each.prompt for each in workload.lengths})
     spread = f"{prompts[0]}" if len(prompts) == 1 else f"{prompts[0]} to {prompts[-1]}"
     generated = workload.generated / workload.requests
-    emit(f"model     {model}, {plan.dtype}, {question.shape.num_layers} layers")
-    emit(f"machine   {question.hardware.name}")
+    emit(f"model     {model}, {plan.dtype}, {given.shape.num_layers} layers")
+    emit(f"machine   {machine.name}")
     emit(f"workload  {format_count(workload.requests)} requests, prompts of {spread} tokens, {generated:.3g} generated")
     click.echo()
     pool = sum(plan.kv_bytes.values()) or 1
@@ -154,7 +157,7 @@ def _explain(found: "Found", advice: "list[Advice]", question: "Question", model
     )
     emit(
         f"bound by  {prediction.bound_by}, which alone would allow {format_rate(prediction.lane_ceiling_per_s)}; "
-        f"products alone {format_rate(product_ceiling_per_s(found, question))}"
+        f"products alone {format_rate(product_ceiling_per_s(given, machine))}"
     )
     for index, each in enumerate(advice):
         label = "advice" if index == 0 else ""

@@ -1,7 +1,6 @@
 """From the words of `overnight plan` to what a plan is made for: model, machine and lengths. Loads no weights."""
 
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -11,13 +10,14 @@ import click
 from cli import templates
 from cli.context import App
 from cli.display import say, warn
+from cli.machine import exact_facts
 from cli.sizes import Sizes, sizes_of
 
 if TYPE_CHECKING:
     from engine.dtypes import DType
-    from engine.planner.decide import Question
     from engine.planner.hardware import Hardware
     from engine.planner.plan import PlanOptions
+    from engine.planner.plan_input import PlanInput
     from engine.planner.workload import Workload
     from engine.shape import ModelShape
     from worker.limits import Limits
@@ -57,20 +57,20 @@ class LengthOptions:
         return values
 
 
-def read_question(
+def read_input(
     app: App, model_name: str, hardware_name: str | None, options: "PlanOptions", lengths: LengthOptions
-) -> "Question":
-    """Everything that a plan is made for.
+) -> "tuple[PlanInput, Hardware]":
+    """Everything that a plan is made from, and the machine's figures.
 
     Raises:
         ModelNotFound, CheckpointError: there is no such model, or it is damaged.
         HardwareAbsent, HardwareError: there is no such machine, its profile is damaged, or it lacks a figure.
+        DeviceUnavailable: this machine was measured with a device that is not there any more.
         FileAbsent, DatasetFault, TemplateFault: the dataset or the template cannot be used.
         PlanDoesNotFit: the model is larger than the disk, or every prompt longer than the model.
     """
     from engine.dtypes import DType
-    from engine.planner.decide import Question, budgets_of_machine
-    from engine.planner.default import budgets_of
+    from engine.planner.decide import input_for_machine
 
     hardware = _read_hardware(app, hardware_name)
     known_as = DType.FLOAT16 if DType.FLOAT16 in hardware.matmul else next(iter(hardware.matmul))
@@ -82,31 +82,11 @@ def read_question(
         )
     workload = _read_workload(lengths, model, app.settings.limits)
     if hardware_name is not None:
-        facts, budgets = None, budgets_of_machine(hardware, model.stored)
+        given = input_for_machine(hardware, shape=model.shape, stored=model.stored, options=options, workload=workload)
     else:
-        facts = _facts_now(hardware)
-        budgets = budgets_of(options, facts, options.disk_dir or app.settings.spill_dir)
-    return Question(
-        hardware=hardware,
-        shape=model.shape,
-        stored=model.stored,
-        workload=workload,
-        options=options,
-        budgets=budgets,
-        facts=facts,
-    )
-
-
-def _facts_now(hardware: "Hardware") -> Any:
-    """What is free on this machine; of a GPU, whose free memory only its driver knows, all that was there when it was
-    measured."""
-    from engine.devices.facts import MachineFacts, free_host_memory
-    from engine.tiers import TierName
-
-    host_free = free_host_memory()
-    if hardware.shares_host_memory:
-        return MachineFacts(host_free, host_free, shares_host_memory=True, attention_threads=os.cpu_count() or 1)
-    return MachineFacts(int(hardware.capacity[TierName.DEVICE].value), host_free, shares_host_memory=False)
+        device, facts = exact_facts(options.device or hardware.identity.get("device", hardware.device))
+        given = model.plan_input(options, device, facts, options.disk_dir or app.settings.spill_dir, workload)
+    return given, hardware
 
 
 def _read_model(app: App, name: str, dtype: "DType") -> Sizes:

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 from cli.display import say
 
 if TYPE_CHECKING:
+    from engine.devices.facts import MachineFacts
+    from engine.planner.plan import PlanOptions
+    from engine.planner.plan_input import PlanInput
+    from engine.planner.workload import Workload
     from engine.shape import ModelShape
     from engine.weights.stored import StoredWeights
     from worker.models import ModelRef
@@ -21,6 +25,27 @@ class Sizes:
     stored: "StoredWeights"
     folder: Path | None
     """Where its tokenizer may lie."""
+
+    def plan_input(
+        self,
+        options: "PlanOptions",
+        device: str,
+        facts: "MachineFacts",
+        disk_dir: Path,
+        workload: "Workload | None" = None,
+    ) -> "PlanInput":
+        """What a plan for this model is made from; ``device`` is the full name, ``disk_dir`` for spill files."""
+        from engine.planner.plan_input import PlanInput
+
+        return PlanInput(
+            shape=self.shape,
+            stored=self.stored,
+            device=device,
+            facts=facts,
+            options=options,
+            disk_dir=disk_dir,
+            workload=workload,
+        )
 
 
 def sizes_of(ref: "ModelRef", settings: "Settings") -> Sizes:
@@ -37,12 +62,12 @@ def sizes_of(ref: "ModelRef", settings: "Settings") -> Sizes:
 
 
 def _of_model_dir(model_dir: Path) -> Sizes:
-    from engine.model.registry import sizes_for
+    from engine.weights.checks import check_units
     from engine.weights.layout import stored_in
     from engine.weights.manifest import read_manifest
 
     manifest = read_manifest(model_dir)
-    return Sizes(sizes_for(manifest.config).shape, stored_in(manifest), model_dir)
+    return Sizes(check_units(manifest, model_dir).shape, stored_in(manifest), model_dir)
 
 
 def _of_checkpoint(folder: Path) -> Sizes:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from engine.errors import LaneFailed as LaneFailed
     from engine.errors import PlanDoesNotFit as PlanDoesNotFit
     from engine.errors import TierFull as TierFull
+    from engine.loading import load_engine as load_engine
     from engine.planner.plan import Plan as Plan
     from engine.planner.plan import PlanOptions as PlanOptions
     from engine.request import Choice as Choice
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _NAMES_IN = {
     "engine.engine": ("Engine",),
+    "engine.loading": ("load_engine",),
     "engine.errors": (
         "CheckpointError",
         "DeviceUnavailable",

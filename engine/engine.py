@@ -7,24 +7,20 @@ from time import perf_counter
 from types import TracebackType
 from typing import Self
 
-from engine.devices.open import facts_of, open_device
+from engine.devices.open import open_device
 from engine.errors import EngineError
 from engine.executor import Executor
 from engine.kvcache.cache import KVCache
 from engine.memory.closing import run_all
 from engine.memory.device import Device
-from engine.memory.lane import LaneName
 from engine.memory.memory import Memory
 from engine.memory.tier import Tier
 from engine.memory.traffic import Span
 from engine.model.family import EMBED
 from engine.model.registry import family_for
-from engine.planner.cost import OVERLAPPED, PassModel
-from engine.planner.decide import Decision, Outlook, decide_plan
+from engine.planner.cost import PassModel
 from engine.planner.load import load_of
-from engine.planner.plan import Plan, PlanOptions
-from engine.planner.predict import predict
-from engine.planner.workload import Workload
+from engine.planner.plan import Plan
 from engine.request import Output, Request
 from engine.schedule.balance import Balance
 from engine.schedule.passes import Pass, PassReport, PassStats
@@ -38,139 +34,92 @@ from engine.trace import Recorder
 from engine.units import format_bytes
 from engine.weights.checks import check_tokens, check_units
 from engine.weights.files import WeightFiles
-from engine.weights.layout import stored_in
 from engine.weights.manifest import TOKENIZER_NAME, read_manifest
 
 REJECTIONS_A_PASS = 256
-_MOVING = 2.0
-"""Times the model's size over the disk's speed: what loading takes, checks and fresh memory included."""
 
 
 class Engine:
     """One model over the tiers of one machine. Not thread-safe: one thread runs it."""
 
     def __init__(
-        self,
-        model_dir: Path,
-        options: PlanOptions,
-        device: Device,
-        recorder: Recorder | None,
-        outlook: Outlook | None = None,
+        self, tokenizer: Tokenizer, stage: Stage, recorder: Recorder | None, expects: PassModel | None
     ) -> None:
-        """Use ``Engine.load``."""
-        self._device = device
-        self._recorder = recorder
-        self._closers: list[Callable[[], None]] = [device.close]
+        """Use ``Engine.load``. The stage and its memory are the engine's to close from now on."""
+        self.plan: Plan = stage.plan
+        self._tokenizer, self._stage, self._recorder, self._expects = tokenizer, stage, recorder, expects
+        self._memory = stage.memory
+        self._closers: list[Callable[[], None]] = [self._memory.close, stage.close]
+        self._executor = Executor(stage)
+        self._kv = KVCache(
+            stage.attention.tokens,
+            extent_tokens=self.plan.extent_tokens,
+            fills_together=self.plan.kv_fills_together,
+            claim=stage.attention.claim,
+        )
+        self._scheduler = Scheduler(
+            self._kv,
+            micro_batch=self.plan.micro_batch,
+            micro_batches=self.plan.micro_batches,
+            prefill_chunk=self.plan.prefill_chunk,
+            by_block=self.plan.schedule == "block",
+        )
+        self._balance = Balance()
+        self._running: dict[Sequence, InProgress] = {}
+        self._in_use = False
         self._broken = False
-        try:
-            self._open(model_dir, options, outlook)
-        except BaseException:
-            with suppress(Exception):  # what went wrong first is what matters
-                self.close()
-            raise
+        self._loaded_bytes = self._memory.traffic.take().weight_bytes
 
     @classmethod
     def load(
         cls,
         model_dir: Path,
-        options: PlanOptions | None = None,
+        plan: Plan,
         *,
         device: Device | None = None,
         recorder: Recorder | None = None,
-        outlook: Outlook | None = None,
+        expects: PassModel | None = None,
     ) -> "Engine":
         """Place a model directory's weights over the tiers, and keep them until ``close``.
 
         Args:
             model_dir: made by ``overnight import``.
-            options: what the caller fixes of the plan; the rest is chosen.
-            device: an open device to use (and close) instead of the one ``options`` names.
+            plan: what goes where; see ``engine.loading`` for how one is made.
+            device: an open device to use (and close) instead of the one that the plan names.
             recorder: is told what the lanes and passes do; stays the caller's to close.
-            outlook: the workload to plan for and the machine's figures; without it, the plan follows simple rules.
+            expects: predicts each pass, for its report.
 
         Raises:
             CheckpointError: the model directory is absent, half-written or damaged.
             DeviceUnavailable: there is no such device.
-            PlanDoesNotFit: the plan needs more than a tier's budget; nothing was allocated.
+            TierFull: the machine has less than the plan's budgets promise.
         """
-        options = options or PlanOptions()
-        return cls(model_dir, options, device or open_device(options.device), recorder, outlook)
-
-    def _open(self, model_dir: Path, options: PlanOptions, outlook: Outlook | None) -> None:
         start = perf_counter()
-        manifest = read_manifest(model_dir)
-        check_units(manifest, model_dir)
-        family = family_for(manifest.config)
-        self._shape = family.shape
-        stored = stored_in(manifest)
-        self._tokenizer = Tokenizer.of_model(model_dir / TOKENIZER_NAME, self._shape)
-        check_tokens(self._tokenizer, self._shape, model_dir)
-        self._stored, self._options, self._model_dir = stored, options, model_dir
-        decision = self._decide(outlook)
-        self.plan: Plan = decision.plan
-        self._hardware = decision.hardware
-        self._expected: PassModel | None = None
-        if decision.hardware is not None:
-            self._expected = PassModel(decision.hardware, self._shape, stored, self.plan, overlap=OVERLAPPED)
-        self._memory = Memory(self._device, self.plan.budgets, self.plan.disk_dir, self._recorder)
-        self._closers = [self._memory.close]
-        self._stage = Stage(WeightFiles(model_dir, manifest), family, self.plan, self._memory)
-        self._closers.append(self._stage.close)
-        self._executor = Executor(self._stage)
-        self._kv = KVCache(
-            self._stage.attention.tokens,
-            extent_tokens=self.plan.extent_tokens,
-            fills_together=self.plan.kv_fills_together,
-            claim=self._stage.attention.claim,
-        )
-        self._running: dict[Sequence, InProgress] = {}
-        self._balance = Balance()
-        self._scheduler: Scheduler | None = None
-        self._loaded_bytes = self._memory.traffic.take().weight_bytes
-        if self._recorder is not None:
-            self._recorder.loaded((start, perf_counter()))
-
-    def _decide(self, outlook: Outlook | None) -> Decision:
-        return decide_plan(
-            self._options,
-            outlook,
-            shape=self._shape,
-            stored=self._stored,
-            device=self._device.name,
-            facts=facts_of(self._device),
-            disk_dir=self._model_dir,
-        )
+        device = device or open_device(plan.device)
+        closers = [device.close]
+        try:
+            manifest = read_manifest(model_dir)
+            check_units(manifest, model_dir)
+            family = family_for(manifest.config)
+            tokenizer = Tokenizer.of_model(model_dir / TOKENIZER_NAME, family.shape)
+            check_tokens(tokenizer, family.shape, model_dir)
+            memory = Memory(device, plan.budgets, plan.disk_dir, recorder)
+            closers = [memory.close]
+            stage = Stage(WeightFiles(model_dir, manifest), family, plan, memory)
+            closers.append(stage.close)
+            engine = cls(tokenizer, stage, recorder, expects)
+        except BaseException:
+            with suppress(Exception):  # what went wrong first is what matters
+                run_all([device.synchronize, *reversed(closers)])
+            raise
+        if recorder is not None:
+            recorder.loaded((start, perf_counter()))
+        return engine
 
     @property
     def tiers(self) -> dict[TierName, Tier]:
         """What is held of each budget, and was at most."""
         return self._memory.tiers
-
-    @property
-    def is_planned(self) -> bool:
-        """Whether its plan was searched for, with a workload in mind."""
-        return self._hardware is not None
-
-    def seconds_saved(self, workload: Workload) -> float:
-        """By loading the model again with a plan made for ``workload``, less the time that this takes.
-
-        Below 0: it does not pay, or nobody can tell, since the plan was not searched for.
-        """
-        if self._hardware is None:
-            return -1.0
-        hardware = self._hardware
-        try:
-            better = self._decide(Outlook(workload, lambda: hardware)).plan
-        except EngineError:
-            return -1.0
-        if better.layers == self.plan.layers and better.micro_batch == self.plan.micro_batch:
-            return -1.0
-        now, then = (
-            predict(hardware, self._shape, self._stored, plan, workload, overlap=OVERLAPPED).seconds
-            for plan in (self.plan, better)
-        )
-        rate = hardware.lanes[LaneName.DISK_READ].at(max(self._stored.unit_bytes.values()))
-        return now - then - _MOVING * sum(self._stored.unit_bytes.values()) / rate
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Outputs as sequences finish, in any order; requests are pulled as room appears.
@@ -190,16 +139,10 @@ class Engine:
         Raises:
             EngineError: a tier, a lane or the device failed; the engine must be closed.
         """
-        if self._scheduler is not None or self._broken:
+        if self._in_use or self._broken:
             raise EngineError("the engine is already running, closed, or a run has failed: close it and load it again")
-        scheduler = Scheduler(
-            self._kv,
-            micro_batch=self.plan.micro_batch,
-            micro_batches=self.plan.micro_batches,
-            prefill_chunk=self.plan.prefill_chunk,
-            by_block=self.plan.schedule == "block",
-        )
-        self._scheduler = scheduler
+        self._in_use = True
+        scheduler = self._scheduler
         rejections: list[Output] = []
 
         def pull() -> list[Sequence] | None:
@@ -207,7 +150,7 @@ class Engine:
             request = next(requests, None) if len(rejections) < REJECTIONS_A_PASS else None
             if request is None:
                 return None
-            started = begin(request, self._tokenizer, self._shape)
+            started = begin(request, self._tokenizer, self._stage.family.shape)
             if isinstance(started, Output):
                 rejections.append(started)
                 return []
@@ -231,14 +174,14 @@ class Engine:
                 rejections.clear()
                 if scheduler.is_idle:
                     self._stage.settle()
-                stats = self._stats(this_pass, scheduler, (start, perf_counter()))
+                stats = self._stats(this_pass, (start, perf_counter()))
                 if this_pass.micro_batches:
                     self._balance.learn(stats)
                 yield PassReport(tuple(outputs), stats)
         finally:
             for sequence in list(self._running):
                 self._retire(sequence)
-            self._scheduler = None
+            self._in_use = False
 
     def drop(self, keys: Container[Hashable]) -> int:
         """Between passes: forget the requests with these keys; how many there were."""
@@ -257,7 +200,7 @@ class Engine:
         closers, self._closers = self._closers, []
         if closers:
             # No memory is freed while a copy under way may still use it.
-            run_all([self._device.synchronize, *reversed(closers)])
+            run_all([self._memory.device.synchronize, *reversed(closers)])
 
     def check_integrity(self) -> None:
         """Raise ``EngineError`` if a tier's books do not add up."""
@@ -278,7 +221,7 @@ class Engine:
         found = self._executor.run(this_pass)
         self._memory.traffic.computes(None)
         self._broken = False
-        self._scheduler_of().completed(this_pass)
+        self._scheduler.completed(this_pass)
         outputs = []
         for result in found.results:
             sequence = result.segment.sequence
@@ -287,7 +230,7 @@ class Engine:
                 continue
             progress.advance(sequence, result.next_token, result.scores)
             if sequence.finished:
-                self._scheduler_of().retire(sequence)
+                self._scheduler.retire(sequence)
                 if all(each.finished for each in progress.sequences):
                     self._retire_all(progress)
                     outputs.append(progress.output())
@@ -312,14 +255,10 @@ class Engine:
             self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
-        self._scheduler_of().retire(sequence)
+        self._scheduler.retire(sequence)
         self._running.pop(sequence, None)
 
-    def _scheduler_of(self) -> Scheduler:
-        assert self._scheduler is not None
-        return self._scheduler
-
-    def _stats(self, this_pass: Pass, scheduler: Scheduler, span: Span) -> PassStats:
+    def _stats(self, this_pass: Pass, span: Span) -> PassStats:
         segments = this_pass.segments
         decode = sum(segment.is_decode for segment in segments)
         moved = self._memory.traffic.take()
@@ -329,12 +268,12 @@ class Engine:
             prefill_tokens=sum(segment.length for segment in segments) - decode,
             decode_tokens=decode,
             num_sequences=len({segment.sequence for segment in segments}),
-            num_waiting=scheduler.num_waiting,
+            num_waiting=self._scheduler.num_waiting,
             lane_bytes=moved.num_bytes,
             lane_seconds=moved.seconds,
             weight_bytes=moved.weight_bytes + loaded,
             bound_by=moved.busiest,
-            expected=self._expected.cost(load_of(segments)) if self._expected and segments else None,
+            expected=self._expects.cost(load_of(segments)) if self._expects and segments else None,
         )
         if self._recorder is not None:
             self._recorder.passed(span, stats)

@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from engine.errors import HardwareError
 from engine.planner.hardware import Hardware
 from engine.planner.profiles import PROFILE_NAME, load_hardware, profile_json
 
-Measure = Callable[[], Hardware]
+Warn = Callable[[str], None]
+"""Told, in a sentence for people, what went wrong and does no harm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +25,9 @@ class StoredProfile:
     measured_at: float
     """Unix seconds."""
 
-    def is_of(self, identity: dict[str, str]) -> bool:
+    def is_of(self, identity: Mapping[str, str]) -> bool:
         """Whether this is the machine that was measured."""
-        return dict(self.hardware.identity) == identity
+        return dict(self.hardware.identity) == dict(identity)
 
 
 def stored_profile(home: Path) -> StoredProfile | None:
@@ -60,25 +61,22 @@ def store_profile(home: Path, hardware: Hardware) -> Path:
     return path
 
 
-def profile_for(home: Path, identity: dict[str, str], measure: Measure, warn: Callable[[str], None]) -> Hardware:
-    """The stored profile if it is of this machine, else a new one, stored for the next time if that can be done.
-
-    Raises:
-        EngineError, OSError: measuring failed.
-    """
+def known_profile(home: Path, identity: Mapping[str, str], warn: Warn) -> Hardware | None:
+    """The stored profile if it is of the machine with this identity; ``None``: that was not measured."""
     try:
         stored = stored_profile(home)
     except HardwareError as error:
-        warn(f"{error}; measuring anew")
-        stored = None
-    if stored is not None and stored.is_of(identity):
-        return stored.hardware
-    hardware = measure()
+        warn(f"{error}; it has to be measured anew")
+        return None
+    return stored.hardware if stored is not None and stored.is_of(identity) else None
+
+
+def keep_profile(home: Path, hardware: Hardware, warn: Warn) -> None:
+    """Store a profile for the next time, if that can be done."""
     try:
         store_profile(home, hardware)
     except OSError as error:
         warn(f"the profile of this machine cannot be kept in {home}: {error.strerror or error}")
-    return hardware
 
 
 def age_days(stored: StoredProfile) -> float:

@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from celery import Celery, signals
 from celery.exceptions import SecurityWarning
 
 from engine.errors import DeviceUnavailable
-from engine.planner.decide import Outlook
-from engine.planner.hardware import Hardware
 from engine.planner.plan import PlanOptions
 from engine.process import tune
 from engine.trace import TraceFile
@@ -34,11 +33,15 @@ from worker.locks import device_lock
 from worker.logs import configure, get_logger
 from worker.models import resolve_model
 from worker.patience import Patience
-from worker.residency import Engine, Residency, Sample, Tell
+from worker.residency import Loaded, Residency, Sample, Tell
 from worker.ringing import Ringing
 from worker.session import serve
 from worker.settings import Settings
 from worker.strangers import Strays
+
+if TYPE_CHECKING:
+    from engine.memory.device import Device
+    from engine.planner.hardware import Hardware
 
 _FAILED = 1
 _BUSY_S = 10.0
@@ -177,53 +180,71 @@ def exit_code(error: BaseException | None, stopped_by: int | None) -> int:
 
 
 def _loader(
-    settings: Settings, placement: PlanOptions, device: str, recorder: TraceFile | None, bell: Bell
-) -> Callable[[Path, Sample, Tell], Engine]:
-    def load(model_dir: Path, sample: Sample, tell: Tell) -> Engine:
-        from engine.engine import Engine as RealEngine
+    settings: Settings, placement: PlanOptions, device_name: str, recorder: TraceFile | None, bell: Bell
+) -> Callable[[Path, Sample, Tell], Loaded]:
+    def load(model_dir: Path, sample: Sample, tell: Tell) -> Loaded:
+        from engine.devices.open import open_device
+        from engine.loading import load_decided, plan_input
+        from engine.planner.decide import decide, seconds_saved
 
         disk_dir = _disk_dir(settings, placement)
         _make_spill_dir(disk_dir)
         workload = sample()
-        options = replace(placement, device=device, disk_dir=disk_dir)
-        outlook = (
-            None if workload is None else Outlook(workload, lambda: _profile(settings, device, options, bell, tell))
+        options = replace(placement, device=device_name, disk_dir=disk_dir)
+        device = open_device(device_name)
+        try:
+            given = plan_input(model_dir, options, device, workload)
+            hardware = _known_hardware(settings.home, device, disk_dir)
+            decision = decide(given, hardware, lambda: _measured(settings.home, options, disk_dir, bell, tell))
+        except BaseException:
+            device.close()
+            raise
+        engine = load_decided(model_dir, given, decision, device, recorder)
+        searched_with = decision.hardware
+        if searched_with is None:
+            return Loaded(engine)
+        return Loaded(
+            engine, lambda wanted: seconds_saved(replace(given, workload=wanted), decision.plan, searched_with)
         )
-        return RealEngine.load(model_dir, options, recorder=recorder, outlook=outlook)
 
     return load
 
 
-def _profile(settings: Settings, device_name: str, options: PlanOptions, bell: Bell, tell: Tell) -> Hardware:
-    """What this machine can do; measured where nobody has done so yet, within the budgets of ``options``.
+def _known_hardware(home: Path, device: "Device", disk_dir: Path) -> "Hardware | None":
+    """What this machine can do, if somebody has measured it."""
+    from engine.measure.identity import identity_of
+    from engine.profile import known_profile
+
+    return known_profile(home, identity_of(device, disk_dir), get_logger().warning)
+
+
+def _measured(home: Path, options: PlanOptions, disk_dir: Path, bell: Bell, tell: Tell) -> "Hardware":
+    """What this machine can do, measured now within the budgets of ``options``, and kept.
 
     Raises:
         Interrupted: the worker was told to stop while it measured.
         Unmeasurable: the budgets are too small to measure with.
     """
     from engine.devices.open import open_device
-    from engine.measure import identity_of, measure
-    from engine.profile import profile_for
+    from engine.measure import measure
+    from engine.profile import keep_profile
 
     log = get_logger()
-    disk_dir = _disk_dir(settings, options)
-    device = open_device(device_name)
+    tell("measuring")
+    log.info("measuring this machine, once: it takes up to a minute", extra={"action": "measure"})
+    device = open_device(options.device)
     try:
-
-        def measured() -> Hardware:
-            tell("measuring")
-            log.info("measuring this machine, once: it takes up to a minute", extra={"action": "measure"})
-            return measure(
-                device,
-                disk_dir,
-                options=options,
-                stop=lambda: bell.is_stopping,
-                say=lambda what: log.debug("measuring %s", what),
-            )
-
-        return profile_for(settings.home, identity_of(device, disk_dir), measured, lambda text: log.warning("%s", text))
+        hardware = measure(
+            device,
+            disk_dir,
+            options=options,
+            stop=lambda: bell.is_stopping,
+            say=lambda what: log.debug("measuring %s", what),
+        )
     finally:
         device.close()
+    keep_profile(home, hardware, log.warning)
+    return hardware
 
 
 def _open_device_name(placement: PlanOptions) -> str:

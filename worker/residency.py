@@ -1,6 +1,7 @@
 """Which model is loaded. Weights stay where they are between jobs; one model at a time."""
 
 from collections.abc import Callable, Container, Hashable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,13 +23,6 @@ class Engine(Protocol):
 
     plan: "Plan"
 
-    @property
-    def is_planned(self) -> bool:
-        """Whether its plan was made for a workload."""
-
-    def seconds_saved(self, workload: "Workload") -> float:
-        """Seconds that loading the model again with a plan for this workload would save; below 0: would cost."""
-
     def passes(self, requests: Iterator[Request | None]) -> "Iterator[PassReport]":
         """One report a pass; closing the iterator drops everything unfinished."""
 
@@ -39,13 +33,23 @@ class Engine(Protocol):
         """Free all memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine, and what is known of its plan."""
+
+    engine: Engine
+    seconds_saved: Callable[["Workload"], float] | None = None
+    """Seconds that loading the model again with a plan for this workload would save; below 0: would cost. ``None``:
+    the plan was made by rules, for any workload."""
+
+
 class Residency:
     """Keeps at most one engine; loading another model closes it first, so that both never need to fit."""
 
-    def __init__(self, load: Callable[[Path, Sample, Tell], Engine], clock: Callable[[], float]) -> None:
+    def __init__(self, load: Callable[[Path, Sample, Tell], Loaded], clock: Callable[[], float]) -> None:
         self._load = load
         self._clock = clock
-        self._engine: Engine | None = None
+        self._loaded: Loaded | None = None
         self._model_dir: Path | None = None
         self.left_at: dict[str, float] = {}
         """When each model was unloaded to make room for another; unix seconds."""
@@ -68,21 +72,21 @@ class Residency:
         Raises:
             EngineError: it cannot be loaded; nothing is resident then.
         """
-        if self._engine is not None and self._model_dir == model_dir:
-            workload = sample() if self._engine.is_planned else None
-            if workload is None or self._engine.seconds_saved(workload) <= 0:
-                return self._engine
+        if self._loaded is not None and self._model_dir == model_dir:
+            workload = sample() if self._loaded.seconds_saved is not None else None
+            if workload is None or self._loaded.seconds_saved is None or self._loaded.seconds_saved(workload) <= 0:
+                return self._loaded.engine
         self.unload()
-        self._engine = self._load(model_dir, sample, tell)
+        self._loaded = self._load(model_dir, sample, tell)
         self._model_dir = model_dir
         self.left_at.pop(str(model_dir), None)
-        return self._engine
+        return self._loaded.engine
 
     def unload(self) -> None:
         """Close the resident engine, if there is one."""
-        engine, self._engine = self._engine, None
+        loaded, self._loaded = self._loaded, None
         model_dir, self._model_dir = self._model_dir, None
         if model_dir is not None:
             self.left_at[str(model_dir)] = self._clock()
-        if engine is not None:
-            engine.close()
+        if loaded is not None:
+            loaded.engine.close()

@@ -29,8 +29,9 @@ from engine.memory.memory import Memory
 from engine.memory.tensors import torch_dtype
 from engine.memory.traffic import Moved, Traffic
 from engine.model.family import EMBED, HEAD, Attend, layer_name
-from engine.planner.default import resolve_plan
 from engine.planner.plan import Plan, PlanOptions
+from engine.planner.plan_input import PlanInput
+from engine.planner.resolve import resolve_plan
 from engine.request import SamplingParams
 from engine.sequence import Sequence as TokenSequence
 from engine.shape import ModelShape
@@ -208,12 +209,14 @@ def cache_plan(
         weights=Shares(100, 0, 0), micro_batch=max(effort.lengths),
     )  # fmt: skip
     plan = resolve_plan(
-        options,
-        shape=shape,
-        stored=StoredWeights.of_one_tensor(dtype, units),
-        device=device,
-        facts=facts,
-        disk_dir=Path(),
+        PlanInput(
+            shape=shape,
+            stored=StoredWeights.of_one_tensor(dtype, units),
+            device=device,
+            facts=facts,
+            options=options,
+            disk_dir=Path(),
+        )
     )
     pools = dict.fromkeys(TierName, 0) | {tier: kv_bytes_per_token(shape, plan.kv_format) * (tokens + 1)}
     return replace(plan, kv_bytes=pools)

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models
 
 from engine.dtypes import DType
-from engine.engine import Engine
+from engine.loading import load_engine
 from engine.measure.effort import Effort
 from engine.memory.device import Device
 from engine.memory.tensors import torch_dtype
@@ -86,7 +86,7 @@ def _pass_seconds(device: Device, model_dir: Path, number: int, effort: Effort) 
         kv=Shares(100, 0, 0), micro_batch=_MANY * _PROMPT,
     )  # fmt: skip
     found: list[float] = []
-    with Engine.load(model_dir, options) as engine:
+    with load_engine(model_dir, options) as engine:
         for again in range(_RUNS):
             before = perf_counter()
             for report in engine.passes(_requests(number, effort.small_steps)):

@@ -14,8 +14,9 @@ from engine.measure.products import family_of
 from engine.measure.streaming import MIN_STREAMED
 from engine.measure.widths import FEW_LAYERS
 from engine.model.family import EMBED, HEAD, layer_name
-from engine.planner.default import BOUNCED_SLOTS, STAGING_SLOTS, budgets_of
+from engine.planner.placing import BOUNCED_SLOTS, STAGING_SLOTS
 from engine.planner.plan import PlanOptions
+from engine.planner.plan_input import budgets_of
 from engine.tiers import TierName
 from engine.units import MIB, format_bytes
 from engine.weights.layout import UnitLayout

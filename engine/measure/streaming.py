@@ -16,8 +16,9 @@ from engine.memory.device import Device
 from engine.memory.lane import LaneName
 from engine.memory.memory import Memory
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
-from engine.planner.default import resolve_plan
 from engine.planner.plan import PlanOptions
+from engine.planner.plan_input import PlanInput
+from engine.planner.resolve import resolve_plan
 from engine.tiers import Shares, TierName
 from engine.weights.files import WeightFiles
 from engine.weights.layout import UnitLayout
@@ -84,9 +85,15 @@ def _together(
         host_memory=_ENDLESS, disk_space=0, micro_batch=max(effort.tokens),
     )  # fmt: skip
     plan = resolve_plan(
-        options, shape=shape, stored=StoredWeights.of_one_tensor(dtype, sizes), device=device.name,
-        facts=facts_of(device), disk_dir=Path(),
-    )  # fmt: skip
+        PlanInput(
+            shape=shape,
+            stored=StoredWeights.of_one_tensor(dtype, sizes),
+            device=device.name,
+            facts=facts_of(device),
+            options=options,
+            disk_dir=folder,
+        )
+    )
     memory = Memory(device, plan.other_bytes, folder)
     traffic = memory.traffic
     found: list[float] = []

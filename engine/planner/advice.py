@@ -1,22 +1,16 @@
 """What would help most: the search once more, on a machine that has more of one thing. Pure; no torch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from engine.errors import PlanDoesNotFit
 from engine.memory.lane import LaneName
 from engine.planner.hardware import Hardware
+from engine.planner.plan_input import PlanInput
 from engine.planner.rates import Rate
-from engine.planner.search import Found
+from engine.planner.search import Found, search
 from engine.tiers import TierName
 from engine.units import format_bytes
-
-Search = Callable[[Hardware, Mapping[TierName, int]], Found]
-"""The search with everything but the machine and its budgets fixed.
-
-Raises:
-    PlanDoesNotFit: nothing fits.
-"""
 
 LEAST_GAIN = 0.01
 MOST_ADVICE = 3
@@ -35,12 +29,15 @@ class Advice:
     """0.5: half as much again."""
 
 
-def advise(search: Search, hardware: Hardware, budgets: Mapping[TierName, int], found: Found) -> list[Advice]:
-    """The changes that would help most, the best first; those that gain less than a hundredth are left out."""
+def advise(given: PlanInput, hardware: Hardware, found: Found) -> list[Advice]:
+    """The changes that would help most, the best first; those that gain less than a hundredth are left out.
+
+    ``found``: what the search gives without them.
+    """
     advice = []
-    for change, machine, room in _changes(hardware, budgets):
+    for change, changed_input, machine in _changes(given, hardware):
         try:
-            changed = search(machine, room).prediction.generated_per_s
+            changed = search(changed_input, machine).prediction.generated_per_s
         except PlanDoesNotFit:
             continue
         gain = changed / found.prediction.generated_per_s - 1
@@ -49,19 +46,19 @@ def advise(search: Search, hardware: Hardware, budgets: Mapping[TierName, int], 
     return sorted(advice, key=lambda each: -each.gain)[:MOST_ADVICE]
 
 
-def _changes(
-    hardware: Hardware, budgets: Mapping[TierName, int]
-) -> Iterator[tuple[str, Hardware, Mapping[TierName, int]]]:
+def _changes(given: PlanInput, hardware: Hardware) -> Iterator[tuple[str, PlanInput, Hardware]]:
+    budgets = given.budgets
+    given = given.within(budgets)
     for tier in (TierName.DEVICE, TierName.HOST):
         if budgets[tier]:
             name = "memory" if hardware.shares_host_memory else f"{tier} memory"
             change = f"twice the {name}: {format_bytes(FACTOR * budgets[tier])}"
-            yield change, hardware, {**budgets, tier: FACTOR * budgets[tier]}
-    yield "a disk twice as fast", _with_lanes(hardware, _DISK), budgets
+            yield change, given.within(budgets | {tier: FACTOR * budgets[tier]}), hardware
+    yield "a disk twice as fast", given, _with_lanes(hardware, _DISK)
     if not hardware.shares_host_memory:
-        yield "a link to the device twice as fast", _with_lanes(hardware, _LINK), budgets
+        yield "a link to the device twice as fast", given, _with_lanes(hardware, _LINK)
     products = {dtype: _faster(rate) for dtype, rate in hardware.matmul.items()}
-    yield "products twice as fast", replace(hardware, matmul=products), budgets
+    yield "products twice as fast", given, replace(hardware, matmul=products)
 
 
 def _with_lanes(hardware: Hardware, lanes: tuple[LaneName, ...]) -> Hardware:

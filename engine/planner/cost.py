@@ -28,9 +28,12 @@ class Overlap:
     """What runs beside compute. Whatever does not, compute waits for."""
 
     kv: bool = True
-    """Keys and values that attention needs from another tier are brought ahead of time."""
+    """Keys and values that attention needs from another tier are fetched ahead of time."""
     activations: bool = True
     """So are the hidden states of other micro-batches that wait in host memory or on disk."""
+    host_attention: bool = False
+    """Decode tokens whose keys and values lie in host memory or on disk are attended to on the host, where the machine
+    can: beside the products of other micro-batches."""
 
 
 OVERLAPPED = Overlap()
@@ -60,8 +63,6 @@ class PassModel:
         shape: ModelShape,
         stored: StoredWeights,
         plan: Plan,
-        *,
-        host_attention: bool = False,
         overlap: Overlap = OVERLAPPED,
     ) -> None:
         self._hardware = hardware
@@ -89,7 +90,8 @@ class PassModel:
         self._brought_share = self._kv_share[TierName.DISK] + (
             0.0 if self._shares_host else self._kv_share[TierName.HOST]
         )
-        self._host_attends = host_attention and not self._shares_host and hardware.host_attention is not None
+        can_attend = not self._shares_host and hardware.host_attention is not None
+        self._host_attends = overlap.host_attention and can_attend
 
     def cost(self, load: PassLoad) -> PassCost:
         """Seconds of one pass, lane by lane."""

@@ -1,193 +1,181 @@
-"""From a machine, a model and its workload to the plan that ends it soonest, as this engine computes. No torch."""
+"""From what is given to the plan that ends the workload soonest, as this engine computes. No torch."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.devices.facts import MachineFacts
 from engine.errors import HardwareError, PlanDoesNotFit
+from engine.memory.lane import LaneName
 from engine.model.family import layer_name
-from engine.planner.cost import OVERLAPPED
-from engine.planner.default import budgets_of, compute_dtype, resolve_plan
 from engine.planner.hardware import Hardware
 from engine.planner.least import has_room, least_plan
 from engine.planner.nearest import nearest_fit
 from engine.planner.plan import Plan, PlanOptions
-from engine.planner.search import Found, default_budgets, search
+from engine.planner.plan_input import PlanInput
+from engine.planner.predict import predict
+from engine.planner.resolve import resolve_plan
+from engine.planner.search import Found, search
 from engine.planner.workload import Workload
 from engine.shape import ModelShape
 from engine.tiers import TierName
 from engine.units import GIB, format_bytes
 from engine.weights.stored import StoredWeights
 
-ENGINE_ATTENDS_ON_HOST = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """Everything a plan is made for."""
-
-    hardware: Hardware
-    shape: ModelShape
-    stored: StoredWeights
-    workload: Workload
-    options: PlanOptions
-    """What a person fixed."""
-    budgets: Mapping[TierName, int]
-    """Bytes that each tier may hold, where ``options`` does not say."""
-    facts: MachineFacts | None = None
-    """The machine as it is now; ``None``: some other machine."""
-
-    def decide(self, hardware: Hardware | None = None, budgets: Mapping[TierName, int] | None = None) -> Found:
-        """The best plan, on another machine or with other budgets if given.
-
-        Raises:
-            PlanDoesNotFit: nothing fits; the sentence says what is short, and the nearest plan that would fit.
-        """
-        budgets = budgets or self.budgets
-        fixed = self.options
-        if budgets is not self.budgets:
-            fixed = replace(fixed, device_memory=None, host_memory=None, disk_space=None)
-        try:
-            return search(
-                hardware or self.hardware,
-                self.shape,
-                self.stored,
-                self.workload,
-                budgets=budgets,
-                fixed=fixed,
-                host_attention=ENGINE_ATTENDS_ON_HOST,
-                overlap=OVERLAPPED,
-                disk_dir=fixed.disk_dir or Path(),
-                facts=self.facts,
-            )
-        except PlanDoesNotFit as error:
-            near = self._nearest(budgets)
-            raise PlanDoesNotFit(f"{error}; {near}" if near else str(error)) from error
-
-    def _nearest(self, budgets: Mapping[TierName, int]) -> str | None:
-        longest = max(self.workload.lengths, key=lambda each: each.prompt + each.generated)
-        positions = self.shape.max_positions
-        if longest.prompt + longest.generated > positions:
-            generated = min(longest.generated, positions - 1)
-            return f"the nearest that fits: --prompt-len {positions - generated} --gen-len {generated}"
-        asked = self.options
-        facts = self.facts or MachineFacts(0, 0, shares_host_memory=self.hardware.shares_host_memory)
-        options = replace(
-            asked,
-            dtype=compute_dtype(asked, self.stored, facts),
-            device_memory=budgets[TierName.DEVICE] if asked.device_memory is None else asked.device_memory,
-            host_memory=budgets[TierName.HOST] if asked.host_memory is None else asked.host_memory,
-            disk_space=budgets[TierName.DISK] if asked.disk_space is None else asked.disk_space,
-        )
-        return nearest_fit(
-            options,
-            shape=self.shape,
-            stored=self.stored,
-            facts=facts,
-            tokens=max(each.reserved for each in self.workload.lengths),
-            device=self.hardware.device,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """What an engine is loaded for, so that it can plan by itself."""
-
-    workload: Workload
-    hardware: Callable[[], Hardware]
-    """Asked only where there is something to decide: measuring takes most of a minute."""
-    worth_bytes: int = GIB
-    """Weights streamed in a pass from which a search pays; below, rules will do."""
+WORTH_MEASURING = GIB
+"""Bytes of weights streamed in a pass from which measuring the machine pays, which takes up to a minute."""
+MACHINE_SHARES = {TierName.DEVICE: 0.92, TierName.HOST: 0.9, TierName.DISK: 0.95}
+"""Of another machine's capacity, how much a plan takes unasked: the rest is for the runtime and for other people."""
+_MOVING = 2.0
+"""Times the model's size over the disk's speed: what loading takes, checks and fresh memory included."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A plan, and by what it was found; ``None``: by the rules of ``resolve_plan`` alone."""
+    """A plan, and by whose figures it was searched for; ``None``: by the rules of ``resolve_plan`` alone."""
 
     plan: Plan
     hardware: Hardware | None
 
 
-def decide_plan(
-    options: PlanOptions,
-    outlook: Outlook | None,
+def decide(
+    given: PlanInput,
+    hardware: Hardware | None = None,
+    measure: Callable[[], Hardware] | None = None,
     *,
-    shape: ModelShape,
-    stored: StoredWeights,
-    device: str,
-    facts: MachineFacts,
-    disk_dir: Path,
+    worth_measuring: int = WORTH_MEASURING,
 ) -> Decision:
-    """The plan to load a model with: searched for if weights must be streamed and ``outlook`` says what comes.
+    """The plan to load a model with: searched for where figures of the machine and a workload are known.
 
-    The machine is measured only if some plan fits. Where the budgets leave too little to measure it with, or its
-    profile lacks a figure, the rules decide.
+    Where the search fails (the profile lacks a figure, say, or the budgets leave too little to measure the machine
+    with), the rules decide.
+
+    Args:
+        given: what the plan is made from.
+        hardware: the machine's figures, if it was measured.
+        measure: measures it; called only if some plan fits, and much must be streamed.
+        worth_measuring: bytes streamed in a pass that are much.
 
     Raises:
         PlanDoesNotFit: nothing fits; the sentence says what is short, and the nearest plan that would fit.
         Interrupted: the machine was being measured, and that was to end.
         EngineError, OSError: the machine had to be measured, and that failed.
     """
-    here = options.disk_dir or disk_dir
-    ruled: Plan | None = None
-    refusal: PlanDoesNotFit | None = None
+    ruled = _by_rules(given)
+    if given.workload is None or not has_room(ruled, given.shape, _mean_tokens(given.workload)):
+        return Decision(ruled, None)  # where there is no room for a request, it is told so by itself
     try:
-        ruled = resolve_plan(options, shape=shape, stored=stored, device=device, facts=facts, disk_dir=here)
-    except PlanDoesNotFit as error:
-        refusal = error
-    if outlook is not None:
-        # A search goes by the mean request.
-        tokens = outlook.workload.mean(lambda each: each.reserved)
-        if ruled is None or not has_room(ruled, shape, tokens):
-            least = least_plan(
-                options, shape=shape, stored=stored, facts=facts, tokens=tokens, device=device, disk_dir=here
-            )
-            if least is None and ruled is not None:
-                return Decision(ruled, None)  # each request is told by itself that there is no room for it
-            ruled = least
-    if ruled is None:
-        # Where nobody knows what comes, there shall be room for the longest that may.
-        lengths = outlook.workload.lengths if outlook is not None else ()
-        longest = max((each.reserved for each in lengths), default=shape.max_positions)
-        asked = replace(options, disk_dir=here)
-        near = nearest_fit(asked, shape=shape, stored=stored, facts=facts, tokens=longest, device=device)
-        raise PlanDoesNotFit(f"{refusal}; {near}" if near else str(refusal)) from refusal
-    if outlook is None or _streamed_bytes(ruled, stored) < max(1, outlook.worth_bytes):
-        return Decision(ruled, None)
-    options = replace(options, disk_dir=here, device=device)
-    try:
-        hardware = outlook.hardware()
-        question = Question(
-            hardware=hardware,
-            shape=shape,
-            stored=stored,
-            workload=outlook.workload,
-            options=options,
-            budgets=budgets_of(options, facts, here),
-            facts=facts,
-        )
-        return Decision(question.decide().plan, hardware)
+        if hardware is None and measure is not None and _streamed_bytes(ruled, given) >= max(1, worth_measuring):
+            hardware = measure()
+        if hardware is None:
+            return Decision(ruled, None)
+        return Decision(search(given, hardware).plan, hardware)
     except (PlanDoesNotFit, HardwareError):
         return Decision(ruled, None)
 
 
-def _streamed_bytes(plan: Plan, stored: StoredWeights) -> int:
-    away = (index for index, home in enumerate(plan.layers) if home is not TierName.DEVICE)
-    return sum(stored.unit_bytes[layer_name(index)] for index in away)
+def best_plan(given: PlanInput, hardware: Hardware) -> Found:
+    """What ``decide`` finds by a search, with its prediction.
+
+    Raises:
+        PlanDoesNotFit: nothing fits; the sentence says what is short, and the nearest plan that would fit.
+        HardwareError: the profile lacks a figure.
+    """
+    try:
+        return search(given, hardware)
+    except PlanDoesNotFit as error:
+        raise _refused(given, error) from error
 
 
-def budgets_of_machine(hardware: Hardware, stored: StoredWeights) -> dict[TierName, int]:
-    """What a plan may take of a machine that is this one's alone.
+def input_for_machine(
+    hardware: Hardware, *, shape: ModelShape, stored: StoredWeights, options: PlanOptions, workload: Workload
+) -> PlanInput:
+    """What a plan is made from on another machine, all of which is there for it.
 
     Raises:
         PlanDoesNotFit: the model is larger than its disk.
     """
-    needed, room = sum(stored.unit_bytes.values()), int(hardware.capacity[TierName.DISK].value)
-    if needed > room:
+    model, disk = sum(stored.unit_bytes.values()), int(hardware.capacity[TierName.DISK].value)
+    if model > disk:
         raise PlanDoesNotFit(
-            f"the model has {format_bytes(needed)} and the disk of {hardware.name} {format_bytes(room)}: "
-            f"{format_bytes(needed - room)} short; the nearest machine that could hold it has a disk of "
-            f"{format_bytes(needed)}"
+            f"the model has {format_bytes(model)} and the disk of {hardware.name} {format_bytes(disk)}: "
+            f"{format_bytes(model - disk)} short; the nearest machine that could hold it has a disk of "
+            f"{format_bytes(model)}"
         )
-    return default_budgets(hardware, stored)
+    budgets = {tier: int(hardware.capacity[tier].value * MACHINE_SHARES[tier]) for tier in TierName}
+    # The model directory lies on the disk, too.
+    budgets[TierName.DISK] = max(0, budgets[TierName.DISK] - model)
+    if hardware.shares_host_memory:
+        # One memory: a host tier would only be a second name for the same bytes.
+        budgets[TierName.HOST] = 0
+    asked = {
+        TierName.DEVICE: options.device_memory,
+        TierName.HOST: options.host_memory,
+        TierName.DISK: options.disk_space,
+    }
+    given = PlanInput(
+        shape=shape,
+        stored=stored,
+        device=hardware.device,
+        facts=MachineFacts(0, 0, shares_host_memory=hardware.shares_host_memory),
+        options=options,
+        disk_dir=Path(),
+        workload=workload,
+    )
+    return given.within(budgets | {tier: num_bytes for tier, num_bytes in asked.items() if num_bytes is not None})
+
+
+def seconds_saved(given: PlanInput, plan: Plan, hardware: Hardware) -> float:
+    """By loading a model that is loaded with ``plan`` again, with a plan for the given workload, less the time that
+    this takes; 0 or less: it does not pay.
+    """
+    assert given.workload is not None
+    rate = hardware.lanes[LaneName.DISK_READ].at(max(given.stored.unit_bytes.values()))
+    moving = _MOVING * sum(given.stored.unit_bytes.values()) / rate
+    now = predict(hardware, given.shape, given.stored, plan, given.workload).seconds
+    if now <= moving:
+        return now - moving  # however fast another plan is: there is no need to search for it
+    better = search(given, hardware)
+    if (better.plan.layers, better.plan.micro_batch) == (plan.layers, plan.micro_batch):
+        return 0.0
+    return now - better.prediction.seconds - moving
+
+
+def _by_rules(given: PlanInput) -> Plan:
+    """By ``resolve_plan``, or, where that leaves no room for a request, the plan that needs least."""
+    refusal: PlanDoesNotFit | None = None
+    ruled: Plan | None = None
+    try:
+        ruled = resolve_plan(given)
+    except PlanDoesNotFit as error:
+        refusal = error
+    if given.workload is not None:
+        tokens = _mean_tokens(given.workload)
+        if ruled is None or not has_room(ruled, given.shape, tokens):
+            ruled = least_plan(given, tokens) or ruled
+    if ruled is None:
+        assert refusal is not None
+        raise _refused(given, refusal) from refusal
+    return ruled
+
+
+def _mean_tokens(workload: Workload) -> float:
+    """KV tokens of the mean request, which a search goes by."""
+    return workload.mean(lambda each: each.reserved)
+
+
+def _refused(given: PlanInput, error: PlanDoesNotFit) -> PlanDoesNotFit:
+    """The same, and the nearest plan that fits."""
+    positions = given.shape.max_positions
+    longest = max(given.workload.lengths, key=lambda each: each.prompt + each.generated) if given.workload else None
+    if longest is not None and longest.prompt + longest.generated > positions:
+        generated = min(longest.generated, positions - 1)
+        near: str | None = f"the nearest that fits: --prompt-len {positions - generated} --gen-len {generated}"
+    else:
+        near = nearest_fit(given)
+    return PlanDoesNotFit(f"{error}; {near}" if near else str(error))
+
+
+def _streamed_bytes(plan: Plan, given: PlanInput) -> int:
+    streamed = (index for index, home in enumerate(plan.layers) if home is not TierName.DEVICE)
+    return sum(given.stored.unit_bytes[layer_name(index)] for index in streamed)

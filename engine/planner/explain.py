@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from engine.planner.advice import Advice
-from engine.planner.decide import Question
+from engine.planner.hardware import Hardware
 from engine.planner.plan import FLAGS, PlanOptions, flag_name
+from engine.planner.plan_input import PlanInput
 from engine.planner.predict import compute_ceiling_per_s
 from engine.planner.search import Found
 
@@ -16,15 +17,15 @@ def flags_of(options: PlanOptions) -> str:
     return " ".join(f"{name} {value}" for name, value in given if value is not None)
 
 
-def product_ceiling_per_s(found: Found, question: Question) -> float:
+def product_ceiling_per_s(given: PlanInput, hardware: Hardware) -> float:
     """Generated tokens per second that no plan on this machine exceeds: nothing takes time but products."""
-    return compute_ceiling_per_s(
-        question.hardware, question.shape, question.stored, question.workload, found.plan.dtype
-    )
+    assert given.workload is not None
+    return compute_ceiling_per_s(hardware, given.shape, given.stored, given.workload, given.dtype)
 
 
-def document(found: Found, advice: Sequence[Advice], question: Question) -> dict[str, object]:
+def document(given: PlanInput, hardware: Hardware, found: Found, advice: Sequence[Advice]) -> dict[str, object]:
     """Plan, prediction, memory and advice in plain JSON values; bytes, seconds, tokens per second."""
+    assert given.workload is not None
     prediction = found.prediction
     return {
         "plan": found.plan.to_json(),
@@ -35,9 +36,9 @@ def document(found: Found, advice: Sequence[Advice], question: Question) -> dict
             "bound_by": str(prediction.bound_by),
             "steady_generated_per_s": prediction.steady_generated_per_s,
             "lane_ceiling_per_s": prediction.lane_ceiling_per_s,
-            "product_ceiling_per_s": product_ceiling_per_s(found, question),
+            "product_ceiling_per_s": product_ceiling_per_s(given, hardware),
             "seconds": prediction.seconds,
-            "requests": question.workload.requests,
+            "requests": given.workload.requests,
         },
         "memory": {
             str(tier): {"used": used, "budget": found.plan.budgets[tier]}

@@ -6,17 +6,14 @@ least memory, with weights on the disk and small batches. Each was sized by ``re
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from engine.devices.facts import MachineFacts
-from engine.errors import PlanDoesNotFit
-from engine.planner.default import resolve_plan
 from engine.planner.plan import FLAGS, PlanOptions, flag_name
-from engine.shape import ModelShape
+from engine.planner.plan_input import PlanInput
+from engine.planner.resolve import fitting_plan
 from engine.tiers import Shares
 from engine.units import GIB, MIB, div_ceil
-from engine.weights.stored import StoredWeights
 
 SMALLEST_MICRO_BATCH = 256
 _MOST = 1 << 50
@@ -25,25 +22,13 @@ _FLAGS = [name for name, flag in FLAGS.items() if flag.by_hand and name != "sche
 _BUDGETS = [name for name, flag in FLAGS.items() if flag.kind == "size"]
 
 
-def nearest_fit(
-    options: PlanOptions,
-    *,
-    shape: ModelShape,
-    stored: StoredWeights,
-    facts: MachineFacts,
-    tokens: int,
-    device: str,
-) -> str | None:
-    """Flags of a plan near ``options`` that fits, with room for a sequence of ``tokens``; ``None``: there is none."""
+def nearest_fit(given: PlanInput) -> str | None:
+    """Flags of a near plan that fits, with room for the longest sequence; ``None``: there is none."""
+    options, facts = given.options, given.facts
 
     def fits(asked: PlanOptions) -> bool:
-        try:
-            plan = resolve_plan(
-                asked, shape=shape, stored=stored, device=device, facts=facts, disk_dir=options.disk_dir or Path()
-            )
-        except PlanDoesNotFit:
-            return False
-        return max(plan.kv_tokens(shape).values()) >= tokens
+        plan = fitting_plan(given.asking(asked))
+        return plan is not None and max(plan.kv_tokens(given.shape).values()) >= given.longest
 
     for changed in _one_change(options, facts):
         if changed != options and fits(changed):

@@ -67,16 +67,6 @@ def usable_kv_tokens(workload: Workload, plan: Plan, token_bytes: int) -> float:
     return sum(math.floor(pool / token_bytes / reserved + 1e-9) for pool in plan.kv_bytes.values()) * reserved
 
 
-def bytes_taken(plan: Plan, shape: ModelShape, workload: Workload) -> dict[TierName, int]:
-    """Bytes of each tier that a run will hold at its peak: the cache's share of memory is taken at once, that of the
-    disk as sequences come."""
-    taken = plan.used_bytes
-    token_bytes = kv_bytes_per_token(shape, plan.kv_format)
-    needed = workload.requests * math.ceil(workload.mean(lambda each: each.reserved)) * token_bytes
-    taken[TierName.DISK] -= max(0, plan.kv_bytes[TierName.DISK] - needed)
-    return taken
-
-
 def steady_requests_per_pass(workload: Workload, plan: Plan, token_bytes: int) -> float:
     """New requests a pass once as many end as begin: the least of what memory, slots and tokens allow."""
     residency = workload.mean(lambda each: residency_passes(each, plan))
@@ -112,8 +102,6 @@ def predict(
     stored: StoredWeights,
     plan: Plan,
     workload: Workload,
-    *,
-    host_attention: bool = False,
     overlap: Overlap = OVERLAPPED,
 ) -> Prediction:
     """How long a workload takes under a plan, from the first pass to the last output.
@@ -123,7 +111,7 @@ def predict(
     """
     token_bytes = kv_bytes_per_token(shape, plan.kv_format)
     filled = as_filled(workload, plan, token_bytes)
-    model = PassModel(hardware, shape, stored, filled, host_attention=host_attention, overlap=overlap)
+    model = PassModel(hardware, shape, stored, filled, overlap)
     run = _Run(model, plan, workload, token_bytes)
     if plan.schedule == "block":
         return run.by_block()

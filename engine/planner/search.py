@@ -1,4 +1,4 @@
-"""The best plan within the budgets: discrete choices enumerated, placements by a linear programme for each.
+"""The best plan within the budgets: discrete choices enumerated, placements by a linear program for each.
 
 An optimum is rounded to whole layers and whole percents of KV cache, which is what ``--weights`` and ``--kv`` say, and
 each rounding is sized by ``resolve_plan``, which also sizes what the engine allocates: no second formula for memory.
@@ -8,37 +8,33 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil, floor
-from pathlib import Path
 
-from engine.devices.facts import MachineFacts
 from engine.errors import PlanDoesNotFit
-from engine.planner.cost import OVERLAPPED, Overlap
-from engine.planner.default import compute_dtype, whole_layers
+from engine.planner.cost import OVERLAPPED, Overlap, PassModel
 from engine.planner.hardware import Hardware
 from engine.planner.load import mean_request_load, residency_passes
+from engine.planner.placing import whole_layers
 from engine.planner.plan import Plan, PlanOptions
+from engine.planner.plan_input import PlanInput
 from engine.planner.predict import Prediction, as_filled, predict, steady_requests_per_pass
-from engine.planner.problem import Problem
-from engine.planner.programme import TIE, Choice, Optimum, Programme
+from engine.planner.relaxation import TIE, Choice, Optimum, Relaxation
+from engine.planner.resolve import fitting_plan, resolve_plan
 from engine.planner.workload import Workload
 from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 from engine.units import format_bytes
-from engine.weights.stored import StoredWeights
 
 MICRO_BATCHES_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 MICRO_BATCHES = (1, 2, 4, 8)
-BUDGET_SHARES = {TierName.DEVICE: 0.92, TierName.HOST: 0.9, TierName.DISK: 0.95}
-"""Of a profile's capacity, how much a plan takes unasked: the rest is for the runtime and for other people."""
 RESIDENT = (1.0, 0.5, 0.0)
-"""Shares of the layers that may stay on the device. The programme takes products to be as fast for few tokens as for
+"""Shares of the layers that may stay on the device. The program takes products to be as fast for few tokens as for
 many, so it likes a device full of weights with room for two sequences too well; it is also asked without."""
 ROUNDED = 72
-"""Optima of the linear programme that are rounded, of each such share, the best first."""
+"""Optima that are rounded, of each such share, the best first."""
 SLOWER = 0.8
-"""Optima so much slower than a plan that is known are looked at, too: they may need less time to fill and to drain."""
+"""Optima this much slower than a known plan are looked at, too: they may need less time to fill and to drain."""
 SIMULATED = 120
-"""Roundings whose ramp-up and tail are reckoned exactly, those first that a guess likes best; all, for blocks."""
+"""How many plans are simulated from the first pass to the last, the best estimate first; all, for blocks."""
 STEPS = (16, 4, 1)
 """Percents by which the best roundings are moved from tier to tier while that helps."""
 AHEAD = 1.02
@@ -53,10 +49,9 @@ class Found:
     options: PlanOptions
     """As a person would write it with flags; ``resolve_plan`` makes ``plan`` of it."""
     plan: Plan
-    host_attention: bool
+    overlap: Overlap
+    """What the prediction assumes."""
     prediction: Prediction
-    used: Mapping[TierName, int]
-    """Bytes of each tier that the engine will have allocated when its KV cache is full."""
     considered: int
     """Plans that fit and were compared."""
 
@@ -85,68 +80,33 @@ class _Rounding:
         return bool(self.plan.kv_bytes[TierName.DISK] or self.plan.num_layers_in(TierName.DISK))
 
 
-def default_budgets(hardware: Hardware, stored: StoredWeights) -> dict[TierName, int]:
-    """A margin below what the machine has; the model directory lies on the disk, too."""
-    budgets = {tier: int(hardware.capacity[tier].value * BUDGET_SHARES[tier]) for tier in TierName}
-    budgets[TierName.DISK] = max(0, budgets[TierName.DISK] - sum(stored.unit_bytes.values()))
-    if hardware.shares_host_memory:
-        # One memory: a host tier would only be a second name for the same bytes.
-        budgets[TierName.HOST] = 0
-    return budgets
-
-
-def search(
-    hardware: Hardware,
-    shape: ModelShape,
-    stored: StoredWeights,
-    workload: Workload,
-    *,
-    budgets: Mapping[TierName, int] | None = None,
-    fixed: PlanOptions | None = None,
-    host_attention: bool | None = None,
-    overlap: Overlap = OVERLAPPED,
-    disk_dir: Path = Path(),
-    facts: MachineFacts | None = None,
-) -> Found:
+def search(given: PlanInput, hardware: Hardware, overlap: Overlap = OVERLAPPED) -> Found:
     """The plan under which the workload ends soonest.
 
-    ``fixed`` holds whatever a person decided; budgets in it come before ``budgets``. ``host_attention`` is tried both
-    ways if ``None``; pass ``False`` where the engine cannot do it. ``facts`` is the machine as it is now, where the
-    plan is for this one: what each attention thread takes of the workspace depends on it.
+    Whatever a person fixed stays. Host attention is tried both ways where ``overlap`` has it.
 
     Raises:
         PlanDoesNotFit: nothing fits; the sentence says what is short.
+        HardwareError: the profile lacks a figure for the dtype.
+        ValueError: nobody said what the workload is.
     """
-    fixed = fixed or PlanOptions()
-    _check_lengths(shape, workload)
-    budgets = dict(budgets or default_budgets(hardware, stored))
-    facts = facts or MachineFacts(0, 0, shares_host_memory=hardware.shares_host_memory)
-    fixed = replace(
-        fixed,
-        dtype=compute_dtype(fixed, stored, facts),
-        device_memory=budgets[TierName.DEVICE] if fixed.device_memory is None else fixed.device_memory,
-        host_memory=budgets[TierName.HOST] if fixed.host_memory is None else fixed.host_memory,
-        disk_space=budgets[TierName.DISK] if fixed.disk_space is None else fixed.disk_space,
-        disk_dir=fixed.disk_dir or disk_dir,
-    )
-    problem = Problem(
-        hardware=hardware, shape=shape, stored=stored, workload=workload, fixed=fixed, overlap=overlap, facts=facts
-    )
-    return _Search(problem).best(host_attention)
+    if given.workload is None:
+        raise ValueError("a plan is searched for a workload, and none is given")
+    _check_lengths(given.shape, given.workload)
+    fixed = replace(given.options, dtype=given.dtype, disk_dir=given.options.disk_dir or given.disk_dir)
+    return _Search(given.asking(fixed).within(given.budgets), hardware, given.workload, overlap).best()
 
 
 class _Search:
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._programme = Programme(problem)
-        self._workload = problem.workload
-        self._fixed = problem.fixed
-        self._num_layers = problem.shape.num_layers
+    def __init__(self, given: PlanInput, hardware: Hardware, workload: Workload, overlap: Overlap) -> None:
+        self._given, self._hardware, self._workload, self._overlap = given, hardware, workload, overlap
+        self._relaxation = Relaxation(given, hardware, workload, overlap)
+        self._fixed = given.options
+        self._num_layers = given.shape.num_layers
 
-    def best(self, host_attention: bool | None) -> Found:
+    def best(self) -> Found:
         """Bound, round, predict."""
-        problem = self._problem
-        steady = self._rounded(host_attention)
+        steady = self._rounded()
         if not steady:
             raise self._nothing_fits()
         steady += [self._climbed(start) for start in self._starts(steady)]
@@ -159,9 +119,8 @@ class _Search:
             if best is not None and not by_block and each.rate * per_request * AHEAD < best.generated_per_s:
                 continue
             prediction = predict(
-                problem.hardware, problem.shape, problem.stored, each.plan, problem.workload,
-                host_attention=each.host_attention, overlap=problem.overlap,
-            )  # fmt: skip
+                self._hardware, self._given.shape, self._given.stored, each.plan, self._workload, self._overlap_of(each)
+            )
             simulated.append((each, prediction))
             if best is None or prediction.seconds < best.seconds:
                 best = prediction
@@ -171,19 +130,21 @@ class _Search:
         return Found(
             options=chosen.options,
             plan=chosen.plan,
-            host_attention=chosen.host_attention,
+            overlap=self._overlap_of(chosen),
             prediction=prediction,
-            used=chosen.plan.used_bytes,
             considered=len(steady),
         )
 
-    def _rounded(self, host_attention: bool | None) -> "list[_Rounding]":
-        """Plans near the optima of the programmes, each once, with their steady rates."""
+    def _overlap_of(self, each: "_Rounding") -> Overlap:
+        return replace(self._overlap, host_attention=each.host_attention)
+
+    def _rounded(self) -> "list[_Rounding]":
+        """Plans near the optima of the linear programs, each once, with their steady rates."""
         found: dict[object, _Rounding] = {}
         shares = RESIDENT if self._fixed.weights is None else RESIDENT[:1]
         optima: dict[float, list[Optimum]] = {share: [] for share in shares}
-        for choice in self._choices(host_attention):
-            for share, optimum in self._programme.solve(choice, shares).items():
+        for choice in self._choices():
+            for share, optimum in self._relaxation.solve(choice, shares).items():
                 optima[share].append(optimum)
         for group in optima.values():
             best = 0.0
@@ -199,7 +160,7 @@ class _Search:
 
     def _rounding(self, options: PlanOptions, host_attention: bool) -> "_Rounding | None":
         """The plan and its steady rate; ``None`` if it does not fit or no sequence finds room."""
-        plan = self._problem.resolved(options)
+        plan = fitting_plan(self._given.asking(options))
         if plan is None:
             return None
         rate, residency_s = self._steady(plan, host_attention)
@@ -218,7 +179,7 @@ class _Search:
         return list(kinds.values())
 
     def _climbed(self, best: "_Rounding") -> "_Rounding":
-        """A plan from which no small move is better: the programme is linear, the machine is not quite."""
+        """A plan from which no small move is better: the program is linear, the machine is not quite."""
         for step in STEPS:
             better = True
             while better:
@@ -241,23 +202,24 @@ class _Search:
         if self._fixed.kv is None:
             yield from (replace(options, kv=moved) for moved in _moved(kv, step))
 
-    def _choices(self, host_attention: bool | None) -> Iterator[Choice]:
+    def _choices(self) -> Iterator[Choice]:
         batches = (self._fixed.micro_batch,) if self._fixed.micro_batch else MICRO_BATCHES_TOKENS
         counts = (self._fixed.micro_batches,) if self._fixed.micro_batches else MICRO_BATCHES
-        can_attend = not self._problem.hardware.shares_host_memory and self._problem.hardware.host_attention is not None
-        attends = [host_attention] if host_attention is not None else [False, True]
+        can_attend = not self._hardware.shares_host_memory and self._hardware.host_attention is not None
+        attends = [False, True] if self._overlap.host_attention and can_attend else [False]
         streams = [frozenset[TierName](), frozenset({TierName.HOST}), frozenset({TierName.HOST, TierName.DISK})]
         for micro_batch, count, attend, below in product(batches, counts, attends, streams):
-            if not attend or can_attend:
-                yield Choice(micro_batch, count, attend, below)
+            yield Choice(micro_batch, count, attend, below)
 
     def _steady(self, plan: Plan, host_attention: bool) -> tuple[float, float]:
         """Requests per second once steady, and seconds that one of them is there; zeros if none finds room."""
-        rate = steady_requests_per_pass(self._workload, plan, self._problem.token_bytes)
+        rate = steady_requests_per_pass(self._workload, plan, self._given.token_bytes)
         if not rate:
             return 0.0, 0.0
         load = mean_request_load(self._workload, plan)
-        model = self._problem.model(as_filled(self._workload, plan, self._problem.token_bytes), host_attention)
+        filled = as_filled(self._workload, plan, self._given.token_bytes)
+        overlap = replace(self._overlap, host_attention=host_attention)
+        model = PassModel(self._hardware, self._given.shape, self._given.stored, filled, overlap)
         seconds = model.cost(load.scaled(rate)).seconds
         return rate / seconds, seconds * self._workload.mean(lambda each: residency_passes(each, plan))
 
@@ -303,10 +265,10 @@ class _Search:
             weights=self._fixed.weights or Shares(0, 0, 100),
         )
         try:
-            plan = self._problem.resolve(least)
+            plan = resolve_plan(self._given.asking(least))
         except PlanDoesNotFit as error:
             return error
-        needed = max(each.reserved for each in self._workload.lengths) * self._problem.token_bytes
+        needed = self._given.longest * self._given.token_bytes
         most = max(plan.kv_bytes.values())
         return PlanDoesNotFit(
             f"no tier has room for the KV cache of one sequence of this workload ({format_bytes(needed)}): the most "

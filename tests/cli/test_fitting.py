@@ -7,12 +7,13 @@ from typing import NoReturn
 import pytest
 
 from cli import fitting
+from cli.machine import may_have_gpu
 from cli.sizes import Sizes
 from engine.devices.host import HostDevice
-from engine.engine import Engine
 from engine.errors import DeviceUnavailable, HardwareError, PlanDoesNotFit
+from engine.loading import load_decided, plan_input
 from engine.model.registry import sizes_for
-from engine.planner.decide import Outlook
+from engine.planner.decide import decide
 from engine.planner.plan import PlanOptions
 from engine.planner.workload import Workload
 from engine.tiers import Shares
@@ -52,9 +53,11 @@ def test_both_refuse_the_same(name: str, workload: Workload | None, tiny_model: 
             fitting.check_fits(sizes(tiny_model), options, tmp_path, lambda: workload)
         except PlanDoesNotFit:
             before = True
-        outlook = None if workload is None else Outlook(workload, unmeasured, worth_bytes=0)
+        device = HostDevice()
+        given = plan_input(tiny_model, options, device, workload)
         try:
-            Engine.load(tiny_model, options, device=HostDevice(), outlook=outlook).close()
+            decision = decide(given, measure=unmeasured, worth_measuring=0)
+            load_decided(tiny_model, given, decision, device).close()
         except PlanDoesNotFit:
             during = True
         said[budget] = (before, during)
@@ -71,4 +74,4 @@ def test_a_device_that_is_not_there_is_refused(tiny_model: Path, tmp_path: Path)
 @pytest.mark.parametrize(("name", "found"), [("nvidia0", True), ("dxg", True), ("nvidiactl", False), ("null", False)])
 def test_a_gpu_may_be_there_where_its_file_is(tmp_path: Path, name: str, found: bool) -> None:
     (tmp_path / name).touch()
-    assert fitting._may_have_gpu(tmp_path) is found
+    assert may_have_gpu(tmp_path) is found

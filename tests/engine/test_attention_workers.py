@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import Engine, Generate, PlanOptions, Request, SamplingParams, Shares
+from engine import Generate, PlanOptions, Request, SamplingParams, Shares
 from engine.attention.workers import AttentionWorkers, balanced
+from engine.loading import load_engine
 from engine.weights.importers.huggingface import import_checkpoint
 from tests.engine.checkpoints import make_checkpoint
 
@@ -95,7 +96,7 @@ def test_outputs_do_not_depend_on_the_workers(tmp_path: Path) -> None:
     for num_threads in (1, 3):
         before = torch.get_num_threads()
         torch.set_num_threads(num_threads)
-        with Engine.load(tmp_path / "model", options) as engine:
+        with load_engine(tmp_path / "model", options) as engine:
             torch.set_num_threads(before)
             found.append({output.key: output.result for output in engine.run(requests)})
     assert found[0] == found[1]

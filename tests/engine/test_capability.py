@@ -10,12 +10,13 @@ from engine.devices.open import facts_of
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
 from engine.measure import _dtypes
-from engine.planner.decide import Outlook, decide_plan
-from engine.planner.default import resolve_plan
+from engine.planner.decide import decide
 from engine.planner.hardware import Hardware
 from engine.planner.known_models import known_model
 from engine.planner.plan import Plan, PlanOptions
+from engine.planner.plan_input import PlanInput
 from engine.planner.profiles import load_hardware
+from engine.planner.resolve import resolve_plan
 from engine.planner.search import search
 from engine.planner.workload import Workload
 from engine.tiers import Shares
@@ -36,9 +37,15 @@ def facts(capability: tuple[int, int] | None) -> MachineFacts:
 def plan(capability: tuple[int, int] | None, stored: str, **options: object) -> Plan:
     assert KNOWN is not None
     return resolve_plan(
-        PlanOptions(**options), shape=SHAPE, stored=KNOWN.stored(stored), device="cuda:0",  # type: ignore[arg-type]
-        facts=facts(capability), disk_dir=Path(),
-    )  # fmt: skip
+        PlanInput(
+            options=PlanOptions(**options),
+            shape=SHAPE,
+            stored=KNOWN.stored(stored),
+            device="cuda:0",
+            facts=facts(capability),
+            disk_dir=Path(),
+        )
+    )
 
 
 @pytest.mark.parametrize(("capability", "has_bfloat16"), CARDS)
@@ -72,18 +79,23 @@ def test_nothing_is_measured_for_a_dtype_that_cannot_be() -> None:
     assert KNOWN is not None
     options = PlanOptions(dtype=DType.BFLOAT16, weights=Shares(0, 100, 0))
     with pytest.raises(PlanDoesNotFit, match=r"use --dtype float16$"):
-        decide_plan(
-            options, Outlook(Workload.uniform(64, 8, 10), never), shape=SHAPE, stored=KNOWN.stored(DType.FLOAT16),
-            device="cuda:0", facts=facts((7, 5)), disk_dir=Path(),
+        decide(
+            PlanInput(
+                shape=SHAPE, stored=KNOWN.stored(DType.FLOAT16), device="cuda:0", facts=facts((7, 5)), options=options,
+                disk_dir=Path(), workload=Workload.uniform(64, 8, 10),
+            ),
+            measure=never,
         )  # fmt: skip
 
 
 def test_a_search_takes_the_default_of_the_card() -> None:
     assert KNOWN is not None
-    found = search(
-        load_hardware("t4-gcp"), SHAPE, KNOWN.stored(DType.BFLOAT16), Workload.uniform(64, 8, 10), facts=facts((7, 5)),
-        fixed=PlanOptions(weights=Shares(100, 0, 0), micro_batch=256, micro_batches=1), host_attention=False,
+    given = PlanInput(
+        shape=SHAPE, stored=KNOWN.stored(DType.BFLOAT16), device="cuda:0", facts=facts((7, 5)), disk_dir=Path(),
+        options=PlanOptions(weights=Shares(100, 0, 0), micro_batch=256, micro_batches=1),
+        workload=Workload.uniform(64, 8, 10),
     )  # fmt: skip
+    found = search(given, load_hardware("t4-gcp"))
     assert found.plan.dtype == DType.FLOAT16
 
 

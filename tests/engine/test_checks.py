@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from engine.engine import Engine
 from engine.errors import CheckpointError
 from engine.lengths import workload_of
+from engine.loading import load_engine
 from engine.model.activation_functions import ACTIVATION_FUNCTIONS
 from engine.model.fields import ACTIVATIONS
 from engine.planner.plan import PlanOptions
@@ -162,7 +162,7 @@ def damaged(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("damaged", DAMAGES, indirect=True)
 def test_damage_is_one_sentence(damaged: Path) -> None:
     with pytest.raises(CheckpointError) as refused:
-        Engine.load(damaged, PlanOptions(device="cpu", device_memory=64 * MIB))
+        load_engine(damaged, PlanOptions(device="cpu", device_memory=64 * MIB))
     assert str(damaged) in str(refused.value)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 600

@@ -14,6 +14,7 @@ from engine.devices.simulated import SimulatedDevice
 from engine.engine import Engine
 from engine.errors import DeviceFailed, EngineError
 from engine.executor import Executor
+from engine.loading import load_engine
 from engine.memory.closing import run_all
 from engine.memory.device import Device
 from engine.memory.ring import Ring
@@ -64,7 +65,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, kind: type, name: str, error: BaseExce
 
 def used(model: Path, device: Device) -> Engine:
     """An engine that has run, with a ring that reads ahead."""
-    engine = Engine.load(model, SPREAD, device=device)
+    engine = load_engine(model, SPREAD, device=device)
     list(engine.run([Request(0, Generate("a b", SamplingParams(max_new_tokens=3)))]))
     return engine
 
@@ -102,7 +103,7 @@ def test_what_went_wrong_while_loading_is_told_and_not_what_followed(
     for part in (SimulatedDevice, Attention, DiskTier):
         fail(monkeypatch, part, "close", RuntimeError("a consequence"))
     with pytest.raises(EngineError, match="the reason"):
-        Engine.load(tiny_model, SPREAD, device=SimulatedDevice())
+        load_engine(tiny_model, SPREAD, device=SimulatedDevice())
     assert closed == IN_ORDER
 
 

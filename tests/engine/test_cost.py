@@ -16,20 +16,22 @@ from engine.memory.lane import LaneName
 from engine.model.family import EMBED, HEAD, layer_name
 from engine.model.registry import known_configs, sizes_for
 from engine.planner.cost import OVERLAPPED, Overlap, PassCost, PassModel
-from engine.planner.default import resolve_plan
-from engine.planner.flexgen import BlockCost, BlockPolicy, block_cost
+from engine.planner.decide import input_for_machine
 from engine.planner.hardware import LINKS, Hardware
 from engine.planner.known_models import KNOWN_MODELS, KnownModel, known_model
 from engine.planner.load import PassLoad, mean_request_load
 from engine.planner.plan import Plan, PlanOptions
+from engine.planner.plan_input import PlanInput
 from engine.planner.predict import Prediction, compute_ceiling_per_s, predict
 from engine.planner.profiles import load_hardware, preset_names, profile_json
 from engine.planner.rates import Figure, Rate
-from engine.planner.search import Found, default_budgets, search
+from engine.planner.resolve import resolve_plan
+from engine.planner.search import Found, search
 from engine.planner.workload import Lengths, Workload
 from engine.tiers import Shares, TierName
 from engine.units import GIB, MIB
 from engine.weights.layout import stored_as
+from tests.engine.flexgen import BlockCost, BlockPolicy, block_cost
 
 T4 = load_hardware("t4-gcp")
 DEVICE, HOST, DISK = Shares(100, 0, 0), Shares(0, 100, 0), Shares(0, 0, 100)
@@ -48,6 +50,7 @@ POLICIES = {
 MANY = Workload.uniform(512, 32, 10_000)
 WAITING = Overlap(kv=False, activations=False)
 """Compute asks for both only when it needs them, as FlexGen's does. Weights run ahead in either case."""
+HOST_ATTENDS = Overlap(host_attention=True)
 
 
 def model(name: str) -> KnownModel:
@@ -60,8 +63,22 @@ def flexgen(name: str) -> BlockCost:
     return block_cost(T4, model(name).shape, model(name).stored(), POLICIES[name], Lengths(512, 32, 1))
 
 
-def found(name: str, overlap: Overlap = OVERLAPPED, host_attention: bool | None = None) -> Found:
-    return search(T4, model(name).shape, model(name).stored(), MANY, overlap=overlap, host_attention=host_attention)
+def asked_for(
+    name: str = "opt-1.3b",
+    workload: Workload = MANY,
+    options: PlanOptions | None = None,
+    budgets: dict[TierName, int] | None = None,
+    hardware: Hardware = T4,
+) -> PlanInput:
+    given = input_for_machine(
+        hardware, shape=model(name).shape, stored=model(name).stored(), options=options or PlanOptions(),
+        workload=workload,
+    )  # fmt: skip
+    return given if budgets is None else given.within(budgets)
+
+
+def found(name: str, overlap: Overlap = OVERLAPPED) -> Found:
+    return search(asked_for(name), T4, overlap)
 
 
 @pytest.mark.parametrize("name", ["facebook/opt-6.7b", "facebook/opt-30b"])
@@ -77,15 +94,15 @@ def test_flexgen_from_disk_comes_out_without_the_page_caches_help() -> None:
 
 
 OPT_30B_ASSUMING = {
-    "KV copies are waited for": (WAITING, False, 1.25, 9.35),
-    "what this engine does: KV copies are overlapped": (OVERLAPPED, False, 2.0, 14.83),
-    "KV copies are overlapped and the host attends": (OVERLAPPED, None, 2.0, 19.57),
+    "KV copies are waited for": (WAITING, 1.25, 9.35),
+    "what this engine does: KV copies are overlapped": (OVERLAPPED, 2.0, 14.83),
+    "KV copies are overlapped and the host attends": (HOST_ATTENDS, 2.0, 19.57),
 }
-"""Overlap, host attention; how many times FlexGen's published figure is reached; token/s when this was written."""
+"""What is overlapped; how many times FlexGen's published figure is reached; token/s when this was written."""
 OPT_175B_ASSUMING = {
-    "KV copies are waited for": (WAITING, False, 1.15, 0.624),
-    "what this engine does: KV copies are overlapped": (OVERLAPPED, False, 1.25, 0.700),
-    "KV copies are overlapped and the host attends": (OVERLAPPED, None, 1.25, 0.700),
+    "KV copies are waited for": (WAITING, 1.15, 0.624),
+    "what this engine does: KV copies are overlapped": (OVERLAPPED, 1.25, 0.700),
+    "KV copies are overlapped and the host attends": (HOST_ATTENDS, 1.25, 0.700),
 }
 """The same, over our own prediction of FlexGen's policy without page cache."""
 
@@ -93,8 +110,8 @@ OPT_175B_ASSUMING = {
 @pytest.mark.parametrize("assuming", OPT_30B_ASSUMING)
 def test_mixed_passes_of_opt_30b_against_what_flexgen_published(assuming: str) -> None:
     """Twice as fast needs KV copies that are overlapped; below what products alone would allow in any case."""
-    overlap, host_attention, times, known = OPT_30B_ASSUMING[assuming]
-    best = found("facebook/opt-30b", overlap, host_attention).prediction
+    overlap, times, known = OPT_30B_ASSUMING[assuming]
+    best = found("facebook/opt-30b", overlap).prediction
     opt_30b = model("facebook/opt-30b")
     ceiling = compute_ceiling_per_s(T4, opt_30b.shape, opt_30b.stored(), MANY, DType.FLOAT16)
     # 29.6e9 values in its layers, each of 543 tokens a request multiplied with them.
@@ -107,8 +124,8 @@ def test_mixed_passes_of_opt_30b_against_what_flexgen_published(assuming: str) -
 
 @pytest.mark.parametrize("assuming", OPT_175B_ASSUMING)
 def test_mixed_passes_of_opt_175b_stay_below_what_its_disk_can_read(assuming: str) -> None:
-    overlap, host_attention, times, known = OPT_175B_ASSUMING[assuming]
-    best = found("facebook/opt-175b", overlap, host_attention).prediction
+    overlap, times, known = OPT_175B_ASSUMING[assuming]
+    best = found("facebook/opt-175b", overlap).prediction
     assert times * flexgen("facebook/opt-175b").generated_per_s <= best.generated_per_s
     assert best.generated_per_s >= known * 0.99
     assert best.steady_generated_per_s <= 0.75
@@ -117,7 +134,7 @@ def test_mixed_passes_of_opt_175b_stay_below_what_its_disk_can_read(assuming: st
 
 def test_a_device_that_is_full_of_weights_is_not_taken_for_the_best() -> None:
     """It would leave OPT-6.7B room for two sequences: 28 token/s instead of 51."""
-    best = found("facebook/opt-6.7b", WAITING, host_attention=False)
+    best = found("facebook/opt-6.7b", WAITING)
     assert best.prediction.generated_per_s >= 2.0 * PUBLISHED["facebook/opt-6.7b"]
     assert best.plan.num_layers_in(TierName.DEVICE) < 32
 
@@ -258,7 +275,9 @@ def small_plan(weights: Shares = HOST, kv: Shares | None = None, micro_batches: 
     )  # fmt: skip
     facts = MachineFacts(0, 0, shares_host_memory=False)
     return resolve_plan(
-        options, shape=SMALL.shape, stored=SMALL.stored(), device="cuda", facts=facts, disk_dir=Path("/")
+        PlanInput(
+            options=options, shape=SMALL.shape, stored=SMALL.stored(), device="cuda", facts=facts, disk_dir=Path("/")
+        )
     )
 
 
@@ -276,17 +295,14 @@ placements = st.sampled_from([DEVICE, HOST, DISK, Shares(20, 30, 50)])
 @settings(max_examples=100, deadline=None)
 @given(loads(), placements, placements, st.booleans(), st.floats(0.3, 1), st.sampled_from([OVERLAPPED, WAITING]))
 def test_a_pass_is_at_least_as_long_as_each_lane(
-    load: PassLoad, weights: Shares, kv: Shares, attends: bool, busy: float, overlap: object
+    load: PassLoad, weights: Shares, kv: Shares, attends: bool, busy: float, overlap: Overlap
 ) -> None:
     hardware = contended(T4, busy)
     plan = small_plan(weights, kv)
-    one = PassModel(
-        hardware, SMALL.shape, SMALL.stored(), plan, host_attention=attends,
-        overlap=WAITING if overlap is WAITING else OVERLAPPED,
-    ).cost(load)  # fmt: skip
+    one = PassModel(hardware, SMALL.shape, SMALL.stored(), plan, replace(overlap, host_attention=attends)).cost(load)
     assert one.seconds >= max(one.lane_seconds.values()) * (1 - 1e-9)
     assert one.exposed_s >= 0
-    overlapped = PassModel(T4, SMALL.shape, SMALL.stored(), plan, host_attention=attends).cost(load)
+    overlapped = PassModel(T4, SMALL.shape, SMALL.stored(), plan, Overlap(host_attention=attends)).cost(load)
     assert one.seconds >= overlapped.seconds * (1 - 1e-9)
 
 
@@ -296,7 +312,7 @@ def test_a_pass_is_bound_by_the_lane_that_makes_it_shorter(load: PassLoad, weigh
     plan = small_plan(weights, kv)
 
     def cost(hardware: Hardware) -> PassCost:
-        return PassModel(hardware, SMALL.shape, SMALL.stored(), plan, host_attention=False).cost(load)
+        return PassModel(hardware, SMALL.shape, SMALL.stored(), plan).cost(load)
 
     before = cost(T4)
     longest, second = sorted(before.lane_seconds.values(), reverse=True)[:2]
@@ -312,7 +328,7 @@ def test_more_bandwidth_never_makes_a_pass_longer(
 ) -> None:
     plan = small_plan(weights, kv)
     before, after = (
-        PassModel(hardware, SMALL.shape, SMALL.stored(), plan, host_attention=attends).cost(load)
+        PassModel(hardware, SMALL.shape, SMALL.stored(), plan, Overlap(host_attention=attends)).cost(load)
         for hardware in (contended(T4, busy), faster(contended(T4, busy), lane, factor))
     )
     assert after.seconds <= before.seconds * (1 + 1e-9)
@@ -333,15 +349,12 @@ def found_within(device: int, host: int, disk: int, prompt: int, generated: int)
     budgets = {TierName.DEVICE: device * GIB // 2, TierName.HOST: host * GIB // 4, TierName.DISK: disk * GIB // 4}
     workload = Workload.uniform(prompt, generated, 200)
     try:
-        best = search(
-            T4, SMALL.shape, SMALL.stored(), workload, budgets=budgets,
-            fixed=PlanOptions(micro_batch=512, micro_batches=4),
-        )  # fmt: skip
+        options = PlanOptions(micro_batch=512, micro_batches=4)
+        best = search(asked_for("opt-1.3b", workload, options, budgets), T4, HOST_ATTENDS)
     except PlanDoesNotFit:
         return False
     for tier in TierName:
-        assert 0 <= best.used[tier] <= budgets[tier]
-        assert best.plan.kv_bytes[tier] <= best.used[tier]
+        assert 0 <= best.plan.used_bytes[tier] <= budgets[tier]
     assert 0 < best.prediction.generated_per_s < inf
     return True
 
@@ -363,31 +376,31 @@ def test_what_a_person_fixed_stays() -> None:
     fixed = PlanOptions(
         weights=Shares(50, 50, 0), kv=Shares(0, 100, 0), micro_batch=512, micro_batches=2, device_memory=6 * GIB
     )
-    best = search(T4, SMALL.shape, SMALL.stored(), Workload.uniform(100, 20, 50), fixed=fixed, host_attention=False)
+    best = search(asked_for("opt-1.3b", Workload.uniform(100, 20, 50), fixed), T4)
     assert (best.options.weights, best.options.kv) == (fixed.weights, fixed.kv)
     assert (best.plan.micro_batch, best.plan.micro_batches) == (512, 2)
     assert best.plan.budgets[TierName.DEVICE] == 6 * GIB
-    assert not best.host_attention
+    assert not best.overlap.host_attention
 
 
 def test_what_cannot_be_is_said_in_a_sentence() -> None:
     with pytest.raises(PlanDoesNotFit, match="positions by 452"):
-        search(T4, SMALL.shape, SMALL.stored(), Workload.uniform(2000, 500, 1))
+        search(asked_for("opt-1.3b", Workload.uniform(2000, 500, 1)), T4)
     with pytest.raises(PlanDoesNotFit, match="short"):
-        search(T4, SMALL.shape, SMALL.stored(), MANY, budgets=dict.fromkeys(TierName, 0))
+        search(asked_for("opt-1.3b", MANY, budgets=dict.fromkeys(TierName, 0)), T4)
     tight = {TierName.DEVICE: 620 * MIB, TierName.HOST: 400 * MIB, TierName.DISK: 0}
     with pytest.raises(PlanDoesNotFit, match="short"):
-        search(T4, SMALL.shape, SMALL.stored(), Workload.uniform(2000, 40, 4), budgets=tight)
+        search(asked_for("opt-1.3b", Workload.uniform(2000, 40, 4), budgets=tight), T4)
 
 
 def test_where_memory_is_shared_nothing_is_copied_to_the_device() -> None:
     cpu = replace(T4, device="cpu", shares_host_memory=True, host_attention=None)
     budgets = {TierName.DEVICE: 2 * GIB, TierName.HOST: 0, TierName.DISK: 8 * GIB}
-    best = search(cpu, SMALL.shape, SMALL.stored(), Workload.uniform(300, 30, 64), budgets=budgets)
+    best = search(asked_for("opt-1.3b", Workload.uniform(300, 30, 64), budgets=budgets, hardware=cpu), cpu)
     lanes = best.prediction.steady_pass.lane_bytes
     assert lanes[LaneName.HOST_TO_DEVICE] == lanes[LaneName.DEVICE_TO_HOST] == 0
     assert lanes[LaneName.DISK_READ] > 0
-    assert default_budgets(cpu, SMALL.stored())[TierName.HOST] == 0
+    assert asked_for(hardware=cpu).budgets[TierName.HOST] == 0
 
 
 def test_few_requests_pay_for_ramp_up_and_tail() -> None:
@@ -438,10 +451,8 @@ def faster(hardware: Hardware, lane: LaneName, factor: float) -> Hardware:
 
 
 def fixed_search(hardware: Hardware, device_memory: int) -> Found:
-    return search(
-        hardware, model("opt-6.7b").shape, model("opt-6.7b").stored(), MANY,
-        fixed=PlanOptions(micro_batch=1024, micro_batches=4, device_memory=device_memory),
-    )  # fmt: skip
+    options = PlanOptions(micro_batch=1024, micro_batches=4, device_memory=device_memory)
+    return search(asked_for("opt-6.7b", MANY, options, hardware=hardware), hardware, HOST_ATTENDS)
 
 
 def test_figures_are_numbers() -> None:

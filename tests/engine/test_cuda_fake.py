@@ -29,8 +29,9 @@ from engine.memory.memory import Memory
 from engine.model.family import EMBED, HEAD, Family, NamedWeights, layer_name
 from engine.model.registry import family_for
 from engine.model.sampling import next_tokens, score_tokens
-from engine.planner.default import resolve_plan
 from engine.planner.plan import Plan, PlanOptions
+from engine.planner.plan_input import PlanInput
+from engine.planner.resolve import resolve_plan
 from engine.request import SamplingParams
 from engine.schedule.passes import Pass
 from engine.sequence import Sequence as Tokens
@@ -276,12 +277,14 @@ def plan_for(family: Family, dtype: DType, disk_dir: Path) -> Plan:
         dtype=dtype, device_memory=64 * MIB, kv=Shares(100, 0, 0), micro_batch=48, micro_batches=3, extent_tokens=32
     )
     return resolve_plan(
-        options,
-        shape=family.shape,
-        stored=StoredWeights.of_one_tensor(dtype, sizes),
-        device="cuda:0",
-        facts=MachineFacts(64 * MIB, 64 * MIB, shares_host_memory=False),
-        disk_dir=disk_dir,
+        PlanInput(
+            options=options,
+            shape=family.shape,
+            stored=StoredWeights.of_one_tensor(dtype, sizes),
+            device="cuda:0",
+            facts=MachineFacts(64 * MIB, 64 * MIB, shares_host_memory=False),
+            disk_dir=disk_dir,
+        )
     )
 
 

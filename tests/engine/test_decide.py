@@ -10,21 +10,23 @@ from hypothesis import strategies as st
 from engine.devices.facts import MachineFacts
 from engine.devices.host import HostDevice
 from engine.dtypes import DType
-from engine.engine import Engine
-from engine.errors import Interrupted, PlanDoesNotFit, Unmeasurable
+from engine.errors import HardwareError, Interrupted, PlanDoesNotFit, Unmeasurable
 from engine.lengths import workload_of
+from engine.loading import load_engine
 from engine.measure import identity_of
-from engine.planner.decide import Decision, Outlook, Question, budgets_of_machine, decide_plan
-from engine.planner.default import resolve_plan
+from engine.planner.decide import best_plan, decide, input_for_machine, seconds_saved
 from engine.planner.hardware import Hardware
 from engine.planner.known_models import known_model
 from engine.planner.least import has_room, least_plan
 from engine.planner.nearest import format_flag
 from engine.planner.plan import PlanOptions
+from engine.planner.plan_input import PlanInput
+from engine.planner.predict import predict
 from engine.planner.profiles import load_hardware
 from engine.planner.rates import Figure
+from engine.planner.resolve import fitting_plan, resolve_plan
 from engine.planner.workload import Workload
-from engine.profile import profile_for, store_profile, stored_profile
+from engine.profile import keep_profile, known_profile, store_profile, stored_profile
 from engine.request import Generate, Request, SamplingParams, Score
 from engine.tiers import Shares, TierName
 from engine.units import GIB, MIB
@@ -45,21 +47,22 @@ def machine() -> Hardware:
 
 
 def never() -> Hardware:
-    raise AssertionError("nothing was to be decided")
+    raise AssertionError("nothing was to be measured")
 
 
-def decide(options: PlanOptions, outlook: Outlook | None, facts: MachineFacts = FACTS) -> Decision:
-    return decide_plan(
-        options, outlook, shape=SHAPE, stored=STORED, device="cpu", facts=facts, disk_dir=Path("spill")
+def asked_for(options: PlanOptions, workload: Workload | None = WORK, facts: MachineFacts = FACTS) -> PlanInput:
+    return PlanInput(
+        shape=SHAPE, stored=STORED, device="cpu", facts=facts, options=options, disk_dir=Path("spill"),
+        workload=workload,
     )  # fmt: skip
 
 
 def test_what_fits_whole_needs_no_measuring() -> None:
-    decide(PlanOptions(device_memory=8 * GIB), Outlook(WORK, never))
+    assert decide(asked_for(PlanOptions(device_memory=8 * GIB)), measure=never).hardware is None
 
 
 def test_little_that_is_streamed_is_not_worth_measuring() -> None:
-    decide(PlanOptions(device_memory=8 * GIB, weights=Shares(90, 0, 10)), Outlook(WORK, never))
+    decide(asked_for(PlanOptions(device_memory=8 * GIB, weights=Shares(90, 0, 10))), measure=never)
 
 
 def test_what_must_be_streamed_is_searched_for(machine: Hardware) -> None:
@@ -69,36 +72,68 @@ def test_what_must_be_streamed_is_searched_for(machine: Hardware) -> None:
         asked.append(machine)
         return machine
 
-    decision = decide_plan(
-        PlanOptions(device_memory=GIB), Outlook(WORK, hardware),
-        shape=SHAPE, stored=STORED, device="cpu", facts=FACTS, disk_dir=Path("spill"),
-    )  # fmt: skip
+    decision = decide(asked_for(PlanOptions(device_memory=GIB)), measure=hardware)
     assert asked == [machine]
     assert decision.hardware is machine
     assert max(decision.plan.used_bytes.values()) <= GIB
     assert decision.plan.disk_dir == Path("spill")
 
 
+@pytest.mark.parametrize("memory", [GIB, 8 * GIB])
+@pytest.mark.parametrize("fixed", [PlanOptions(), PlanOptions(micro_batch=300), PlanOptions(weights=Shares(10, 0, 90))])
+def test_where_figures_are_known_a_worker_loads_what_is_said_to_be_best(
+    memory: int, fixed: PlanOptions, machine: Hardware
+) -> None:
+    """Whether anything must be streamed or not: `overnight plan` and a worker have one answer."""
+    asked = asked_for(replace(fixed, device_memory=memory))
+    assert decide(asked, machine, never).plan == best_plan(asked, machine).plan
+
+
+@pytest.mark.parametrize("name", ["facebook/opt-125m", "facebook/opt-1.3b", "facebook/opt-6.7b"])
+@pytest.mark.parametrize("preset", ["l4", "h100-80g"])
+def test_on_a_large_gpu_a_small_model_is_not_left_to_the_rules(name: str, preset: str) -> None:
+    """Their batches are made for GPUs that are just large enough: OPT-1.3B on an L4 would be half as fast."""
+    known, hardware = known_model(name), load_hardware(preset)
+    assert known is not None
+    work, stored = Workload.uniform(512, 32, 1000), known.stored()
+    asked = input_for_machine(hardware, shape=known.shape, stored=stored, options=PlanOptions(), workload=work)
+    decision = decide(asked, hardware, never)
+    assert decision.hardware is hardware
+    searched, ruled = (
+        predict(hardware, known.shape, stored, plan, work).generated_per_s
+        for plan in (decision.plan, decide(asked).plan)
+    )
+    assert searched >= ruled
+
+
+def test_without_a_workload_the_rules_decide(machine: Hardware) -> None:
+    assert decide(asked_for(PlanOptions(), None), machine, never).hardware is None
+
+
+def test_a_profile_without_the_dtype_leaves_it_to_the_rules(machine: Hardware) -> None:
+    asked = asked_for(PlanOptions(dtype=DType.FLOAT16))
+    assert decide(asked, machine).hardware is None
+    with pytest.raises(HardwareError, match="float16"):
+        best_plan(asked, machine)
+
+
 def test_what_a_person_fixed_is_kept(machine: Hardware) -> None:
     fixed = PlanOptions(device_memory=2 * GIB, weights=Shares(0, 0, 100), micro_batch=300)
-    decision = decide_plan(
-        fixed, Outlook(WORK, lambda: machine),
-        shape=SHAPE, stored=STORED, device="cpu", facts=FACTS, disk_dir=Path("spill"),
-    )  # fmt: skip
-    assert decision.plan.num_layers_in(TierName.DISK) == SHAPE.num_layers
-    assert decision.plan.micro_batch == 300
+    plan = decide(asked_for(fixed), machine).plan
+    assert plan.num_layers_in(TierName.DISK) == SHAPE.num_layers
+    assert plan.micro_batch == 300
 
 
 @pytest.mark.parametrize("searched", [False, True])
 def test_a_refusal_names_the_nearest_plan_that_fits_and_nothing_is_measured(searched: bool) -> None:
     with pytest.raises(PlanDoesNotFit, match=r"short.*the smallest that fits: --device-memory \S+ with") as refused:
-        decide(PlanOptions(device_memory=100 * MIB), Outlook(WORK, never) if searched else None)
+        decide(asked_for(PlanOptions(device_memory=100 * MIB), WORK if searched else None), measure=never)
     text = str(refused.value).rpartition("--device-memory ")[2].split()[0]
     unit = {"MiB": MIB, "GiB": GIB}[text[-3:]]
     near = PlanOptions(
         device_memory=int(float(text[:-3]) * unit), weights=Shares(0, 0, 100), micro_batch=256, micro_batches=1
     )
-    decide(near, None)
+    decide(asked_for(near, None))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +145,7 @@ def test_a_refusal_names_the_nearest_plan_that_fits_and_nothing_is_measured(sear
 )
 def test_a_refusal_of_flags_says_where_the_weights_should_go(facts: MachineFacts, weights: str) -> None:
     with pytest.raises(PlanDoesNotFit, match=f"the nearest that fits: --weights {weights}$"):
-        decide(PlanOptions(device_memory=2 * GIB, weights=Shares(100, 0, 0)), None, facts)
+        decide(asked_for(PlanOptions(device_memory=2 * GIB, weights=Shares(100, 0, 0)), None, facts))
 
 
 @pytest.mark.parametrize(("budget", "micro_batch"), [(GIB, 2048), (660 * MIB, 256)])
@@ -120,7 +155,7 @@ def test_where_measuring_has_too_little_room_the_rules_decide(budget: int, micro
     def measured() -> Hardware:
         raise Unmeasurable("too little room")
 
-    decision = decide(PlanOptions(device_memory=budget), Outlook(WORK, measured))
+    decision = decide(asked_for(PlanOptions(device_memory=budget)), measure=measured)
     assert decision.hardware is None
     assert decision.plan.micro_batch == micro_batch
     assert has_room(decision.plan, SHAPE, 543)
@@ -128,9 +163,8 @@ def test_where_measuring_has_too_little_room_the_rules_decide(budget: int, micro
 
 
 def test_where_no_plan_has_room_for_a_request_nothing_is_measured() -> None:
-    assert not has_room(
-        decide(PlanOptions(device_memory=610 * MIB, micro_batch=2048), Outlook(WORK, never)).plan, SHAPE, 543
-    )
+    tight = asked_for(PlanOptions(device_memory=610 * MIB, micro_batch=2048))
+    assert not has_room(decide(tight, measure=never).plan, SHAPE, 543)
 
 
 def test_an_end_of_measuring_is_an_end_of_planning() -> None:
@@ -138,7 +172,7 @@ def test_an_end_of_measuring_is_an_end_of_planning() -> None:
         raise Interrupted("stopped")
 
     with pytest.raises(Interrupted):
-        decide(PlanOptions(device_memory=GIB), Outlook(WORK, stopped))
+        decide(asked_for(PlanOptions(device_memory=GIB)), measure=stopped)
 
 
 shares = st.tuples(st.integers(0, 100), st.integers(0, 100)).map(
@@ -171,26 +205,20 @@ def test_what_fits_in_any_way_has_a_least_plan(
     facts = MachineFacts(8 * GIB, 8 * GIB, shares_host_memory=shares_memory)
     free = PlanOptions(device_memory=device, host_memory=host, disk_space=disk, dtype=dtype)
     found = replace(free, weights=weights, kv=kv, micro_batch=batch)
-    try:
-        plan = resolve_plan(found, shape=SHAPE, stored=STORED, device="x", facts=facts, disk_dir=Path())
-    except PlanDoesNotFit:
+    asked = PlanInput(shape=SHAPE, stored=STORED, device="x", facts=facts, options=found, disk_dir=Path())
+    plan = fitting_plan(asked)
+    if plan is None:
         return
     tokens = max(plan.kv_tokens(SHAPE).values())
     assume(tokens)
-    least = least_plan(
-        free, shape=SHAPE, stored=STORED, facts=facts, tokens=1, device="x", disk_dir=Path()
-    )  # fmt: skip
-    assert least is not None
-    least = least_plan(
-        found, shape=SHAPE, stored=STORED, facts=facts, tokens=tokens, device="x", disk_dir=Path()
-    )  # fmt: skip
-    assert least is not None
+    assert least_plan(asked.asking(free), 1) is not None
+    assert least_plan(asked, tokens) is not None
 
 
 def test_a_model_that_no_disk_holds_is_refused(machine: Hardware) -> None:
     small = replace(machine, capacity={tier: Figure(GIB, "") for tier in TierName})
     with pytest.raises(PlanDoesNotFit, match=r"1\.5 GiB short"):
-        budgets_of_machine(small, STORED)
+        input_for_machine(small, shape=SHAPE, stored=STORED, options=PlanOptions(), workload=WORK)
 
 
 def test_flags_are_rounded_up() -> None:
@@ -199,12 +227,8 @@ def test_flags_are_rounded_up() -> None:
 
 
 def test_prompts_longer_than_the_model_are_refused(machine: Hardware) -> None:
-    question = Question(
-        hardware=machine, shape=SHAPE, stored=STORED, workload=Workload.uniform(3000, 32, 1), options=PlanOptions(),
-        budgets=dict.fromkeys(TierName, 4 * GIB),
-    )  # fmt: skip
     with pytest.raises(PlanDoesNotFit, match="longer than the model's 2048 positions by 984"):
-        question.decide()
+        best_plan(asked_for(PlanOptions(device_memory=4 * GIB), Workload.uniform(3000, 32, 1)), machine)
 
 
 def test_lengths_are_those_of_the_engine(tiny_model: Path) -> None:
@@ -225,37 +249,40 @@ def test_an_engine_that_knows_what_comes_predicts_each_pass(tiny_model: Path, ma
     workload = workload_of(tiny_model, requests)
     assert workload is not None
     options = PlanOptions(device="cpu", weights=Shares(0, 0, 100), device_memory=256 * MIB)
-    with Engine.load(tiny_model, options, outlook=Outlook(workload, lambda: machine, worth_bytes=0)) as engine:
-        assert engine.is_planned
+    with load_engine(tiny_model, options, workload=workload, hardware=machine) as engine:
         reports = list(engine.passes(iter(requests)))
         assert len([output for report in reports for output in report.outputs]) == 6
         assert all(report.stats.expected is not None and report.stats.expected.seconds > 0 for report in reports)
-        assert engine.seconds_saved(workload) <= 0  # it has the plan for this
-    with Engine.load(tiny_model, options) as engine:
-        assert not engine.is_planned
-        assert engine.seconds_saved(workload) < 0
+    with load_engine(tiny_model, options) as engine:
+        assert all(report.stats.expected is None for report in engine.passes(iter(requests)))
+
+
+def test_a_model_is_loaded_again_only_where_another_plan_gains_more_than_that_takes(machine: Hardware) -> None:
+    """A workload of long outputs wants more KV cache than one of prompts alone; few rows are not worth a load."""
+    asked = asked_for(PlanOptions(device_memory=3 * GIB), Workload.uniform(1500, 1, 10_000))
+    plan = decide(asked, machine).plan
+    assert seconds_saved(asked, plan, machine) == 0  # it has the plan for this
+    slow = resolve_plan(asked_for(PlanOptions(device_memory=3 * GIB, weights=Shares(0, 0, 100), micro_batch=256)))
+    assert seconds_saved(asked, slow, machine) > 0
+    assert seconds_saved(replace(asked, workload=Workload.uniform(16, 1, 1)), slow, machine) < 0
 
 
 def test_a_measured_profile_is_kept_and_known_again(tmp_path: Path, machine: Hardware) -> None:
     identity = identity_of(HostDevice(), tmp_path)
     mine = replace(machine, identity=identity)
-    said: list[str] = []
     assert stored_profile(tmp_path) is None
-    assert profile_for(tmp_path, identity, lambda: mine, said.append) is mine
+    assert known_profile(tmp_path, identity, pytest.fail) is None
+    keep_profile(tmp_path, mine, pytest.fail)
     stored = stored_profile(tmp_path)
     assert stored is not None
     assert stored.hardware == mine
-    assert stored.is_of(identity)
-    assert not stored.is_of({**identity, "cores": "999"})
-    assert profile_for(tmp_path, identity, never, said.append) == mine
-    other = replace(mine, identity={**identity, "cores": "999"})
-    assert profile_for(tmp_path, dict(other.identity), lambda: other, said.append) is other
-    assert not said
+    assert known_profile(tmp_path, identity, pytest.fail) == mine
+    assert known_profile(tmp_path, {**identity, "cores": "999"}, pytest.fail) is None
 
 
-def test_a_damaged_profile_is_measured_anew(tmp_path: Path, machine: Hardware) -> None:
+def test_a_damaged_profile_is_not_believed(tmp_path: Path, machine: Hardware) -> None:
     path = store_profile(tmp_path, machine)
     path.write_text("{")
     said: list[str] = []
-    assert profile_for(tmp_path, {}, lambda: machine, said.append) is machine
-    assert "measuring anew" in said[0]
+    assert known_profile(tmp_path, {}, said.append) is None
+    assert "measured anew" in said[0]

@@ -13,10 +13,11 @@ from engine.devices.facts import MachineFacts
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
 from engine.kvcache.cache import KVCache
-from engine.planner.default import KV_SLOTS, resolve_plan
 from engine.planner.known_models import known_model
 from engine.planner.plan import Plan, PlanOptions
+from engine.planner.plan_input import PlanInput
 from engine.planner.predict import as_filled
+from engine.planner.resolve import KV_SLOTS, resolve_plan
 from engine.planner.workload import Workload
 from engine.request import SamplingParams
 from engine.sequence import Sequence
@@ -32,9 +33,15 @@ def plan_of(model: str, facts: MachineFacts, options: PlanOptions | None = None)
     known = known_model(model)
     assert known is not None
     return resolve_plan(
-        options or PlanOptions(), shape=known.shape, stored=known.stored(DType.FLOAT16), device="cuda:0", facts=facts,
-        disk_dir=Path("spill"),
-    )  # fmt: skip
+        PlanInput(
+            options=options or PlanOptions(),
+            shape=known.shape,
+            stored=known.stored(DType.FLOAT16),
+            device="cuda:0",
+            facts=facts,
+            disk_dir=Path("spill"),
+        )
+    )
 
 
 @given(
@@ -82,7 +89,14 @@ def cache_for(kv: Shares | None) -> KVCache:
         weights=Shares(0, 100, 0), kv=kv, device_memory=GIB, host_memory=GIB, micro_batch=32, extent_tokens=32
     )
     plan = resolve_plan(
-        options, shape=shape, stored=known.stored(DType.FLOAT16), device="simulated", facts=facts, disk_dir=Path()
+        PlanInput(
+            options=options,
+            shape=shape,
+            stored=known.stored(DType.FLOAT16),
+            device="simulated",
+            facts=facts,
+            disk_dir=Path(),
+        )
     )
     assert plan.kv_bytes[TierName.HOST]
     of_one = 32 * kv_bytes_per_token(shape, plan.kv_format)

@@ -29,6 +29,7 @@ from engine.attention.sizes import kv_bytes_per_token
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
 from engine.engine import REJECTIONS_A_PASS
+from engine.loading import load_engine
 from engine.schedule.balance import MIN_PROMPT_TOKENS, PROMPTS
 from engine.schedule.scheduler import LOOK_AHEAD
 from engine.tiers import TierName
@@ -54,7 +55,7 @@ def by_key(outputs: Iterable[Output]) -> dict[object, object]:
 
 @pytest.fixture
 def engine(tiny_model: Path) -> Iterator[Engine]:
-    with Engine.load(tiny_model, options()) as loaded:
+    with load_engine(tiny_model, options()) as loaded:
         yield loaded
         assert loaded._kv.held_tokens == 0, "every sequence's KV cache is free again"
         loaded.check_integrity()
@@ -63,10 +64,10 @@ def engine(tiny_model: Path) -> Iterator[Engine]:
 def with_kv_room(model_dir: Path, num_tokens: int, **more: object) -> Engine:
     """An engine whose KV cache holds so many tokens, all on the device."""
     more = {"weights": Shares(100, 0, 0), **more}
-    with Engine.load(model_dir, options(**more)) as roomy:
-        token_bytes = kv_bytes_per_token(roomy._shape, roomy.plan.kv_format)
+    with load_engine(model_dir, options(**more)) as roomy:
+        token_bytes = kv_bytes_per_token(roomy._stage.family.shape, roomy.plan.kv_format)
         fixed = roomy.plan.budgets[TierName.DEVICE] - roomy.plan.kv_bytes[TierName.DEVICE]
-    return Engine.load(model_dir, options(**more, device_memory=fixed + num_tokens * token_bytes))
+    return load_engine(model_dir, options(**more, device_memory=fixed + num_tokens * token_bytes))
 
 
 # Rows that are refused
@@ -239,7 +240,7 @@ def test_a_choice_is_dropped_with_some_of_its_sequences_done_and_some_waiting(
 ) -> None:
     """One sequence of 8 tokens a pass: after two passes, two are done and the others wait."""
     choices = Request("choose", Choose("abcde", ("xx", "yy", "zz", "ww")))
-    with Engine.load(tiny_model, options(micro_batch=8, micro_batches=1, prefill_chunk=chunk)) as engine:
+    with load_engine(tiny_model, options(micro_batch=8, micro_batches=1, prefill_chunk=chunk)) as engine:
         assert engine._kv.held_tokens == 0
         expected = by_key(engine.run([choices, generate("after")]))
         reports = engine.passes(iter([choices, generate("after")]))
@@ -292,7 +293,7 @@ PLACEMENTS = {
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_closing_frees_every_byte(placement: str, kind: str, tiny_model: Path, tmp_path: Path) -> None:
     chosen = options(**PLACEMENTS[placement], host_memory=32 * MIB, disk_space=4 * MIB, disk_dir=tmp_path)
-    engine = Engine.load(tiny_model, chosen, device=HostDevice() if kind == "cpu" else SimulatedDevice())
+    engine = load_engine(tiny_model, chosen, device=HostDevice() if kind == "cpu" else SimulatedDevice())
     assert engine.tiers[TierName.DEVICE].used > 0
     reports = engine.passes(iter([generate(index, count=9) for index in range(5)]))
     next(reports)
@@ -326,7 +327,7 @@ def test_whatever_the_budget_a_plan_fits_or_is_refused(kind: str, tiny_model: Pa
             extent_tokens=rng.randrange(1, 200),
         )
         try:
-            engine = Engine.load(tiny_model, chosen, device=HostDevice() if kind == "cpu" else SimulatedDevice())
+            engine = load_engine(tiny_model, chosen, device=HostDevice() if kind == "cpu" else SimulatedDevice())
         except PlanDoesNotFit:
             continue
         loaded += 1
@@ -361,7 +362,7 @@ def own_copy(tiny_model: Path, tmp_path: Path) -> Path:
 def test_a_damaged_model_is_found_when_it_is_loaded(unit: str, own_copy: Path) -> None:
     damage(own_copy, unit)
     with pytest.raises(CheckpointError, match=rf"{unit}\S* is damaged: its checksum is wrong; import the model again"):
-        Engine.load(own_copy, options())
+        load_engine(own_copy, options())
 
 
 @pytest.mark.parametrize("kind", ["cpu", "simulated"])
@@ -369,7 +370,7 @@ def test_a_damaged_model_on_disk_is_found_when_it_is_read(kind: str, own_copy: P
     """And the failure neither hangs nor keeps anything; the engine says that it is of no more use."""
     damage(own_copy, "layer.1")
     chosen = options(weights=Shares(0, 0, 100), host_memory=32 * MIB)
-    engine = Engine.load(own_copy, chosen, device=HostDevice() if kind == "cpu" else SimulatedDevice())
+    engine = load_engine(own_copy, chosen, device=HostDevice() if kind == "cpu" else SimulatedDevice())
     with pytest.raises(CheckpointError, match="checksum is wrong"):
         list(engine.run([generate("a"), generate("b")]))
     with pytest.raises(EngineError, match="close it and load it again"):
@@ -382,7 +383,7 @@ def test_a_damaged_model_on_disk_is_found_when_it_is_read(kind: str, own_copy: P
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=str(tmp_path)):
-        Engine.load(tmp_path, options())
+        load_engine(tmp_path, options())
 
 
 # Figures
@@ -391,7 +392,7 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunk", [None, 1, 5])
 def test_the_figures_of_the_passes_add_up(chunk: int | None, tiny_model: Path) -> None:
     requests = [generate(0, "a" * 9, 5), generate(1, "", 1), Request(2, Score("abcd", "efg"))]
-    with Engine.load(tiny_model, options(prefill_chunk=chunk)) as engine:
+    with load_engine(tiny_model, options(prefill_chunk=chunk)) as engine:
         reports = list(engine.passes(iter(requests)))
     assert sum(report.stats.prefill_tokens for report in reports) == 10 + 1 + 7
     assert sum(report.stats.decode_tokens for report in reports) == 4

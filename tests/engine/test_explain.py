@@ -7,14 +7,14 @@ import pytest
 
 from engine.memory.lane import LaneName
 from engine.planner.advice import LEAST_GAIN, MOST_ADVICE, advise
-from engine.planner.decide import Question
+from engine.planner.decide import best_plan, input_for_machine
 from engine.planner.explain import document, flags_of
 from engine.planner.hardware import Hardware
 from engine.planner.known_models import KNOWN_MODELS
 from engine.planner.plan import PlanOptions
+from engine.planner.plan_input import PlanInput
 from engine.planner.profiles import load_hardware
-from engine.planner.search import default_budgets
-from engine.planner.sweep import FACTORS, asked_budgets, sweep
+from engine.planner.sweep import FACTORS, sweep
 from engine.planner.workload import Workload
 from engine.tiers import Shares, TierName
 from engine.units import GIB
@@ -22,23 +22,22 @@ from engine.units import GIB
 T4 = load_hardware("t4-gcp")
 
 
-def question(name: str, options: PlanOptions | None = None, hardware: Hardware = T4) -> Question:
+def asked_for(name: str, options: PlanOptions | None = None, hardware: Hardware = T4) -> PlanInput:
     model = KNOWN_MODELS[f"facebook/{name}"]
-    return Question(
-        hardware=hardware,
+    return input_for_machine(
+        hardware,
         shape=model.shape,
         stored=model.stored(),
         workload=Workload.uniform(512, 32, 300),
         options=options or PlanOptions(),
-        budgets=default_budgets(hardware, model.stored()),
     )
 
 
 @pytest.mark.parametrize("name", ["opt-6.7b", "opt-175b"])
 def test_twice_of_one_thing_gains_something_and_never_more_than_is_possible(name: str) -> None:
-    asked = question(name)
-    found = asked.decide()
-    advice = advise(asked.decide, asked.hardware, found.plan.budgets, found)
+    asked = asked_for(name)
+    found = best_plan(asked, T4)
+    advice = advise(asked, T4, found)
     assert 1 <= len(advice) <= MOST_ADVICE
     assert [each.gain for each in advice] == sorted((each.gain for each in advice), reverse=True)
     for each in advice:
@@ -50,28 +49,28 @@ def test_twice_of_one_thing_gains_something_and_never_more_than_is_possible(name
 
 
 def test_a_faster_disk_helps_what_reads_from_it_and_nothing_else() -> None:
-    small, large = question("opt-1.3b"), question("opt-175b")
+    small, large = asked_for("opt-1.3b"), asked_for("opt-175b")
     changes = []
     for asked in (small, large):
-        found = asked.decide()
-        changes.append({each.change for each in advise(asked.decide, T4, found.plan.budgets, found)})
+        found = best_plan(asked, T4)
+        changes.append({each.change for each in advise(asked, T4, found)})
     assert "a disk twice as fast" not in changes[0]
     assert "a disk twice as fast" in changes[1]
 
 
 def test_where_memory_is_one_it_is_called_so_and_no_link_is_advised() -> None:
     cpu = replace(T4, device="cpu", shares_host_memory=True, host_attention=None)
-    asked = question("opt-13b", PlanOptions(device_memory=8 * GIB), cpu)
-    found = asked.decide()
-    advice = advise(asked.decide, cpu, found.plan.budgets, found)
+    asked = asked_for("opt-13b", PlanOptions(device_memory=8 * GIB), cpu)
+    found = best_plan(asked, cpu)
+    advice = advise(asked, cpu, found)
     assert advice
     assert not [each.change for each in advice if "link" in each.change or "device memory" in each.change]
 
 
 def test_a_sweep_begins_at_what_was_asked_and_never_falls() -> None:
-    asked = question("opt-6.7b", PlanOptions(device_memory=8 * GIB))
-    assert asked_budgets(asked)[TierName.DEVICE] == 8 * GIB
-    points = list(sweep(asked, TierName.DEVICE))
+    asked = asked_for("opt-6.7b", PlanOptions(device_memory=8 * GIB))
+    assert asked.budgets[TierName.DEVICE] == 8 * GIB
+    points = list(sweep(asked, T4, TierName.DEVICE))
     assert [point.num_bytes for point in points] == [int(8 * GIB * factor) for factor in FACTORS]
     rates = [point.found.prediction.generated_per_s if point.found else 0.0 for point in points]
     assert rates == sorted(rates)
@@ -81,9 +80,9 @@ def test_a_sweep_begins_at_what_was_asked_and_never_falls() -> None:
 
 
 def test_the_document_is_json_and_its_lane_is_the_one_that_decides() -> None:
-    asked = question("opt-175b")
-    found = asked.decide()
-    told = json.loads(json.dumps(document(found, [], asked)))
+    asked = asked_for("opt-175b")
+    found = best_plan(asked, T4)
+    told = json.loads(json.dumps(document(asked, T4, found, [])))
     assert told["predicted"]["bound_by"] == str(LaneName.DISK_READ)
     assert told["memory"]["device"]["budget"] == asked.budgets[TierName.DEVICE]
     assert told["advice"] == []

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine import Engine, PlanOptions, Request, Score
+from engine import PlanOptions, Request, Score
+from engine.loading import load_engine
 from engine.model.registry import sizes_for
 from engine.tokenizer import Tokenizer
 from engine.weights.importers.huggingface import import_checkpoint
@@ -29,7 +30,7 @@ def errors_of_both(folder: Path, model_dir: Path) -> tuple[np.ndarray, np.ndarra
         _by_oracle(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), pairs)
         for dtype in (torch.float32, torch.bfloat16)
     )
-    with Engine.load(model_dir, PlanOptions(device="cpu")) as engine:
+    with load_engine(model_dir, PlanOptions(device="cpu")) as engine:
         assert engine.plan.dtype == "bfloat16"
         outputs = {o.key: o for o in engine.run(Request(i, Score(t, continuation)) for i, t in enumerate(texts))}
     ours = np.array([token.logprob for i in range(len(pairs)) for token in outputs[i].result.tokens])

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.engine import Engine
 from engine.lengths import workload_of
+from engine.loading import load_decided, plan_input
 from engine.measure import QUICK, measure
 from engine.memory.lane import LaneName, Reached, ThreadLane
 from engine.memory.tier import MemoryTier
-from engine.planner.decide import Outlook
+from engine.planner.decide import decide
 from engine.planner.hardware import Hardware
 from engine.planner.plan import PlanOptions
 from engine.request import Generate, Request, SamplingParams
@@ -31,9 +31,11 @@ def test_an_engine_loads_for_a_workload_by_measuring_first(tiny_model: Path, tmp
             return measure(device, tmp_path, effort=QUICK, options=options)
 
     options = PlanOptions(weights=Shares(0, 0, 100), device_memory=128 * MIB, host_memory=128 * MIB)
-    outlook = Outlook(workload, hardware, worth_bytes=0)
-    with Engine.load(tiny_model, options, device=LikeCuda(), outlook=outlook) as engine:
-        assert engine.is_planned
+    device = LikeCuda()
+    given = plan_input(tiny_model, options, device, workload)
+    decision = decide(given, measure=hardware, worth_measuring=0)
+    assert decision.hardware is not None
+    with load_decided(tiny_model, given, decision, device) as engine:
         assert len(list(engine.run(requests))) == 6
 
 

@@ -11,6 +11,7 @@ import torch
 from engine import Engine, Generate, Generation, PlanOptions, Request, SamplingParams, Score, Scoring
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
+from engine.loading import load_engine
 from engine.model.llama import Llama, turn_
 from engine.model.llama_sizes import KNOWN
 from engine.tokenizer import Tokenizer
@@ -73,7 +74,7 @@ def check(engine: Engine, imported: Imported) -> None:
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_tokens_and_scores_are_transformers(placement: str, kind: str, imported: Imported, tmp_path: Path) -> None:
     device = HostDevice() if kind == "cpu" else SimulatedDevice()
-    with Engine.load(imported.model_dir, options_of(placement, **scattered(tmp_path)), device=device) as engine:
+    with load_engine(imported.model_dir, options_of(placement, **scattered(tmp_path)), device=device) as engine:
         check(engine, imported)
         engine.check_integrity()
         for tier in engine.tiers.values():
@@ -83,7 +84,7 @@ def test_tokens_and_scores_are_transformers(placement: str, kind: str, imported:
 @pytest.mark.parametrize("chunk", [1, 7])
 @pytest.mark.parametrize("imported", ["llama, llama3 positions", "qwen3"], indirect=True)
 def test_chunks_of_prompts_change_nothing(chunk: int, imported: Imported) -> None:
-    with Engine.load(imported.model_dir, PlanOptions(device="cpu", prefill_chunk=chunk)) as engine:
+    with load_engine(imported.model_dir, PlanOptions(device="cpu", prefill_chunk=chunk)) as engine:
         check(engine, imported)
 
 

@@ -18,7 +18,7 @@ from engine.measure.overheads import Overheads
 from engine.planner.hardware import LINKS, Hardware, Width
 from engine.planner.profiles import load_hardware, profile_json
 from engine.planner.rates import Figure, Rate, between
-from engine.profile import profile_for, store_profile, stored_profile
+from engine.profile import keep_profile, store_profile, stored_profile
 from tests.engine.like_cuda import LikeCuda
 
 
@@ -142,24 +142,11 @@ def test_another_machine_is_told_from_this_one(measured: Hardware, folder: Path,
         assert not stored.is_of({**here, key: "another"}), key
 
 
-def test_a_machine_is_measured_once_and_again_when_it_has_changed(measured: Hardware, tmp_path: Path) -> None:
-    times = []
-
-    def again() -> Hardware:
-        times.append(1)
-        return measured
-
-    here = dict(measured.identity)
-    assert profile_for(tmp_path, here, again, pytest.fail) == measured
-    assert profile_for(tmp_path, here, again, pytest.fail) == measured
-    assert len(times) == 1
-    profile_for(tmp_path, {**here, "cores": "1024"}, again, pytest.fail)
-    assert len(times) == 2
-    (tmp_path / "profile.json").write_text("{")
+def test_a_folder_that_cannot_be_written_costs_no_measurement(measured: Hardware, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     warned: list[str] = []
-    assert profile_for(tmp_path, here, again, warned.append) == measured
-    assert len(times) == 3
-    assert "not JSON" in warned[0]
+    keep_profile(tmp_path / "file", measured, warned.append)
+    assert "cannot be kept" in warned[0]
 
 
 def test_a_damaged_width_says_where(measured: Hardware, tmp_path: Path) -> None:

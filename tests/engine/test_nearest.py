@@ -7,14 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import Engine
 from engine.attention.sizes import kv_bytes_per_token
 from engine.devices.facts import MachineFacts
 from engine.errors import PlanDoesNotFit
-from engine.planner.default import resolve_plan
+from engine.loading import load_engine
 from engine.planner.known_models import KNOWN_MODELS
 from engine.planner.nearest import format_flag, nearest_fit
 from engine.planner.plan import Plan, PlanOptions
+from engine.planner.plan_input import PlanInput
+from engine.planner.resolve import resolve_plan
+from engine.planner.workload import Workload
 from engine.tiers import Shares
 from engine.units import GIB, MIB, parse_bytes
 from engine.weights.importers.huggingface import import_checkpoint
@@ -27,12 +29,19 @@ TOKENS = 500
 
 def resolved(options: PlanOptions, shares: bool = False) -> Plan:
     facts = MachineFacts(0, 0, shares_host_memory=shares)
-    return resolve_plan(options, shape=MODEL.shape, stored=STORED, device="cuda", facts=facts, disk_dir=Path())
+    return resolve_plan(
+        PlanInput(options=options, shape=MODEL.shape, stored=STORED, device="cuda", facts=facts, disk_dir=Path())
+    )
 
 
 def nearest(options: PlanOptions, shares: bool = False, tokens: int = TOKENS) -> str | None:
     facts = MachineFacts(0, 0, shares_host_memory=shares)
-    return nearest_fit(options, shape=MODEL.shape, stored=STORED, facts=facts, tokens=tokens, device="cuda")
+    return nearest_fit(
+        PlanInput(
+            options=options, shape=MODEL.shape, stored=STORED, facts=facts, device="cuda", disk_dir=Path(),
+            workload=Workload.uniform(tokens, 1, 1),
+        )
+    )  # fmt: skip
 
 
 def as_told(options: PlanOptions, sentence: str) -> PlanOptions:
@@ -110,7 +119,7 @@ def test_the_engines_own_refusal_names_a_plan_with_which_it_loads(tmp_path: Path
     model_dir = tmp_path / "model"
     options = PlanOptions(device="cpu", device_memory=1000)
     with pytest.raises(PlanDoesNotFit, match=r"short; .*the smallest that fits: --device-memory \d") as refused:
-        Engine.load(model_dir, options)
+        load_engine(model_dir, options)
     assert "\n" not in str(refused.value)
-    with Engine.load(model_dir, as_told(options, str(refused.value))) as engine:
+    with load_engine(model_dir, as_told(options, str(refused.value))) as engine:
         assert engine.plan.budgets

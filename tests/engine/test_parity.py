@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import OPTForCausalLM
 
-from engine import Choose, Engine, Generate, Generation, PlanOptions, Request, SamplingParams, Score, Scoring
+from engine import Choose, Generate, Generation, PlanOptions, Request, SamplingParams, Score, Scoring
+from engine.loading import load_engine
 from engine.tokenizer import Tokenizer
 from engine.weights.importers.huggingface import import_checkpoint
 from tests.engine.checkpoints import VARIANTS, Checkpoint, make_checkpoint
@@ -61,7 +62,7 @@ def test_greedy_tokens_are_transformers(
     chunk: int | None,
 ) -> None:
     sampling = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-    with Engine.load(imported[1], PlanOptions(device="cpu", prefill_chunk=chunk)) as engine:
+    with load_engine(imported[1], PlanOptions(device="cpu", prefill_chunk=chunk)) as engine:
         outputs = {o.key: o for o in engine.run(Request(i, Generate(p, sampling)) for i, p in enumerate(prompts()))}
         engine.check_integrity()
     assert len(outputs) == len(PROMPT_LENGTHS)
@@ -91,7 +92,7 @@ def test_scores_are_transformers(
 ) -> None:
     checkpoint, model_dir = imported
     wanted = list(scored_requests(model_dir, expected))
-    with Engine.load(model_dir, PlanOptions(device="cpu", prefill_chunk=chunk)) as engine:
+    with load_engine(model_dir, PlanOptions(device="cpu", prefill_chunk=chunk)) as engine:
         outputs = {output.key: output for output in engine.run(request for request, _, _ in wanted)}
     for request, ids, num_context in wanted:
         with torch.no_grad():
@@ -120,7 +121,7 @@ def test_the_token_that_greedy_decoding_says_is_called_greedy(imported: tuple[Ch
             requests.append(Request((text, True), Score(text, continuation)))
             requests.append(Request((text, False), Score(text, "Z" if continuation != "Z" else "Y")))
     assert requests, "no greedy token of these prompts has a text of its own: widen the prompts"
-    with Engine.load(model_dir, PlanOptions(device="cpu")) as engine:
+    with load_engine(model_dir, PlanOptions(device="cpu")) as engine:
         found = {output.key: output.result for output in engine.run(requests)}
     for key, result in found.items():
         assert isinstance(result, Scoring)
@@ -131,7 +132,7 @@ def test_choices_are_ranked_by_summed_logprob(imported: tuple[Checkpoint, Path])
     checkpoint, model_dir = imported
     tokenizer = Tokenizer.load(model_dir / "tokenizer.json", 2)
     choices = ("yes", " no", "perhaps not")
-    with Engine.load(model_dir, PlanOptions(device="cpu")) as engine:
+    with load_engine(model_dir, PlanOptions(device="cpu")) as engine:
         (output,) = engine.run([Request("row", Choose("Is it so?", choices))])
     sums = {}
     for choice, joined in zip(choices, (" yes", " no", " perhaps not"), strict=True):

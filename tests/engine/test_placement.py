@@ -9,6 +9,7 @@ from engine import Choose, Engine, Generate, Generation, PlanDoesNotFit, PlanOpt
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
 from engine.dtypes import DType
+from engine.loading import load_engine
 from engine.memory.device import Device
 from engine.tiers import Shares, TierName
 from engine.units import MIB
@@ -65,7 +66,7 @@ def make_device(kind: str) -> Device:
 
 @pytest.fixture(scope="module")
 def expected(model_dir: Path) -> dict[object, object]:
-    with Engine.load(model_dir, options_of("all-device"), device=HostDevice()) as engine:
+    with load_engine(model_dir, options_of("all-device"), device=HostDevice()) as engine:
         return about(results(engine))
 
 
@@ -75,7 +76,7 @@ def test_outputs_do_not_depend_on_placement(
     name: str, kind: str, model_dir: Path, tmp_path: Path, expected: dict[object, object]
 ) -> None:
     plan_options = options_of(name, **scattered(tmp_path))
-    with Engine.load(model_dir, plan_options, device=make_device(kind)) as engine:
+    with load_engine(model_dir, plan_options, device=make_device(kind)) as engine:
         assert results(engine) == expected
         engine.check_integrity()
         for tier in engine.tiers.values():
@@ -96,7 +97,7 @@ def test_weights_are_cast_as_they_are_staged(name: str, kind: str, tmp_path: Pat
     found = []
     for folder in ("narrow", "wide"):
         chosen = options_of(name, dtype="float32", disk_dir=tmp_path / "spill")
-        with Engine.load(tmp_path / folder, chosen, device=make_device(kind)) as engine:
+        with load_engine(tmp_path / folder, chosen, device=make_device(kind)) as engine:
             found.append(results(engine))
             engine.check_integrity()
     assert found[0] == about(found[1])
@@ -108,7 +109,7 @@ def test_every_kv_tier_is_used_in_its_share(model_dir: Path, tmp_path: Path) -> 
         "split", weights=Shares(0, 0, 100),
         disk_dir=tmp_path, disk_space=1 * MIB, micro_batch=64, micro_batches=2, extent_tokens=32,
     )  # fmt: skip
-    with Engine.load(model_dir, chosen, device=SimulatedDevice()) as engine:
+    with load_engine(model_dir, chosen, device=SimulatedDevice()) as engine:
         lanes: dict[str, int] = {}
         for report in engine.passes(iter(requests())):
             for lane, num_bytes in report.stats.lane_bytes.items():
@@ -118,7 +119,7 @@ def test_every_kv_tier_is_used_in_its_share(model_dir: Path, tmp_path: Path) -> 
 
 
 def test_resident_weights_are_read_once(model_dir: Path) -> None:
-    with Engine.load(model_dir, options_of("all-device")) as engine:
+    with load_engine(model_dir, options_of("all-device")) as engine:
         first = [report.stats.weight_bytes for report in engine.passes(iter(requests()))]
         second = [report.stats.weight_bytes for report in engine.passes(iter(requests()))]
     assert first[0] > 0
@@ -128,7 +129,7 @@ def test_resident_weights_are_read_once(model_dir: Path) -> None:
 def test_streamed_weights_are_read_every_pass(model_dir: Path) -> None:
     units = {unit.name: unit.num_bytes for unit in read_manifest(model_dir).units}
     layers = [num_bytes for name, num_bytes in units.items() if name.startswith("layer")]
-    with Engine.load(model_dir, options_of("weights-on-disk")) as engine:
+    with load_engine(model_dir, options_of("weights-on-disk")) as engine:
         reports = list(engine.passes(iter(requests())))
         ring_bytes = engine.plan.staging_slots * max(layers)
     assert len(reports) > 2
@@ -151,12 +152,12 @@ def test_a_plan_that_does_not_fit_says_what_to_change(
     changes: dict[str, object], words: str, model_dir: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(PlanDoesNotFit, match=words):
-        Engine.load(model_dir, PlanOptions(**{**BUDGETS, "device": "cpu", "disk_dir": tmp_path, **changes}))  # type: ignore[arg-type]
+        load_engine(model_dir, PlanOptions(**{**BUDGETS, "device": "cpu", "disk_dir": tmp_path, **changes}))  # type: ignore[arg-type]
 
 
 def test_texts_do_not_depend_on_the_batch(model_dir: Path) -> None:
     """Float32, drawn: alone, together, and in another order."""
-    with Engine.load(model_dir, options_of("all-device")) as engine:
+    with load_engine(model_dir, options_of("all-device")) as engine:
         together = {o.key: o.result.text for o in engine.run(requests()) if isinstance(o.result, Generation)}
         again = {o.key: o.result.text for o in engine.run(requests()[::-1]) if isinstance(o.result, Generation)}
         alone = {}

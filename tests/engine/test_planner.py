@@ -14,8 +14,10 @@ from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
 from engine.formats.sizes import Plain
 from engine.model.family import EMBED, HEAD, layer_name
-from engine.planner.default import interleave, resolve_plan, whole_layers
+from engine.planner.placing import interleave, whole_layers
 from engine.planner.plan import Plan, PlanOptions
+from engine.planner.plan_input import PlanInput
+from engine.planner.resolve import resolve_plan
 from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 from engine.units import GIB, KIB, MIB
@@ -85,12 +87,14 @@ UNIT_BYTES = {EMBED: 80 * MIB, HEAD: 4 * KIB, **{layer_name(i): 14 * MIB for i i
 def plan(options: PlanOptions, facts: MachineFacts | None = None, dtype: DType = DType.FLOAT16) -> Plan:
     facts = facts or MachineFacts(64 * GIB, 64 * GIB, shares_host_memory=False)
     return resolve_plan(
-        options,
-        shape=SHAPE,
-        stored=StoredWeights.of_one_tensor(dtype, UNIT_BYTES),
-        device="any",
-        facts=facts,
-        disk_dir=Path("/"),
+        PlanInput(
+            options=options,
+            shape=SHAPE,
+            stored=StoredWeights.of_one_tensor(dtype, UNIT_BYTES),
+            device="any",
+            facts=facts,
+            disk_dir=Path("/"),
+        )
     )
 
 

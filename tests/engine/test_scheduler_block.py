@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import Choose, Engine, Generate, PlanOptions, Request, SamplingParams, Score
+from engine import Choose, Generate, PlanOptions, Request, SamplingParams, Score
+from engine.loading import load_engine
 from engine.schedule.passes import Pass, PassStats
 from engine.schedule.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -171,7 +172,7 @@ def run_both_ways(model: Path, requests: list[Request]) -> dict[str, tuple[dict[
         chosen = PlanOptions(
             device="cpu", device_memory=2 * MIB, micro_batch=24, micro_batches=2, schedule=schedule, extent_tokens=32
         )
-        with Engine.load(model, chosen) as engine:
+        with load_engine(model, chosen) as engine:
             assert engine.plan.schedule == schedule
             reports = list(engine.passes(iter(requests)))
             engine.check_integrity()

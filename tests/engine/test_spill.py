@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import Engine, Generate, PlanOptions, Request, SamplingParams, Shares
+from engine import Generate, PlanOptions, Request, SamplingParams, Shares
 from engine.errors import DiskFull, LaneFailed, TierFull
+from engine.loading import load_engine
 from engine.memory.spill import PAGE, DiskTier
 from engine.units import MIB
 
@@ -154,7 +155,7 @@ def test_sequences_wait_for_each_others_room_on_a_full_file_system(
         device="cpu", device_memory=32 * MIB, weights=Shares(100, 0, 0), kv=Shares(0, 0, 100), disk_space=64 * MIB,
         disk_dir=small_file_system,
     )  # fmt: skip
-    with Engine.load(tiny_model, chosen) as engine:
+    with load_engine(tiny_model, chosen) as engine:
         if others_run:
             reports = list(engine.passes(iter(requests)))
             assert sorted(output.key for report in reports for output in report.outputs) == list(range(24))  # type: ignore[type-var]

@@ -19,8 +19,9 @@ from engine.memory.device import Device
 from engine.memory.memory import Memory
 from engine.model.family import Family
 from engine.model.registry import family_for
-from engine.planner.default import resolve_plan
 from engine.planner.plan import Plan
+from engine.planner.plan_input import PlanInput
+from engine.planner.resolve import resolve_plan
 from engine.request import SamplingParams
 from engine.schedule.passes import Pass
 from engine.schedule.scheduler import Scheduler
@@ -54,9 +55,15 @@ class Pipeline:
         self._family: Family = family_for(manifest.config)
         device = make()
         plan = resolve_plan(
-            options_of(placement, **scattered(model_dir)), shape=self._family.shape, stored=stored_in(manifest),
-            device=device.name, facts=facts_of(device), disk_dir=model_dir,
-        )  # fmt: skip
+            PlanInput(
+                options=options_of(placement, **scattered(model_dir)),
+                shape=self._family.shape,
+                stored=stored_in(manifest),
+                device=device.name,
+                facts=facts_of(device),
+                disk_dir=model_dir,
+            )
+        )
         device.close()
         self._stack = ExitStack()
         self.stages: list[Stage] = []

@@ -20,8 +20,9 @@ from engine.memory.lane import LaneName
 from engine.memory.memory import Memory
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
 from engine.model.registry import family_for
-from engine.planner.default import resolve_plan
 from engine.planner.plan import Plan, PlanOptions
+from engine.planner.plan_input import PlanInput
+from engine.planner.resolve import resolve_plan
 from engine.tiers import Shares, TierName
 from engine.units import MIB
 from engine.weights.files import WeightFiles
@@ -69,12 +70,16 @@ def open_stream() -> Iterator[Open]:
         manifest = read_manifest(model_dir)
         shares = Shares.parse(weights)
         plan = resolve_plan(
-            PlanOptions(device_memory=32 * MIB, host_memory=32 * MIB, weights=shares, dtype=dtype, micro_batch=16),
-            shape=family_for(manifest.config).shape,
-            stored=stored_in(manifest),
-            device=device.name,
-            facts=facts_of(device),
-            disk_dir=model_dir,
+            PlanInput(
+                options=PlanOptions(
+                    device_memory=32 * MIB, host_memory=32 * MIB, weights=shares, dtype=dtype, micro_batch=16
+                ),
+                shape=family_for(manifest.config).shape,
+                stored=stored_in(manifest),
+                device=device.name,
+                facts=facts_of(device),
+                disk_dir=model_dir,
+            )
         )
         memory = Memory(device, plan.budgets, model_dir)
         files = WeightFiles(model_dir, manifest)
@@ -255,11 +260,15 @@ def test_a_tier_without_room_is_an_error_and_frees_what_was_taken(model_dir: Pat
     device = SimulatedDevice()
     manifest = read_manifest(model_dir)
     plan = resolve_plan(
-        PlanOptions(device_memory=32 * MIB, host_memory=32 * MIB, weights=Shares(50, 50, 0)),
-        shape=family_for(manifest.config).shape,
-        stored=stored_in(manifest),
-        device="simulated", facts=facts_of(device), disk_dir=model_dir,
-    )  # fmt: skip
+        PlanInput(
+            options=PlanOptions(device_memory=32 * MIB, host_memory=32 * MIB, weights=Shares(50, 50, 0)),
+            shape=family_for(manifest.config).shape,
+            stored=stored_in(manifest),
+            device="simulated",
+            facts=facts_of(device),
+            disk_dir=model_dir,
+        )
+    )
     memory = Memory(device, {**plan.budgets, TierName.HOST: 50_000}, model_dir)
     files = WeightFiles(model_dir, manifest)
     with closing(files), pytest.raises(TierFull, match="host memory is full: weights needs"):

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from engine import Engine, Generate, PassReport, PassStats, PlanOptions, Request, SamplingParams, Score, Shares
+from engine import Generate, PassReport, PassStats, PlanOptions, Request, SamplingParams, Score, Shares
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
+from engine.loading import load_engine
 from engine.memory.device import Device
 from engine.memory.lane import Event as LaneEvent
 from engine.memory.lane import LaneName
@@ -61,7 +62,7 @@ def test_slices_add_up_to_the_passes_and_never_overlap(
     budgets = {"device_memory": 16 * MIB, "host_memory": 16 * MIB, "disk_space": 1 * MIB, "disk_dir": tmp_path}
     options = PlanOptions(**budgets, micro_batch=16, micro_batches=2, extent_tokens=32, **PLACEMENTS[name])
     trace = TraceFile(tmp_path / "trace.json", no_error)
-    with Engine.load(tiny_model, options, device=device, recorder=trace) as engine:
+    with load_engine(tiny_model, options, device=device, recorder=trace) as engine:
         passes = [report.stats for report in engine.passes(iter(requests()))]
         again = [report.stats for report in engine.passes(iter(requests()[:1]))]
     trace.close()
@@ -179,7 +180,7 @@ def test_a_run_counts_every_byte_of_its_keys_and_values(kind: str, tiny_model: P
     token_bytes = 2 * 2 * 32 * 4
     device = Unhurried() if kind == "host" else HostDevice()
     away, back = ("device_to_host", "host_to_device") if kind == "host" else ("disk_write", "disk_read")
-    with Engine.load(tiny_model, options, device=device) as engine:
+    with load_engine(tiny_model, options, device=device) as engine:
         for wanted in (requests()[:6], requests()[:2], requests()[:6]):  # none of it is left for the run after it
             reports = list(engine.passes(iter(wanted)))
             usage = [(o.prompt_tokens, o.completion_tokens) for report in reports for o in report.outputs]
@@ -196,7 +197,7 @@ def test_a_run_counts_every_byte_of_its_hidden_states(tiny_model: Path, tmp_path
         device_memory=16 * MIB, host_memory=16 * MIB, disk_dir=tmp_path, activations="host",
         weights=Shares(100, 0, 0), kv=Shares(100, 0, 0),
     )  # fmt: skip
-    with Engine.load(tiny_model, options, device=Unhurried()) as engine:
+    with load_engine(tiny_model, options, device=Unhurried()) as engine:
         reports = list(engine.passes(iter(requests()[:6])))
     tokens = sum(report.stats.prefill_tokens + report.stats.decode_tokens for report in reports)
     moved = 3 * 32 * 4 * tokens  # as often back: each pass ends with the head
@@ -209,7 +210,7 @@ def test_compute_does_not_count_what_it_waits_for(tiny_model: Path, tmp_path: Pa
         device_memory=16 * MIB, host_memory=16 * MIB, disk_dir=tmp_path, weights=Shares(0, 100, 0), kv=Shares(100, 0, 0)
     )
     trace = TraceFile(tmp_path / "trace.json", no_error)
-    with Engine.load(tiny_model, options, device=Unhurried(), recorder=trace) as engine:
+    with load_engine(tiny_model, options, device=Unhurried(), recorder=trace) as engine:
         list(engine.passes(iter(requests()[:1])))
     trace.close()
     _, slices = read(tmp_path / "trace.json")

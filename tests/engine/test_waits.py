@@ -20,9 +20,10 @@ import pytest
 import torch
 
 import engine
-from engine import Engine, EngineError, Generate, Generation, PlanOptions, Request, SamplingParams, Score
+from engine import EngineError, Generate, Generation, PlanOptions, Request, SamplingParams, Score
 from engine.devices.host import HostDevice
 from engine.dtypes import DType
+from engine.loading import load_engine
 from engine.memory.device import Device
 from engine.memory.spill import DiskTier
 from engine.tiers import Shares
@@ -187,7 +188,7 @@ def requests() -> list[Request]:
 
 
 def outputs(model_dir: Path, options: PlanOptions, device: Device) -> dict[object, object]:
-    with Engine.load(model_dir, options, device=device) as loaded:
+    with load_engine(model_dir, options, device=device) as loaded:
         return {
             output.key: output.result.token_ids if isinstance(output.result, Generation) else output.result.logprob
             for output in loaded.run(requests())

@@ -10,6 +10,7 @@ from transformers import OPTForCausalLM
 
 from engine import Engine, Generate, Generation, PlanOptions, Request, SamplingParams, Score, Scoring
 from engine.devices.cuda import CudaDevice
+from engine.loading import load_engine
 from engine.memory.lane import LaneName, Reached
 from engine.tiers import TierName
 from engine.tokenizer import Tokenizer
@@ -82,7 +83,7 @@ def test_every_placement_says_what_transformers_says(name: str, checkpoint: Chec
     """Each greedy token is the likeliest, within rounding; scores are alike."""
     tokenizer = Tokenizer.load(checkpoint.folder / "tokenizer.json", 2)
     exact = checkpoint.model.dtype == torch.float32
-    with Engine.load(checkpoint.folder, options(name, tmp_path)) as engine:
+    with load_engine(checkpoint.folder, options(name, tmp_path)) as engine:
         found = results(engine)
         engine.check_integrity()
         for tier in engine.tiers.values():
@@ -110,7 +111,7 @@ def test_placements_agree_in_float32(name: str, tmp_path: Path) -> None:
     import_checkpoint(tmp_path / "hf", tmp_path / "model")
     found = []
     for placement in ("all-device", name):
-        with Engine.load(tmp_path / "model", options(placement, tmp_path)) as engine:
+        with load_engine(tmp_path / "model", options(placement, tmp_path)) as engine:
             found.append(results(engine))
     for key, value in found[0].items():
         assert found[1][key] == (pytest.approx(value, abs=1e-3) if isinstance(value, float) else value)
@@ -119,9 +120,9 @@ def test_placements_agree_in_float32(name: str, tmp_path: Path) -> None:
 def test_closing_gives_the_memory_back(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "hf")
     import_checkpoint(tmp_path / "hf", tmp_path / "model")
-    Engine.load(tmp_path / "model", options("all-host", tmp_path)).close()
+    load_engine(tmp_path / "model", options("all-host", tmp_path)).close()
     before = torch.cuda.memory_reserved()
-    with Engine.load(tmp_path / "model", options("all-device", tmp_path)) as engine:
+    with load_engine(tmp_path / "model", options("all-device", tmp_path)) as engine:
         results(engine)
         assert torch.cuda.memory_allocated() <= engine.plan.budgets[TierName.DEVICE]
     assert torch.cuda.memory_reserved() <= before

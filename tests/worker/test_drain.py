@@ -15,6 +15,7 @@ import torch
 
 from engine import DiskFull, Engine, LaneFailed, PassReport, PlanOptions, Request, Shares
 from engine.errors import DeviceFailed, TierFull
+from engine.loading import load_engine
 from storage.claims import Doing, claim, expire, list_workers, register_worker, stop_worker
 from storage.database import Database
 from storage.errors import ClaimLost, JobNotFound
@@ -28,7 +29,7 @@ from worker.blackbox import BlackBox
 from worker.drain import Drain
 from worker.models import known_models
 from worker.patience import Patience
-from worker.residency import Residency, Sample, Tell
+from worker.residency import Loaded, Residency, Sample, Tell
 from worker.session import prepare_model
 from worker.settings import Settings
 
@@ -74,9 +75,12 @@ class Bench:
         self.box: BlackBox | None = None
         self.drain = self.new_worker()
 
-    def load(self, model_dir: Path, sample: Sample, tell: Tell) -> Engine:
+    def engine_of(self, model_dir: Path) -> Engine:
+        return load_engine(model_dir, replace(self.placement, disk_dir=self.settings.home))
+
+    def load(self, model_dir: Path, sample: Sample, tell: Tell) -> Loaded:
         self.loaded.append(model_dir)
-        return Engine.load(model_dir, replace(self.placement, disk_dir=self.settings.home))
+        return Loaded(self.engine_of(model_dir))
 
     def new_worker(self) -> Drain:
         self.worker_id = register_worker(
@@ -170,8 +174,6 @@ class WrappedEngine:
         self.drop = engine.drop
         self.close = engine.close
         self.plan = engine.plan
-        self.is_planned = False
-        self.seconds_saved = engine.seconds_saved
 
 
 @pytest.fixture(autouse=True)
@@ -483,7 +485,7 @@ def test_two_live_drains_share_a_job_and_each_row_is_done_once(
         torch.set_num_threads(1)
         mine = Bench(database, settings, bench.placement)
         mine.residency = Residency(
-            lambda path, sample, tell: MeetingEngine(mine.load(path, sample, tell), meeting), mine.clock
+            lambda path, sample, tell: Loaded(MeetingEngine(mine.engine_of(path), meeting)), mine.clock
         )
         mine.new_worker()
         try:
@@ -551,8 +553,8 @@ class FaultyEngine(WrappedEngine):
 
 
 def with_fault(bench: Bench, fault: Exception) -> None:
-    def load(model_dir: Path, sample: Sample, tell: Tell) -> FaultyEngine:
-        return FaultyEngine(Engine.load(model_dir, replace(bench.placement, disk_dir=bench.settings.home)), 12, fault)
+    def load(model_dir: Path, sample: Sample, tell: Tell) -> Loaded:
+        return Loaded(FaultyEngine(bench.engine_of(model_dir), 12, fault))
 
     bench.residency = Residency(load, bench.clock)
     bench.new_worker()
@@ -603,9 +605,8 @@ def test_a_device_that_is_lost_ends_the_worker_and_loses_nothing(bench: Bench, t
 def test_a_row_that_breaks_the_device_is_found_by_the_processes_that_die_of_it(
     bench: Bench, tiny_model: Path, fault: Exception
 ) -> None:
-    def load(model_dir: Path, sample: Sample, tell: Tell) -> FaultyEngine:
-        engine = Engine.load(model_dir, replace(bench.placement, disk_dir=bench.settings.home))
-        return PoisonedEngine(engine, {17}, fault)
+    def load(model_dir: Path, sample: Sample, tell: Tell) -> Loaded:
+        return Loaded(PoisonedEngine(bench.engine_of(model_dir), {17}, fault))
 
     job_id = bench.enqueue(tiny_model, prompts(40))
     processes = 0
@@ -664,9 +665,9 @@ class PoisonedEngine(FaultyEngine):
 
 
 def test_a_row_that_breaks_the_worker_is_found_and_the_rest_goes_on(bench: Bench, tiny_model: Path) -> None:
-    def load(model_dir: Path, sample: Sample, tell: Tell) -> FaultyEngine:
+    def load(model_dir: Path, sample: Sample, tell: Tell) -> Loaded:
         bench.loaded.append(model_dir)
-        return PoisonedEngine(Engine.load(model_dir, replace(bench.placement, disk_dir=bench.settings.home)), {17, 60})
+        return Loaded(PoisonedEngine(bench.engine_of(model_dir), {17, 60}))
 
     undisturbed = bench.enqueue(tiny_model, prompts(80))
     bench.drain_all()
@@ -687,12 +688,9 @@ def test_a_row_that_breaks_the_worker_is_found_and_the_rest_goes_on(bench: Bench
 
 
 def test_an_engine_that_breaks_whatever_it_runs_is_left_alone_after_some_tries(bench: Bench, tiny_model: Path) -> None:
-    def load(model_dir: Path, sample: Sample, tell: Tell) -> FaultyEngine:
+    def load(model_dir: Path, sample: Sample, tell: Tell) -> Loaded:
         bench.loaded.append(model_dir)
-        everything = set(range(1000))
-        return PoisonedEngine(
-            Engine.load(model_dir, replace(bench.placement, disk_dir=bench.settings.home)), everything
-        )
+        return Loaded(PoisonedEngine(bench.engine_of(model_dir), set(range(1000))))
 
     bench.residency = Residency(load, bench.clock)
     bench.new_worker()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engine import Engine, PlanOptions
+from engine import PlanOptions
 from engine.errors import CheckpointError
+from engine.loading import load_engine
 from storage.claims import Worker, claim, expire, list_workers, register_worker
 from storage.database import Database
 from storage.faults import list_faults
@@ -19,7 +20,7 @@ from worker.bell import Bell
 from worker.blackbox import BlackBox
 from worker.models import known_models, model_dir_for, resolve_model
 from worker.presence import host_name
-from worker.residency import Residency, Sample, Tell
+from worker.residency import Loaded, Residency, Sample, Tell
 from worker.rows import RowKey
 from worker.session import prepare_model, serve
 from worker.settings import Settings
@@ -53,9 +54,9 @@ class Running:
         )
         residency.unload()
 
-    def _load(self, model_dir: Path, sample: Sample, tell: Tell) -> Engine:
+    def _load(self, model_dir: Path, sample: Sample, tell: Tell) -> Loaded:
         self.loaded.append(model_dir)
-        return Engine.load(model_dir, PlanOptions(device="cpu", disk_dir=self.settings.home))
+        return Loaded(load_engine(model_dir, PlanOptions(device="cpu", disk_dir=self.settings.home)))
 
     def work_off(self, model: Path) -> None:
         new = NewJob(str(model), "generate", {"max_new_tokens": 2}, seed=0, priority=0, queue="default")

@@ -1,101 +1,47 @@
-"""From what a person fixed to a whole plan that fits: sane defaults until a cost model searches for the best.
+"""From what a person fixed to a whole plan that fits; whatever is left open follows simple rules. No torch.
 
 One function sizes everything, so that what is promised and what is allocated cannot drift apart.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
 from engine.attention.sizes import decode_workspace_bytes, kv_bytes_per_token, kv_layer_bytes
-from engine.devices.facts import MachineFacts, free_disk_space
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
 from engine.formats.sizes import Plain
 from engine.model.family import EMBED, HEAD, layer_name
+from engine.planner.placing import BOUNCED_SLOTS, STAGING_SLOTS, STREAMED_MICRO_BATCHES, place_layers
 from engine.planner.plan import SCHEDULES, Plan, PlanOptions
+from engine.planner.plan_input import PlanInput
 from engine.shape import ModelShape
-from engine.tiers import Shares, TierName
+from engine.tiers import TierName
 from engine.units import KIB, MIB, align_up, format_bytes
-from engine.weights.stored import StoredWeights
 
 MICRO_BATCH_TOKENS = 2048
 """Tokens of a micro-batch. A sequence that is no longer fits whole, so that scoring it needs no KV cache."""
-STREAMED_MICRO_BATCHES = 2
 EXTENT_TOKENS = 1024
-STAGING_SLOTS = 2
-"""One layer is computed while the next is brought."""
-BOUNCED_SLOTS = 3
-"""Where a layer is read to the host first and copied on from there: one is read, one copied, one computed."""
 KV_SLOTS = 4
-"""One extent's layer is brought while two wait or are looked at and one is taken back."""
+"""One extent's layer is fetched while two wait or are attended to and one is written back."""
 ACTIVATION_SLOTS = 3
 """One micro-batch's hidden states are fetched while another's are computed and a third's are written back."""
 LOGITS_BYTES = 64 * MIB
-DEVICE_SHARE, HOST_SHARE = 0.8, 0.7
-"""Of the memory found free, how much a plan takes unasked: the rest is for the page cache and for other people."""
-KV_SHARE = 0.25
-"""Of the device budget, how much resident weights leave to the KV cache."""
-DISK_SHARE = 0.9
 
 
-def interleave(counts: Mapping[TierName, int]) -> tuple[TierName, ...]:
-    """A home for each layer: exact counts, spread evenly over depth.
-
-    Evenly, so that streamed layers alternate with resident ones and the links never see a burst. Each step gives the
-    layer to the tier that is furthest behind its share.
-    """
-    num_layers = sum(counts.values())
-    given = dict.fromkeys(TierName, 0)
-    homes = []
-    for index in range(num_layers):
-        behind = {tier: count * (index + 1) / num_layers - given[tier] for tier, count in counts.items()}
-        home = max((tier for tier in counts if given[tier] < counts[tier]), key=lambda tier: behind[tier])
-        given[home] += 1
-        homes.append(home)
-    return tuple(homes)
-
-
-def whole_layers(num_layers: int, shares: Shares) -> dict[TierName, int]:
-    """Shares in percent as whole layers that sum to all of them (largest remainders are rounded up)."""
-    exact = {tier: shares.of(tier) * num_layers / 100 for tier in TierName}
-    counts = {tier: int(value) for tier, value in exact.items()}
-    by_remainder = sorted(TierName, key=lambda tier: counts[tier] - exact[tier])
-    for tier in by_remainder[: num_layers - sum(counts.values())]:
-        counts[tier] += 1
-    return counts
-
-
-def compute_dtype(options: PlanOptions, stored: StoredWeights, facts: MachineFacts) -> DType:
-    """As asked, else as the weights are stored; in float16 where the device cannot compute as they are stored."""
-    if options.dtype is not None:
-        return options.dtype
-    return stored.dtype if facts.computes(stored.dtype) else DType.FLOAT16
-
-
-def resolve_plan(
-    options: PlanOptions,
-    *,
-    shape: ModelShape,
-    stored: StoredWeights,
-    device: str,
-    facts: MachineFacts,
-    disk_dir: Path,
-) -> Plan:
-    """Fill in whatever ``options`` leaves open.
+def resolve_plan(given: PlanInput) -> Plan:
+    """Fill in whatever the options leave open.
 
     Raises:
         PlanDoesNotFit: the sentence says which tier is short, by how much, and what to change; or that the device
             cannot compute in the dtype that was asked for.
     """
-    dtype = compute_dtype(options, stored, facts)
+    options, shape, stored, facts, dtype = given.options, given.shape, given.stored, given.facts, given.dtype
     if not facts.computes(dtype):
         assert facts.capability is not None
         raise PlanDoesNotFit(
             f"this GPU has no {dtype} kernels: its compute capability is {facts.capability[0]}.{facts.capability[1]}, "
             f"and they need 8.0; use --dtype float16"
         )
-    disk_dir = options.disk_dir or disk_dir
-    budgets = budgets_of(options, facts, disk_dir)
+    budgets = given.budgets
     micro_batch = options.micro_batch or MICRO_BATCH_TOKENS
     activations = TierName(options.activations or TierName.DEVICE)
     extent_tokens = min(options.extent_tokens or EXTENT_TOKENS, shape.max_positions + 1)
@@ -103,7 +49,6 @@ def resolve_plan(
     workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows)
     workspace += decode_workspace_bytes(shape, extent_tokens, facts.attention_threads)
     kv_format = Plain(dtype)
-    token_bytes = kv_bytes_per_token(shape, kv_format)
     slot_bytes = kv_layer_bytes(shape, kv_format, extent_tokens)
     batch_bytes = micro_batch * shape.hidden_size * dtype.num_bytes
 
@@ -111,20 +56,15 @@ def resolve_plan(
     activation_slots = 0 if is_addressable else ACTIVATION_SLOTS
 
     def placed(kv_slots: int) -> tuple[TierName, ...]:
-        return _place_layers(
-            options,
-            shape,
-            stored,
-            dtype,
-            budgets,
-            workspace=workspace + kv_slots * slot_bytes + activation_slots * batch_bytes,
+        return place_layers(
+            given,
+            taken=workspace + kv_slots * slot_bytes + activation_slots * batch_bytes,
             batch_bytes=batch_bytes if activations is TierName.DEVICE else 0,
-            bounces=not facts.shares_host_memory,
         )
 
     layers = placed(0)
     streamed = any(home is not TierName.DEVICE for home in layers)
-    spills = _spills_kv(options, budgets, facts, streamed=streamed)
+    spills = _spills_kv(given, budgets, streamed=streamed)
     kv_slots = KV_SLOTS if spills else 0
     if kv_slots:
         layers = placed(kv_slots)
@@ -163,12 +103,14 @@ def resolve_plan(
             raise PlanDoesNotFit(_too_small(tier, fixed[tier], budgets[tier]))
     room = {tier: budgets[tier] - fixed[tier] for tier in TierName}
     return Plan(
-        device=device,
+        device=given.device,
         dtype=dtype,
         budgets=budgets,
-        disk_dir=disk_dir,
+        disk_dir=options.disk_dir or given.disk_dir,
         layers=layers,
-        kv_bytes=_kv_pools(options, room, token_bytes, on_host=spills or facts.shares_host_memory),
+        kv_bytes=_kv_pools(
+            options, room, kv_bytes_per_token(shape, kv_format), on_host=spills or facts.shares_host_memory
+        ),
         kv_fills_together=options.kv is not None,
         activations=activations,
         micro_batch=micro_batch,
@@ -185,30 +127,24 @@ def resolve_plan(
     )
 
 
-def budgets_of(options: PlanOptions, facts: MachineFacts, disk_dir: Path) -> dict[TierName, int]:
-    """Bytes that each tier may hold: as asked, else a share of what is free."""
-    device = options.device_memory if options.device_memory is not None else int(facts.device_free * DEVICE_SHARE)
-    # Where device and host are one memory, a host tier would only be a second name for the same bytes.
-    unasked_host = 0 if facts.shares_host_memory else int(facts.host_free * HOST_SHARE)
-    wants_host = options.activations == "host" or any(s is not None and s.host for s in (options.weights, options.kv))
-    if facts.shares_host_memory and wants_host:
-        unasked_host = device
-    host = options.host_memory if options.host_memory is not None else unasked_host
-    wants_disk = bool(options.kv and options.kv.disk) or options.activations == "disk"
-    unasked_disk = int(free_disk_space(disk_dir) * DISK_SHARE) if wants_disk else 0
-    disk = options.disk_space if options.disk_space is not None else unasked_disk
-    return {TierName.DEVICE: device, TierName.HOST: host, TierName.DISK: disk}
+def fitting_plan(given: PlanInput) -> Plan | None:
+    """What ``resolve_plan`` gives, or ``None`` where it does not fit."""
+    try:
+        return resolve_plan(given)
+    except PlanDoesNotFit:
+        return None
 
 
-def _spills_kv(options: PlanOptions, budgets: Mapping[TierName, int], facts: MachineFacts, *, streamed: bool) -> bool:
+def _spills_kv(given: PlanInput, budgets: Mapping[TierName, int], *, streamed: bool) -> bool:
     """Whether sequences may live where compute cannot address them.
 
     Unasked only where weights are streamed: then more sequences make more of each pass. A model that is on the device
     whole would only wait for a cache that is not.
     """
-    if options.kv is None:
+    kv, facts = given.options.kv, given.facts
+    if kv is None:
         return streamed and not facts.shares_host_memory and budgets[TierName.HOST] > 0
-    return bool(options.kv.disk or (options.kv.host and not facts.shares_host_memory))
+    return bool(kv.disk or (kv.host and not facts.shares_host_memory))
 
 
 def _logits_rows(shape: ModelShape, micro_batch: int) -> int:
@@ -221,47 +157,6 @@ def _workspace_bytes(shape: ModelShape, dtype: DType, micro_batch: int, logits_r
     # Logits as computed, as float32, and their log-softmax.
     head = logits_rows * shape.vocab_size * (item + 8) + micro_batch * shape.hidden_size * item
     return max(layer, head) + micro_batch * shape.hidden_size * item
-
-
-def _place_layers(
-    options: PlanOptions,
-    shape: ModelShape,
-    stored: StoredWeights,
-    dtype: DType,
-    budgets: Mapping[TierName, int],
-    *,
-    workspace: int,
-    batch_bytes: int,
-    bounces: bool,
-) -> tuple[TierName, ...]:
-    """As asked; else as many layers as fit on the device, then on the host, whatever else must lie there left aside."""
-    if options.weights is not None:
-        return interleave(whole_layers(shape.num_layers, options.weights))
-    sizes = [stored.computed_bytes(layer_name(index), dtype) for index in range(shape.num_layers)]
-    kept = [stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers)]
-    room = int(budgets[TierName.DEVICE] * (1 - KV_SHARE)) - workspace
-    room -= sum(stored.computed_bytes(unit, dtype) for unit in (EMBED, HEAD))
-    on_device = _how_many(sizes, room - batch_bytes * (options.micro_batches or 1))
-    if on_device < shape.num_layers:
-        # Stored and, where it is cast on the way, as computed: never less than what the ring will take.
-        room -= ((BOUNCED_SLOTS if bounces else STAGING_SLOTS) + 1) * max(*sizes, *kept)
-        room -= batch_bytes * (options.micro_batches or STREAMED_MICRO_BATCHES)
-        on_device = _how_many(sizes, room)
-    host_room = int(budgets[TierName.HOST] * (1 - KV_SHARE))
-    on_host = _how_many(kept[on_device:], host_room)
-    if bounces and on_device + on_host < shape.num_layers:
-        on_host = _how_many(kept[on_device:], host_room - BOUNCED_SLOTS * max(kept))
-    on_disk = shape.num_layers - on_device - on_host
-    return interleave({TierName.DEVICE: on_device, TierName.HOST: on_host, TierName.DISK: on_disk})
-
-
-def _how_many(sizes: Sequence[int], room: int) -> int:
-    taken = 0
-    for count, size in enumerate(sizes):
-        taken += size
-        if taken > room:
-            return count
-    return len(sizes)
 
 
 def _kv_pools(

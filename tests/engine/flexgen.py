@@ -1,4 +1,4 @@
-"""FlexGen's policies and its schedule of two phases, to compare with (Sheng et al. 2023, section 4). Pure; no torch."""
+"""FlexGen's policies and its schedule of two phases, to compare with (Sheng et al. 2023, section 4)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

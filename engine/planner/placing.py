@@ -1,0 +1,81 @@
+"""Which layer lives in which tier: shares as whole layers, spread over depth. No torch."""
+
+from collections.abc import Mapping, Sequence
+
+from engine.model.family import EMBED, HEAD, layer_name
+from engine.planner.plan_input import PlanInput
+from engine.tiers import Shares, TierName
+
+STREAMED_MICRO_BATCHES = 2
+STAGING_SLOTS = 2
+"""One layer is computed while the next is fetched."""
+BOUNCED_SLOTS = 3
+"""Where a layer is read to the host first and copied on from there: one is read, one copied, one computed."""
+KV_SHARE = 0.25
+"""Of the device budget, how much resident weights leave to the KV cache."""
+
+
+def interleave(counts: Mapping[TierName, int]) -> tuple[TierName, ...]:
+    """A home for each layer: exact counts, spread evenly over depth.
+
+    Evenly, so that streamed layers alternate with resident ones and the links never see a burst. Each step gives the
+    layer to the tier that is furthest behind its share.
+    """
+    num_layers = sum(counts.values())
+    given = dict.fromkeys(TierName, 0)
+    homes = []
+    for index in range(num_layers):
+        behind = {tier: count * (index + 1) / num_layers - given[tier] for tier, count in counts.items()}
+        home = max((tier for tier in counts if given[tier] < counts[tier]), key=lambda tier: behind[tier])
+        given[home] += 1
+        homes.append(home)
+    return tuple(homes)
+
+
+def whole_layers(num_layers: int, shares: Shares) -> dict[TierName, int]:
+    """Shares in percent as whole layers that sum to all of them (largest remainders are rounded up)."""
+    exact = {tier: shares.of(tier) * num_layers / 100 for tier in TierName}
+    counts = {tier: int(value) for tier, value in exact.items()}
+    by_remainder = sorted(TierName, key=lambda tier: counts[tier] - exact[tier])
+    for tier in by_remainder[: num_layers - sum(counts.values())]:
+        counts[tier] += 1
+    return counts
+
+
+def place_layers(given: PlanInput, *, taken: int, batch_bytes: int) -> tuple[TierName, ...]:
+    """As asked; else as many layers as fit on the device, then on the host; the others stay on the disk.
+
+    Args:
+        given: what a plan is made from.
+        taken: device bytes that workspace and buffers will have.
+        batch_bytes: device bytes of each micro-batch's hidden states.
+    """
+    options, stored, num_layers = given.options, given.stored, given.shape.num_layers
+    if options.weights is not None:
+        return interleave(whole_layers(num_layers, options.weights))
+    bounces, budgets = not given.facts.shares_host_memory, given.budgets
+    sizes = [stored.computed_bytes(layer_name(index), given.dtype) for index in range(num_layers)]
+    kept = [stored.unit_bytes[layer_name(index)] for index in range(num_layers)]
+    room = int(budgets[TierName.DEVICE] * (1 - KV_SHARE)) - taken
+    room -= sum(stored.computed_bytes(unit, given.dtype) for unit in (EMBED, HEAD))
+    on_device = _how_many(sizes, room - batch_bytes * (options.micro_batches or 1))
+    if on_device < num_layers:
+        # Stored and, where it is cast on the way, as computed: never less than what the ring will take.
+        room -= ((BOUNCED_SLOTS if bounces else STAGING_SLOTS) + 1) * max(*sizes, *kept)
+        room -= batch_bytes * (options.micro_batches or STREAMED_MICRO_BATCHES)
+        on_device = _how_many(sizes, room)
+    host_room = int(budgets[TierName.HOST] * (1 - KV_SHARE))
+    on_host = _how_many(kept[on_device:], host_room)
+    if bounces and on_device + on_host < num_layers:
+        on_host = _how_many(kept[on_device:], host_room - BOUNCED_SLOTS * max(kept))
+    on_disk = num_layers - on_device - on_host
+    return interleave({TierName.DEVICE: on_device, TierName.HOST: on_host, TierName.DISK: on_disk})
+
+
+def _how_many(sizes: Sequence[int], room: int) -> int:
+    taken = 0
+    for count, size in enumerate(sizes):
+        taken += size
+        if taken > room:
+            return count
+    return len(sizes)

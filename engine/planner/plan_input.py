@@ -1,0 +1,90 @@
+"""Everything that a plan is made from, in one value. No torch."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine.attention.sizes import kv_bytes_per_token
+from engine.devices.facts import MachineFacts, free_disk_space
+from engine.dtypes import DType
+from engine.formats.sizes import Plain
+from engine.planner.plan import PlanOptions
+from engine.planner.workload import Workload
+from engine.shape import ModelShape
+from engine.tiers import TierName
+from engine.weights.stored import StoredWeights
+
+DEVICE_SHARE, HOST_SHARE = 0.8, 0.7
+"""Of the memory found free, how much a plan takes unasked: the rest is for the page cache and for other people."""
+DISK_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanInput:
+    """A model, a machine, what a person fixed, and what is to be computed."""
+
+    shape: ModelShape
+    stored: StoredWeights
+    device: str
+    """The full name: ``cpu``, ``cuda:0``."""
+    facts: MachineFacts
+    """What the machine has free."""
+    options: PlanOptions
+    """What a person fixed."""
+    disk_dir: Path
+    """Where spill files go, unless ``options`` says."""
+    workload: Workload | None = None
+    """What will be computed; ``None``: nobody knows."""
+
+    @property
+    def dtype(self) -> DType:
+        """As asked, else as the weights are stored; float16 where the device cannot compute as they are stored."""
+        if self.options.dtype is not None:
+            return self.options.dtype
+        return self.stored.dtype if self.facts.computes(self.stored.dtype) else DType.FLOAT16
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values, over all layers."""
+        return kv_bytes_per_token(self.shape, Plain(self.dtype))
+
+    @property
+    def budgets(self) -> dict[TierName, int]:
+        """Bytes that each tier may hold: as asked, else a share of what is free."""
+        return budgets_of(self.options, self.facts, self.options.disk_dir or self.disk_dir)
+
+    @property
+    def longest(self) -> int:
+        """KV tokens of the longest sequence: in the workload, or, where nobody knows it, that the model can take."""
+        if self.workload is None:
+            return self.shape.max_positions
+        return max(each.reserved for each in self.workload.lengths)
+
+    def asking(self, options: PlanOptions) -> "PlanInput":
+        """The same, but for what is fixed."""
+        return replace(self, options=options)
+
+    def within(self, budgets: dict[TierName, int]) -> "PlanInput":
+        """The same within these budgets, in bytes."""
+        return self.asking(
+            replace(
+                self.options,
+                device_memory=budgets[TierName.DEVICE],
+                host_memory=budgets[TierName.HOST],
+                disk_space=budgets[TierName.DISK],
+            )
+        )
+
+
+def budgets_of(options: PlanOptions, facts: MachineFacts, disk_dir: Path) -> dict[TierName, int]:
+    """Bytes that each tier may hold: as asked, else a share of what is free."""
+    device = options.device_memory if options.device_memory is not None else int(facts.device_free * DEVICE_SHARE)
+    # Where device and host are one memory, a host tier would only be a second name for the same bytes.
+    unasked_host = 0 if facts.shares_host_memory else int(facts.host_free * HOST_SHARE)
+    wants_host = options.activations == "host" or any(s is not None and s.host for s in (options.weights, options.kv))
+    if facts.shares_host_memory and wants_host:
+        unasked_host = device
+    host = options.host_memory if options.host_memory is not None else unasked_host
+    wants_disk = bool(options.kv and options.kv.disk) or options.activations == "disk"
+    unasked_disk = int(free_disk_space(disk_dir) * DISK_SHARE) if wants_disk else 0
+    disk = options.disk_space if options.disk_space is not None else unasked_disk
+    return {TierName.DEVICE: device, TierName.HOST: host, TierName.DISK: disk}
