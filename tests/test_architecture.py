@@ -25,7 +25,7 @@ ROOMS = ("cli", "engine", "storage", "worker")
 HEAVY = ("torch", "transformers", "pydantic")
 
 PUBLIC_FACE = {
-    "Engine", "PassReport", "PassStats", "Plan", "PlanOptions", "Shares",
+    "Engine", "PassReport", "PassStats", "Plan", "PlanOptions", "Shares", "load_engine",
     "Request", "Generate", "Score", "Choose", "SamplingParams",
     "Output", "Generation", "FinishReason", "Scoring", "TokenScore", "Choice", "Rejection",
     "EngineError", "PlanDoesNotFit", "TierFull", "DiskFull", "CheckpointError", "DeviceUnavailable", "LaneFailed",

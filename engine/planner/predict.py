@@ -1,4 +1,4 @@
-"""How long a workload takes under a plan: ramp-up, steady state and tail, pass after pass. Pure; no torch."""
+"""How long a workload takes under a plan: ramp-up, steady state and tail, pass after pass. No torch."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,9 +11,9 @@ from engine.planner.cost import OVERLAPPED, Overlap, PassCost, PassModel
 from engine.planner.hardware import LINKS, Hardware
 from engine.planner.load import PassLoad, mean_request_load, residency_passes
 from engine.planner.plan import Plan
+from engine.planner.simulation import Simulation
 from engine.planner.workload import Workload
 from engine.schedule.balance import Balance
-from engine.schedule.policy import most_prompt_tokens, sustaining_prompt_tokens
 from engine.shape import ModelShape
 from engine.tiers import TierName
 from engine.weights.stored import StoredWeights
@@ -118,39 +118,13 @@ def predict(
     return run.mixed()
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """Requests of one length: what one of them adds to a pass in which it decodes, in the mean over its steps."""
-
-    share: float
-    """Of all requests."""
-    steps: int
-    reserved: int
-    looked_back: float
-
-
 class _Run:
-    """A workload pass after pass, with so many requests of each length as a fluid."""
+    """A workload under a plan."""
 
     def __init__(self, model: PassModel, plan: Plan, workload: Workload, token_bytes: int) -> None:
-        self._model = model
-        self._plan = plan
-        self._workload = workload
-        self._kinds = [
-            _Kind(
-                each.requests / workload.requests,
-                each.decode_steps,
-                each.reserved,
-                each.looked_back / max(1, each.decode_steps),
-            )
-            for each in workload.lengths
-        ]
+        self._model, self._plan, self._workload, self._token_bytes = model, plan, workload, token_bytes
         self._request = mean_request_load(workload, plan)
-        self._starting = self._request.prompts
-        self._room = usable_kv_tokens(workload, plan, token_bytes)
-        self._reserved = workload.mean(lambda each: each.reserved)
         self._rate = steady_requests_per_pass(workload, plan, token_bytes)
-        self._longest = max(kind.steps for kind in self._kinds)
 
     def mixed(self) -> Prediction:
         """Decode tokens and prompts in one pass."""
@@ -164,17 +138,17 @@ class _Run:
 
     def by_block(self) -> Prediction:
         """As many sequences as find room; their prompts; then decoding until the last of them ends; then the next."""
-        in_block = min(
-            float(self._workload.requests), self._plan.tokens_per_pass, math.floor(self._room / self._reserved + 1e-9)
-        )
+        workload = self._workload
+        reserved = workload.mean(lambda each: each.reserved)
+        room = usable_kv_tokens(workload, self._plan, self._token_bytes)
+        in_block = min(float(workload.requests), self._plan.tokens_per_pass, math.floor(room / reserved + 1e-9))
         if in_block < 1:
             return self._prediction(math.inf, math.inf, 0.0, self._model.cost(PassLoad()), PassLoad())
-        prompts = self._starting.scaled(in_block)
+        prompts = self._request.prompts.scaled(in_block)
         prompt_passes = max(1.0, prompts.prompt_tokens / self._plan.tokens_per_pass)
         costs = [(prompt_passes, self._model.cost(prompts.scaled(1 / prompt_passes)))]
-        for step in range(self._longest):
-            running = (((in_block * kind.share) if kind.steps > step else 0.0) for kind in self._kinds)
-            costs.append((1.0, self._model.cost(self._decoding(list(running)))))
+        steps = max(each.decode_steps for each in workload.lengths)
+        costs += [(1.0, self._model.cost(self._decoding(in_block, step))) for step in range(steps)]
         passes = sum(times for times, _ in costs)
         seconds = sum(times * cost.seconds for times, cost in costs)
         lane_seconds = {
@@ -206,64 +180,35 @@ class _Run:
             running=load.logits_rows,
         )
 
-    def _decoding(self, running: list[float]) -> PassLoad:
-        """The load of so many sequences of each kind that decode."""
-        pairs = list(zip(running, self._kinds, strict=True))
-        tokens = sum(running)
-        return PassLoad(
-            decode_tokens=tokens,
-            looked_back=sum(number * kind.looked_back for number, kind in pairs),
-            logits_rows=tokens,
+    def _decoding(self, in_block: float, step: int) -> PassLoad:
+        """A decode step of a block, each sequence looking back at what is the mean over its steps."""
+        workload = self._workload
+        runs = [each for each in workload.lengths if each.decode_steps > step]
+        numbers = [in_block * each.requests / workload.requests for each in runs]
+        tokens = sum(numbers)
+        looked_back = sum(
+            number * each.looked_back / each.decode_steps for number, each in zip(numbers, runs, strict=True)
         )
-
-    def _sustaining_prompt_tokens(self) -> float:
-        running = min(self._room / self._reserved, float(self._plan.tokens_per_pass))
-        steps = sum(kind.share * kind.steps for kind in self._kinds)
-        return sustaining_prompt_tokens(running, self._starting.prompt_tokens, steps)
+        return PassLoad(decode_tokens=tokens, looked_back=looked_back, logits_rows=tokens)
 
     def _simulate(self, steady: PassCost) -> tuple[float, float]:
-        """Passes and seconds, as the scheduler fills passes: decode tokens first, then prompts that find room.
-
-        While more wait than find room, no more prompt tokens than make compute as long as the links, or than it takes
-        to keep the cache full.
-        """
-        total, seconds, skipped = float(self._workload.requests), 0.0, 0.0
-        begun = [0.0]  # requests admitted up to and including each pass, from pass 1
+        """Passes and seconds, as the scheduler fills passes and as balance is learned from them."""
+        simulation = Simulation(self._workload, self._plan, self._token_bytes)
         balance = Balance()
-        sustaining = self._sustaining_prompt_tokens()
-        while True:
-            now = len(begun) - 1
-            running = [
-                kind.share * (begun[now] - (begun[now - kind.steps] if now > kind.steps else 0.0))
-                for kind in self._kinds
-            ]
-            decoding = self._decoding(running)
-            waiting = total - begun[now]
-            if waiting < 1e-6 and decoding.tokens < 1e-6:
-                return now + skipped, seconds
-            if now == MAX_SIMULATED_PASSES + self._longest and waiting > self._rate:
+        last = MAX_SIMULATED_PASSES + max(each.decode_steps for each in self._workload.lengths)
+        passes, seconds = 0.0, 0.0
+        while not simulation.is_done:
+            if passes == last and simulation.num_waiting > self._rate:
                 # Whatever is neither ramp-up nor tail goes on as it does.
-                skipped = waiting / self._rate
+                skipped = simulation.num_waiting / self._rate
                 seconds += skipped * steady.seconds
-                total, waiting = begun[now], 0.0
-            room = self._room - sum(number * kind.reserved for number, kind in zip(running, self._kinds, strict=True))
-            admitted = min(
-                waiting,
-                max(0.0, room) / self._reserved,
-                max(0.0, self._plan.tokens_per_pass - decoding.tokens) / self._starting.prompt_tokens,
-            )
-            most = most_prompt_tokens(
-                balance.prompt_tokens,
-                sustaining,
-                self._starting.prompt_tokens,
-                more_wait=waiting * self._reserved > room,
-                nobody_runs=not decoding.tokens,
-            )
-            if most is not None:
-                admitted = min(admitted, most / self._starting.prompt_tokens)
-            cost = self._model.cost(decoding + self._starting.scaled(admitted))
-            seconds += cost.seconds
-            begun.append(begun[now] + admitted)
+                passes += skipped
+                simulation.drop_waiting()
+            load = simulation.next_pass(balance.prompt_tokens)
+            if not load.tokens:
+                break  # what still waited is longer than any tier
+            cost = self._model.cost(load)
+            passes, seconds = passes + 1, seconds + cost.seconds
             links_s = max(busy for lane, busy in cost.lane_seconds.items() if lane is not LaneName.DEVICE_COMPUTE)
-            compute_s = cost.lane_seconds[LaneName.DEVICE_COMPUTE]
-            balance.learn_pass(admitted * self._starting.prompt_tokens, compute_s, links_s)
+            balance.learn_pass(load.prompt_tokens, cost.lane_seconds[LaneName.DEVICE_COMPUTE], links_s)
+        return passes, seconds

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +21,13 @@ from cli.errors import WorkerDied
 from cli.main import main
 from cli.progress import LineProgress, Snapshot
 from cli.serving import OwnWorker
+from engine.devices.host import HostDevice
+from engine.dtypes import DType
+from engine.measure import identity_of
 from engine.planner.plan import PlanOptions
+from engine.planner.profiles import load_hardware
+from engine.planner.resolve import MICRO_BATCH_TOKENS
+from engine.profile import store_profile
 from storage.database import Database
 from storage.jobs import Job, list_jobs
 from storage.results import list_passes
@@ -175,11 +182,32 @@ def test_a_plan_that_does_not_fit_is_refused_before_there_is_a_job(home: Path, c
     assert only_job(home) is None
 
 
+@pytest.mark.parametrize("fixed", [[], ["--weights", "0/0/100"]], ids=["free", "streamed"])
+def test_a_worker_loads_the_plan_that_was_told(fixed: list[str], home: Path, command: Command, model: str) -> None:
+    """Once this machine was measured, both search, for the same rows."""
+    t4 = load_hardware("t4-gcp")
+    matmul = {DType.FLOAT32: t4.matmul[DType.FLOAT16]}
+    identity = identity_of(HostDevice(), home)
+    machine = replace(t4, device="cpu", shares_host_memory=True, host_attention=None, matmul=matmul, identity=identity)
+    store_profile(home, machine)
+    dataset = write_rows(Path("d.jsonl"), *({"prompt": "ab" * i} for i in range(1, 20)))
+    placement = ("--device", "cpu", "--device-memory", "256MiB", *fixed)
+    told = command("plan", "--model", model, "--dataset", dataset, "--gen-len", "5", *placement, "--json")
+    assert told.returncode == 0, told.stderr
+    words = ("--task", "generate", "--max-new-tokens", "5", *placement, "-o", "out.jsonl")
+    done = command("run", dataset, "--model", model, *words)
+    assert done.returncode == 0, done.stderr
+    job = only_job(home)
+    assert job is not None
+    assert job.plan == json.loads(told.stdout)["plan"]
+    assert job.plan["micro_batch"] < MICRO_BATCH_TOKENS, "what rules would take: more than all rows have tokens"
+
+
 def test_a_plan_that_fits_costs_no_import_of_torch(
     home: Path, run: Run, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = []
-    monkeypatch.setattr("cli.fitting._exact_facts", exact.append)
+    monkeypatch.setattr("cli.fitting.exact_facts", exact.append)
     monkeypatch.setattr("cli.serving.work_off", lambda database, settings, job, *_, **__: job)
     run("run", write_rows(Path("d.jsonl"), {"prompt": "a"}), "--model", model, *GENERATE, "-o", "out")
     assert only_job(home) is not None
@@ -423,7 +451,7 @@ def test_the_demo_ends_with_its_accuracy(
     assert result["rows"] == len(rows)
     assert result["accuracy"] == result["correct"] / len(rows)
     assert people.splitlines()[-1] == f"accuracy {result['accuracy']:.3f} ({result['correct']} of 8)"
-    for word in ("tokens/s", "device (cpu)", str(home / "overnight.db"), "overnight fetch 1"):
+    for word in ("tokens/s", "layers in memory", str(home / "overnight.db"), "overnight fetch 1"):
         assert word in people
 
 

@@ -1,0 +1,171 @@
+"""The passes of a workload, as the scheduler fills them, in counts alone. No torch.
+
+``schedule.scheduler`` packs sequences one by one; here those of one length that are at the same token are one number,
+so that a thousand passes take a moment. For requests of one length both fill the same passes with the same tokens, as
+long as no gap of the KV cache is too short for an extent.
+"""
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+from engine.planner.load import PassLoad, request_load
+from engine.planner.plan import Plan
+from engine.planner.workload import Lengths, Workload
+from engine.schedule.policy import most_prompt_tokens, sustaining_prompt_tokens
+from engine.units import div_ceil
+
+RUNS = 64
+"""Into so many runs of neighbours the requests of each length are divided, at most, and then mixed evenly."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """Sequences of one length in one tier that are at the same token of their prompts."""
+
+    lengths: Lengths
+    tier: int
+    number: int
+    remaining: int
+    """Prompt tokens that each of them has still to compute."""
+
+
+class Simulation:
+    """A workload on its way through a plan: ``next_pass`` until ``is_done``."""
+
+    def __init__(self, workload: Workload, plan: Plan, token_bytes: int) -> None:
+        """Nothing is computed yet. ``token_bytes``: of one token's keys and values over all layers."""
+        self._plan = plan
+        self._tokens = [num_bytes // token_bytes for num_bytes in plan.kv_bytes.values()]
+        self._free = list(self._tokens)
+        self._waiting = _mixed(workload)
+        self._waiting_tokens = sum(each.reserved * number for each, number in self._waiting)
+        self._prefilling: deque[_Group] = deque()
+        self._running = 0
+        self._decoding = 0
+        self._looked_back = 0
+        """KV tokens that the sequences which decode will attend to in the next pass."""
+        self._ends: dict[int, list[_Group]] = {}
+        """Groups by the pass that computes their last token."""
+        self._passes = 0
+        self._prompts = {each: request_load(each, plan).prompts for each in workload.lengths}
+        self._sustaining = sustaining_prompt_tokens(
+            min(sum(self._tokens) / workload.mean(lambda each: each.reserved), plan.tokens_per_pass),
+            workload.mean(lambda each: each.prompt),
+            workload.mean(lambda each: each.decode_steps),
+        )
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self._waiting and not self._prefilling and not self._decoding
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that were not admitted yet."""
+        return sum(number for _, number in self._waiting)
+
+    def drop_waiting(self) -> None:
+        """Let those that run be the last."""
+        self._waiting.clear()
+        self._waiting_tokens = 0
+
+    def next_pass(self, balanced: float | None = None) -> PassLoad:
+        """What the next pass carries; it counts as computed.
+
+        ``balanced``: prompt tokens with which compute takes as long as the links; see ``schedule.policy``.
+        """
+        load = PassLoad(decode_tokens=self._decoding, looked_back=self._looked_back, logits_rows=self._decoding)
+        left = self._plan.tokens_per_pass - self._decoding
+        if self._waiting and balanced is not None and self._waiting_tokens > sum(self._free):
+            most = most_prompt_tokens(
+                balanced,
+                self._sustaining,
+                self._waiting[0][0].prompt,
+                more_wait=True,
+                nobody_runs=not self._running,
+            )
+            assert most is not None
+            left = min(left, int(most))
+        begun, self._prefilling = self._prefilling, deque()
+        finished: list[_Group] = []
+        while left > 0 and (group := begun.popleft() if begun else self._admit(left)) is not None:
+            tokens, prompts = self._compute(group, left, finished)
+            left -= tokens
+            load += prompts
+        self._prefilling.extend(begun)
+        self._end_pass(finished)
+        return load
+
+    def _admit(self, room: int) -> _Group | None:
+        """As many of the first that wait as one tier has room for, and as can begin; ``None``: none of them, now."""
+        while self._waiting:
+            lengths, waiting = self._waiting[0]
+            # Everybody who runs has a token in this pass, so there are never more of them than it has tokens.
+            number = min(waiting, div_ceil(room, min(lengths.prompt, self._plan.prefill_chunk)))
+            for tier, free in enumerate(self._free):
+                fitting = min(number, free // lengths.reserved)
+                if fitting > 0:
+                    self._leave_queue(fitting)
+                    self._free[tier] -= fitting * lengths.reserved
+                    self._running += fitting
+                    return _Group(lengths, tier, fitting, lengths.prompt)
+            if lengths.reserved <= max(self._tokens):
+                return None
+            self._leave_queue(waiting)  # each is told by itself that there is no room for it
+        return None
+
+    def _leave_queue(self, number: int) -> None:
+        lengths, waiting = self._waiting.popleft()
+        if waiting > number:
+            self._waiting.appendleft((lengths, waiting - number))
+        self._waiting_tokens -= number * lengths.reserved
+
+    def _compute(self, group: _Group, room: int, finished: list[_Group]) -> tuple[int, PassLoad]:
+        """How many tokens of a group's prompts find room, one sequence after another, and what they cost."""
+        each = min(group.remaining, self._plan.prefill_chunk)
+        whole = min(group.number, room // each)
+        part = room - whole * each if whole < group.number else 0
+        counts = {group.remaining - each: whole, group.remaining - part: 1} if part else {group.remaining - each: whole}
+        untouched = group.number - sum(counts.values())
+        for remaining, number in counts.items():
+            if number and remaining:
+                self._prefilling.append(replace(group, number=number, remaining=remaining))
+            elif number:
+                finished.append(replace(group, number=number, remaining=0))
+        if untouched:
+            self._prefilling.append(replace(group, number=untouched))
+        ended = whole if each == group.remaining else 0
+        tokens = whole * each + part
+        load = self._prompts[group.lengths].scaled(tokens / group.lengths.prompt)
+        return tokens, replace(load, prompt_tokens=tokens, logits_rows=ended)
+
+    def _end_pass(self, finished: list[_Group]) -> None:
+        """Who decoded is a token further; who ended frees its room; whose prompt has ended decodes from now on."""
+        self._looked_back += self._decoding
+        for group in self._ends.pop(self._passes, []):
+            self._decoding -= group.number
+            self._looked_back -= group.number * (group.lengths.reserved + 1)
+            self._free_room(group)
+        for group in finished:
+            if not group.lengths.decode_steps:
+                self._free_room(group)
+                continue
+            self._decoding += group.number
+            self._looked_back += group.number * (group.lengths.prompt + 1)
+            self._ends.setdefault(self._passes + group.lengths.decode_steps, []).append(group)
+        self._passes += 1
+
+    def _free_room(self, group: _Group) -> None:
+        self._free[group.tier] += group.number * group.lengths.reserved
+        self._running -= group.number
+
+
+def _mixed(workload: Workload) -> deque[tuple[Lengths, int]]:
+    """The requests as they wait: runs of one length, those of each length spread evenly over the whole."""
+    runs: list[tuple[float, Lengths, int]] = []
+    for each in workload.lengths:
+        size = div_ceil(each.requests, RUNS)
+        number = div_ceil(each.requests, size)
+        runs += [((index + 0.5) / number, each, min(size, each.requests - index * size)) for index in range(number)]
+    runs.sort(key=lambda run: run[0])
+    return deque((lengths, number) for _, lengths, number in runs)
