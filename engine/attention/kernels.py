@@ -15,7 +15,7 @@ from torch import Tensor
 CAUSAL_ROWS = 256
 """Queries of causal attention computed together on the CPU."""
 KERNEL_STEP = 64
-"""PyTorch compiles a kernel for each number of queries, from so many on, and keys that it meets, and keeps it: 0.4 MB
+"""PyTorch compiles a kernel for each number of queries, from this many on, and keys that it meets, and keeps it: 0.4 MB
 a prompt of another length. Blocks are cut so that it meets few of them."""
 FEW_QUERIES = 8
 """Queries of one key/value head, the same decode token's, up to which a batched product is faster than flash."""

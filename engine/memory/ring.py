@@ -125,7 +125,7 @@ class Ring:
             EngineError: items of before were never entered.
         """
         if self._begun or self._next is not None:
-            raise EngineError("something was fetched that compute never looked at")
+            raise EngineError("something was fetched that compute never entered")
         self._order = iter(items)
         self._next = next(self._order, None)
         self._run_ahead()

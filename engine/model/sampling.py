@@ -16,8 +16,8 @@ from engine.units import div_ceil
 
 _MASK = (1 << 64) - 1
 DRAWN_IN = 16
-"""Rows are drawn in so many parts, for a row being drawn takes 16 times the memory that the plan's workspace has for
-a row of logits."""
+"""Rows are drawn in this many parts, since a row being drawn takes 16 times the memory that the plan's workspace has
+for a row of logits."""
 
 
 def uniform(seed: int, sample_index: int, step: int) -> float:

@@ -1,10 +1,10 @@
 """Seconds of a pass, lane by lane, from bytes and FLOPs. Pure functions; no torch.
 
-Weights are brought once, and decode tokens and prompts are computed beside that; a pass lasts as long as its longest
+Weights are fetched once, and decode tokens and prompts are computed beside that; a pass lasts as long as its longest
 lane plus what cannot overlap.
 
-Units: bytes, seconds, FLOP, tokens. Memory is not reckoned here: ``engine.planner.default.resolve_plan``, which sizes
-what the engine allocates, is asked instead.
+Units: bytes, seconds, FLOP, tokens. Memory is no matter here: ``engine.planner.resolve`` sizes what the engine
+allocates.
 """
 
 import math
@@ -55,7 +55,7 @@ class PassCost:
 
 
 class PassModel:
-    """The cost of passes under one plan on one machine; what does not depend on the pass is reckoned once."""
+    """The cost of passes under one plan on one machine; what does not depend on the pass is computed once."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class PassModel:
         self._transfer_bytes = max(size for _, size in homes)
         self._shares_host = hardware.shares_host_memory
         # What compute cannot address where it lies passes through scratch.
-        self._brought_share = self._kv_share[TierName.DISK] + (
+        self._fetched_share = self._kv_share[TierName.DISK] + (
             0.0 if self._shares_host else self._kv_share[TierName.HOST]
         )
         can_attend = not self._shares_host and hardware.host_attention is not None
@@ -131,7 +131,7 @@ class PassModel:
 
     @staticmethod
     def _in_parts(rate: Rate, flops: float, number: float, most: int) -> float:
-        """Seconds of so many tokens or rows of so many FLOP each: as many full parts as there are, and the rest."""
+        """Seconds of ``number`` tokens or rows of ``flops`` each, in parts of at most ``most`` and a last one."""
         full, rest = divmod(number, most)
         return rate.seconds(full * most * flops, most) + rate.seconds(rest * flops, rest)
 
@@ -145,15 +145,15 @@ class PassModel:
         prompt_length = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 0.0
         compute_s += self._prompt_attention.seconds(pair_flops * load.prompt_pairs, prompt_length)
         on_host = self._kv_share[TierName.HOST] + self._kv_share[TierName.DISK] if self._host_attends else 0.0
-        read = load.looked_back * self._token_bytes
+        read = load.attended * self._token_bytes
         size = read / load.decode_tokens / layers if load.decode_tokens else 0.0
         scratch = hardware.scratch_attention
-        brought = 0.0 if on_host or scratch is None else self._brought_share
+        fetched = 0.0 if on_host or scratch is None else self._fetched_share
         if scratch is not None:
-            compute_s += scratch.seconds(read * brought, size)
-        compute_s += self._decode_attention.seconds(read * (1 - on_host - brought), size)
+            compute_s += scratch.seconds(read * fetched, size)
+        compute_s += self._decode_attention.seconds(read * (1 - on_host - fetched), size)
         compute_s += hardware.layer_overhead.value * layers * batches
-        segments = load.prompt_segments + load.decode_tokens * (1 - on_host - brought)
+        segments = load.prompt_segments + load.decode_tokens * (1 - on_host - fetched)
         compute_s += hardware.segment_overhead.value * layers * segments
         compute_s += hardware.sequence_overhead.value * (load.prompt_segments + load.decode_tokens)
         host_s = hardware.host_attention.seconds(read * on_host, size) if hardware.host_attention and on_host else 0.0
@@ -165,7 +165,7 @@ class PassModel:
         copies = not self._shares_host
         on_disk, on_host = self._kv_share[TierName.DISK], self._kv_share[TierName.HOST]
         below = on_disk + on_host
-        new, moved = load.tokens * self._token_bytes, (load.looked_back + load.reread) * self._token_bytes
+        new, moved = load.tokens * self._token_bytes, (load.attended + load.reattended) * self._token_bytes
         weights[LaneName.DISK_READ] = self._weight_bytes[TierName.DISK]
         kv[LaneName.DISK_READ] = moved * on_disk
         kv[LaneName.DISK_WRITE] = new * on_disk
@@ -173,10 +173,10 @@ class PassModel:
             weights[LaneName.HOST_TO_DEVICE] = self._weight_bytes[TierName.DISK] + self._weight_bytes[TierName.HOST]
             kv[LaneName.DEVICE_TO_HOST] = new * below
             if self._host_attends:
-                # Queries go down, results come up; only parts of prompts bring what they look back at.
+                # Queries go down, results come up; only prompt chunks fetch what they attend to.
                 queries = load.decode_tokens * below * self._query_bytes
                 kv[LaneName.DEVICE_TO_HOST] += queries
-                kv[LaneName.HOST_TO_DEVICE] = load.reread * self._token_bytes * below + queries
+                kv[LaneName.HOST_TO_DEVICE] = load.reattended * self._token_bytes * below + queries
             else:
                 kv[LaneName.HOST_TO_DEVICE] = moved * below
         if self._plan.activations is not TierName.DEVICE:
@@ -195,7 +195,7 @@ class PassModel:
         rate = self._hardware.kv_rate(lane)
         if lane in (LaneName.DISK_READ, LaneName.HOST_TO_DEVICE):
             segments = load.decode_tokens or load.prompt_segments
-            tokens = (load.looked_back if load.decode_tokens else load.prompt_tokens) / segments if segments else 0.0
+            tokens = (load.attended if load.decode_tokens else load.prompt_tokens) / segments if segments else 0.0
             return rate.seconds(num_bytes, max(1.0, min(tokens, self._plan.extent_tokens) * self._layer_token_bytes))
         decoded = num_bytes * load.decode_tokens / load.tokens
         prompt = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 1.0

@@ -25,7 +25,7 @@ from engine.weights.stored import StoredWeights
 WORTH_MEASURING = GIB
 """Bytes of weights streamed in a pass from which measuring the machine pays, which takes up to a minute."""
 MACHINE_SHARES = {TierName.DEVICE: 0.92, TierName.HOST: 0.9, TierName.DISK: 0.95}
-"""Of another machine's capacity, how much a plan takes unasked: the rest is for the runtime and for other people."""
+"""The share of another machine's capacity that a plan takes unasked: the rest is for the runtime and other people."""
 _MOVING = 2.0
 """Times the model's size over the disk's speed: what loading takes, checks and fresh memory included."""
 

@@ -14,7 +14,7 @@ from engine.tiers import TierName
 LINKS = (LaneName.DISK_READ, LaneName.DISK_WRITE, LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
 """The lanes that move bytes; the other two compute."""
 CONTAINED = Figure(0, "contained in the other figures")
-"""Of a cost that nobody measured by itself."""
+"""Stands for a cost that nobody measured by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class Hardware:
     """By hidden size, ascending; empty: ``matmul`` holds for all, and for logits, too."""
     scratch_attention: Rate | None = None
     """As ``decode_attention``, over keys and values that pass through a scratch buffer, without the time of the lanes
-    that bring them, but with ``segment_overhead``; ``None``: nobody measured it, and it is taken to be the same."""
+    that fetch them, but with ``segment_overhead``; ``None``: nobody measured it, and it is taken to be the same."""
     kv_lanes: Mapping[LaneName, Rate] = field(default_factory=dict)
     """Lanes on which keys and values move at another rate than weights do: through a spill file and the page cache,
     over the bytes that one sequence moves in one layer."""

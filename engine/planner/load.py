@@ -18,10 +18,10 @@ class PassLoad:
     prompt_segments: float = 0.0
     prompt_pairs: float = 0.0
     """Pairs of a query and a key that prompt attention multiplies."""
-    looked_back: float = 0.0
+    attended: float = 0.0
     """KV tokens that decode attention reads."""
-    reread: float = 0.0
-    """KV tokens that parts of prompts look back at, the prompt having been cut."""
+    reattended: float = 0.0
+    """KV tokens of their own prompts that prompt chunks after the first attend to."""
     logits_rows: float = 0.0
 
     @property
@@ -36,8 +36,8 @@ class PassLoad:
             decode_tokens=factor * self.decode_tokens,
             prompt_segments=factor * self.prompt_segments,
             prompt_pairs=factor * self.prompt_pairs,
-            looked_back=factor * self.looked_back,
-            reread=factor * self.reread,
+            attended=factor * self.attended,
+            reattended=factor * self.reattended,
             logits_rows=factor * self.logits_rows,
         )
 
@@ -47,15 +47,15 @@ class PassLoad:
             decode_tokens=self.decode_tokens + other.decode_tokens,
             prompt_segments=self.prompt_segments + other.prompt_segments,
             prompt_pairs=self.prompt_pairs + other.prompt_pairs,
-            looked_back=self.looked_back + other.looked_back,
-            reread=self.reread + other.reread,
+            attended=self.attended + other.attended,
+            reattended=self.reattended + other.reattended,
             logits_rows=self.logits_rows + other.logits_rows,
         )
 
     @property
     def prompts(self) -> "PassLoad":
         """Without the decoding, if it is one request's: the pass that ends a prompt yields the first token."""
-        return replace(self, decode_tokens=0.0, looked_back=0.0, logits_rows=min(1.0, self.logits_rows))
+        return replace(self, decode_tokens=0.0, attended=0.0, logits_rows=min(1.0, self.logits_rows))
 
 
 def load_of(segments: Iterable[Segment]) -> PassLoad:
@@ -64,13 +64,13 @@ def load_of(segments: Iterable[Segment]) -> PassLoad:
     for segment in segments:
         end = segment.start + segment.length
         if segment.is_decode:
-            load += PassLoad(decode_tokens=1, looked_back=end, logits_rows=1)
+            load += PassLoad(decode_tokens=1, attended=end, logits_rows=1)
             continue
         load += PassLoad(
             prompt_tokens=segment.length,
             prompt_segments=1,
             prompt_pairs=segment.length * end,
-            reread=segment.start,
+            reattended=segment.start,
             logits_rows=len(segment.rows),
         )
     return load
@@ -79,7 +79,7 @@ def load_of(segments: Iterable[Segment]) -> PassLoad:
 def request_load(lengths: Lengths, plan: Plan) -> PassLoad:
     """What one request costs over all its passes. A pass of ``r`` new requests costs ``r`` times that, once steady."""
     prompt = lengths.prompt
-    # A prompt is cut at the borders of micro-batches; what is cut off looks back at half of it, in the mean.
+    # A prompt is cut at the borders of micro-batches; what is cut off attends to half of it, in the mean.
     cuts = prompt / plan.micro_batch
     chunk = min(prompt, plan.micro_batch, plan.prefill_chunk)
     return PassLoad(
@@ -87,8 +87,8 @@ def request_load(lengths: Lengths, plan: Plan) -> PassLoad:
         decode_tokens=lengths.decode_steps,
         prompt_segments=1 + cuts,
         prompt_pairs=prompt * (prompt + chunk) / 2,
-        looked_back=lengths.looked_back,
-        reread=cuts * prompt / 2,
+        attended=lengths.attended,
+        reattended=cuts * prompt / 2,
         logits_rows=lengths.generated,
     )
 

@@ -12,7 +12,7 @@ STAGING_SLOTS = 2
 BOUNCED_SLOTS = 3
 """Where a layer is read to the host first and copied on from there: one is read, one copied, one computed."""
 KV_SHARE = 0.25
-"""Of the device budget, how much resident weights leave to the KV cache."""
+"""The share of the device budget that resident weights leave to the KV cache."""
 
 
 def interleave(counts: Mapping[TierName, int]) -> tuple[TierName, ...]:

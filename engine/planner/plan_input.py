@@ -14,7 +14,7 @@ from engine.tiers import TierName
 from engine.weights.stored import StoredWeights
 
 DEVICE_SHARE, HOST_SHARE = 0.8, 0.7
-"""Of the memory found free, how much a plan takes unasked: the rest is for the page cache and for other people."""
+"""The share of free memory that a plan takes unasked: the rest is for the page cache and for other people."""
 DISK_SHARE = 0.9
 
 

@@ -186,10 +186,8 @@ class _Run:
         runs = [each for each in workload.lengths if each.decode_steps > step]
         numbers = [in_block * each.requests / workload.requests for each in runs]
         tokens = sum(numbers)
-        looked_back = sum(
-            number * each.looked_back / each.decode_steps for number, each in zip(numbers, runs, strict=True)
-        )
-        return PassLoad(decode_tokens=tokens, looked_back=looked_back, logits_rows=tokens)
+        attended = sum(number * each.attended / each.decode_steps for number, each in zip(numbers, runs, strict=True))
+        return PassLoad(decode_tokens=tokens, attended=attended, logits_rows=tokens)
 
     def _simulate(self, steady: PassCost) -> tuple[float, float]:
         """Passes and seconds, as the scheduler fills passes and as balance is learned from them."""

@@ -16,7 +16,7 @@ from engine.tiers import TierName
 FORMAT = "overnight hardware profile"
 VERSION = 1
 PROFILE_NAME = "profile.json"
-"""Of the machine at hand, in the folder of all state."""
+"""The file, in the folder of all state, that describes this machine."""
 
 
 def preset_names() -> tuple[str, ...]:

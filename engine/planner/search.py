@@ -32,7 +32,7 @@ many, so it likes a device full of weights with room for two sequences too well;
 ROUNDED = 72
 """Optima that are rounded, of each such share, the best first."""
 SLOWER = 0.8
-"""Optima this much slower than a known plan are looked at, too: they may need less time to fill and to drain."""
+"""Optima of this share of a known plan's rate are rounded, too: they may need less time to fill and to drain."""
 SIMULATED = 120
 """How many plans are simulated from the first pass to the last, the best estimate first; all, for blocks."""
 STEPS = (16, 4, 1)
@@ -288,7 +288,7 @@ def _check_lengths(shape: ModelShape, workload: Workload) -> None:
 
 
 def _moved(shares: Shares, step: int) -> Iterator[Shares]:
-    """Up to so many percent from one tier to another."""
+    """Up to ``step`` percent moved from one tier to another."""
     for source, target in product(_TIERS, _TIERS):
         percent = min(step, shares.of(source))
         if source is not target and percent:

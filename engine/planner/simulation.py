@@ -15,7 +15,7 @@ from engine.schedule.policy import most_prompt_tokens, sustaining_prompt_tokens
 from engine.units import div_ceil
 
 RUNS = 64
-"""Into so many runs of neighbours the requests of each length are divided, at most, and then mixed evenly."""
+"""The requests of each length are divided into this many runs of neighbours, at most, which are then mixed evenly."""
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Simulation:
         self._prefilling: deque[_Group] = deque()
         self._running = 0
         self._decoding = 0
-        self._looked_back = 0
+        self._attended = 0
         """KV tokens that the sequences which decode will attend to in the next pass."""
         self._ends: dict[int, list[_Group]] = {}
         """Groups by the pass that computes their last token."""
@@ -74,7 +74,7 @@ class Simulation:
 
         ``balanced``: prompt tokens with which compute takes as long as the links; see ``schedule.policy``.
         """
-        load = PassLoad(decode_tokens=self._decoding, looked_back=self._looked_back, logits_rows=self._decoding)
+        load = PassLoad(decode_tokens=self._decoding, attended=self._attended, logits_rows=self._decoding)
         left = self._plan.tokens_per_pass - self._decoding
         if self._waiting and balanced is not None and self._waiting_tokens > sum(self._free):
             most = most_prompt_tokens(
@@ -141,17 +141,17 @@ class Simulation:
 
     def _end_pass(self, finished: list[_Group]) -> None:
         """Who decoded is a token further; who ended frees its room; whose prompt has ended decodes from now on."""
-        self._looked_back += self._decoding
+        self._attended += self._decoding
         for group in self._ends.pop(self._passes, []):
             self._decoding -= group.number
-            self._looked_back -= group.number * (group.lengths.reserved + 1)
+            self._attended -= group.number * (group.lengths.reserved + 1)
             self._free_room(group)
         for group in finished:
             if not group.lengths.decode_steps:
                 self._free_room(group)
                 continue
             self._decoding += group.number
-            self._looked_back += group.number * (group.lengths.prompt + 1)
+            self._attended += group.number * (group.lengths.prompt + 1)
             self._ends.setdefault(self._passes + group.lengths.decode_steps, []).append(group)
         self._passes += 1
 

@@ -10,7 +10,7 @@ from engine.planner.search import Found, search
 from engine.tiers import TierName
 
 FACTORS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
-"""Of the budget that there is."""
+"""Multiples of the budget that are tried."""
 
 
 @dataclass(frozen=True, slots=True)

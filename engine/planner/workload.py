@@ -32,7 +32,7 @@ class Lengths:
         return self.generated - 1
 
     @property
-    def looked_back(self) -> int:
+    def attended(self) -> int:
         """KV tokens that decode attention reads, over all steps; a step sees its own token, too."""
         return self.decode_steps * self.prompt + self.decode_steps * (self.decode_steps + 1) // 2
 
@@ -90,7 +90,7 @@ class Workload:
         return sum(each.requests * each.prompt for each in self.lengths)
 
     def mean(self, what: Callable[[Lengths], float]) -> float:
-        """Of anything that follows from a request's lengths."""
+        """The mean over all requests of anything that follows from their lengths."""
         return sum(each.requests * what(each) for each in self.lengths) / self.requests
 
 

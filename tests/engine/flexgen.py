@@ -66,16 +66,16 @@ def block_cost(
     prefill = _block_lanes(
         hardware, shape, stored, policy, dtype,
         tokens=size * lengths.prompt, rows=size * lengths.prompt, batch_tokens=policy.batch * lengths.prompt,
-        pairs=size * lengths.prompt**2, looked_back=0.0, prompt=lengths.prompt,
+        pairs=size * lengths.prompt**2, attended=0.0, prompt=lengths.prompt,
     )  # fmt: skip
     up = prefill[LaneName.HOST_TO_DEVICE] + prefill[LaneName.DISK_READ]
     down = prefill[LaneName.DEVICE_TO_HOST] + prefill[LaneName.DISK_WRITE]
     prefill_s = max(up, down, prefill[LaneName.DEVICE_COMPUTE])
     steps = lengths.decode_steps
-    looked_back = size * lengths.looked_back / steps if steps else 0.0
+    attended = size * lengths.attended / steps if steps else 0.0
     decode = _block_lanes(
         hardware, shape, stored, policy, dtype,
-        tokens=size, rows=size, batch_tokens=policy.batch, pairs=0.0, looked_back=looked_back, prompt=lengths.prompt,
+        tokens=size, rows=size, batch_tokens=policy.batch, pairs=0.0, attended=attended, prompt=lengths.prompt,
     )  # fmt: skip
     step_s = decode[LaneName.HOST_TO_DEVICE] + max(
         decode[LaneName.DEVICE_COMPUTE] + decode[LaneName.HOST_COMPUTE],
@@ -107,7 +107,7 @@ def _block_lanes(
     rows: float,
     batch_tokens: float,
     pairs: float,
-    looked_back: float,
+    attended: float,
     prompt: int,
 ) -> dict[LaneName, float]:
     """Busy seconds of each lane for one trip of a block through all layers."""
@@ -119,7 +119,7 @@ def _block_lanes(
     )
     token_bytes = kv_bytes_per_token(shape, Plain(dtype))
     hidden = tokens * shape.hidden_size * item * layers
-    read, new = looked_back * token_bytes, tokens * token_bytes
+    read, new = attended * token_bytes, tokens * token_bytes
     below = kv[TierName.HOST] + kv[TierName.DISK]
     h_below = h[TierName.HOST] + h[TierName.DISK]
     attends = policy.host_attention and hardware.host_attention is not None

@@ -253,7 +253,7 @@ def test_an_untied_head_has_as_many_operations_as_a_tied_one() -> None:
 def test_lengths_count_what_the_engine_will_do() -> None:
     lengths = Lengths(5, 4, 1)
     assert (lengths.reserved, lengths.decode_steps) == (8, 3)
-    assert lengths.looked_back == 6 + 7 + 8
+    assert lengths.attended == 6 + 7 + 8
 
 
 def test_histograms_are_gathered_and_keep_their_requests() -> None:

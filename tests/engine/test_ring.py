@@ -175,7 +175,7 @@ def test_visits_are_entered_in_the_order_that_was_told() -> None:
     opened.ring.begin([Item("first", places[0], SIZE)])
     with pytest.raises(EngineError, match="first is next, and something else is entered"):
         opened.ring.enter(places[1]).__enter__()
-    with pytest.raises(EngineError, match="never looked at"):
+    with pytest.raises(EngineError, match="never entered"):
         opened.ring.begin([])
     with opened.ring.enter(places[0]):
         pass

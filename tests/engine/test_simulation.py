@@ -64,7 +64,7 @@ def scheduled(plan: Plan, lengths: Items[Lengths], balanced: Items[int | None]) 
             assert scheduler.is_idle
             return
         load = load_of(one.segments)
-        yield int(load.prompt_tokens), int(load.decode_tokens), int(load.looked_back)
+        yield int(load.prompt_tokens), int(load.decode_tokens), int(load.attended)
         scheduler.completed(one)
         for sequence in {segment.sequence: None for segment in one.segments}:
             if sequence.num_computed == len(sequence.tokens):
@@ -80,7 +80,7 @@ def simulated(plan: Plan, workload: Workload, balanced: Items[int | None]) -> It
             return
         load = simulation.next_pass(prompt_tokens)
         assert load.prompt_tokens == int(load.prompt_tokens)
-        yield int(load.prompt_tokens), int(load.decode_tokens), int(load.looked_back)
+        yield int(load.prompt_tokens), int(load.decode_tokens), int(load.attended)
 
 
 batches = st.fixed_dictionaries(
@@ -111,7 +111,7 @@ def test_requests_of_one_length_fill_the_very_passes_of_the_scheduler(
     assert found == list(scheduled(plan, [lengths] * requests, balanced))
     assert sum(tokens for tokens, _, _ in found) == workload.prompt_tokens
     assert sum(tokens for _, tokens, _ in found) == requests * lengths.decode_steps
-    assert sum(looked_back for _, _, looked_back in found) == requests * lengths.looked_back
+    assert sum(attended for _, _, attended in found) == requests * lengths.attended
 
 
 lists_of_lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=5, unique=True)
