@@ -8,7 +8,6 @@ from torch import Tensor
 from engine.memory.closing import run_all
 from engine.memory.memory import Memory
 from engine.memory.ring import HostPlace, Item, Place, Ring
-from engine.memory.spill import SpilledPlace
 from engine.memory.tensors import torch_dtype
 from engine.planner.plan import Plan
 from engine.tiers import TierName
@@ -39,7 +38,7 @@ class Activations:
         if plan.activations is TierName.DISK:
             room = memory.disk.allocate(num_bytes, ACTIVATIONS)
             self._release = room.release
-            self._places: list[Place] = [SpilledPlace(room, begin) for begin in begins]
+            self._places: list[Place] = [room.place(begin) for begin in begins]
         else:
             block = memory.allocate(plan.activations, num_bytes, ACTIVATIONS)
             self._release = block.release

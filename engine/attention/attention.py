@@ -67,29 +67,26 @@ class Attention:
         self._num_kv_heads = shape.num_kv_heads
         self._views: WeakKeyDictionary[Holding, MemoryKV | FetchedKV] = WeakKeyDictionary()
         self._work: list[_Work] = []
-        self._fetching: Fetching | None = None
         self._pools = KVPools(shape, stored, tokens, memory)
-        self._runner = runner_for(memory.device)
         self.claim = self._pools.claim
         try:
-            if num_slots:
-                ring = Ring(
-                    memory,
-                    what=KV,
-                    slot_bytes=kv_layer_bytes(shape, stored, slot_tokens),
-                    num_slots=num_slots,
-                    from_files=tokens[TierName.DISK] > 0,
-                )
-                self._fetching = Fetching(shape, stored, ring)
+            ring = Ring(
+                memory,
+                what=KV,
+                slot_bytes=kv_layer_bytes(shape, stored, slot_tokens),
+                num_slots=num_slots,
+                from_files=tokens[TierName.DISK] > 0,
+            )
         except BaseException:
-            self.close()
+            self._pools.close()
             raise
+        self._fetching = Fetching(shape, stored, ring)
+        self._runner = runner_for(memory.device)
 
     def begin(self, batches: Sequence[MicroBatch]) -> None:
         """A pass over all layers begins, with these micro-batches in each; what lies elsewhere is fetched ahead."""
         self._work = [self._work_of(batch) for batch in batches]
-        if self._fetching is not None:
-            self._fetching.begin([part for work in self._work for part in work.elsewhere])
+        self._fetching.begin([part for work in self._work for part in work.elsewhere])
 
     def attend(self, layer: int, index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Store the keys and values of the pass's micro-batch ``index`` and attend: ``[T, N, H]``.
@@ -104,19 +101,16 @@ class Attention:
         rows = Rows(layer, q_TNH, k_TKH, v_TKH, out_TNH, decode)
         self._runner.run(rows, work.here)
         for part in work.elsewhere:
-            assert self._fetching is not None
             self._fetching.attend(rows, part)
         return out_TNH
 
     def settle(self) -> None:
         """After a pass: wait until everything that it added is where it is kept."""
-        if self._fetching is not None:
-            self._fetching.settle()
+        self._fetching.settle()
 
     def close(self) -> None:
         """Free everything."""
-        fetching = [self._fetching.close] if self._fetching is not None else []
-        run_all([*fetching, self._runner.close, self._work.clear, self._views.clear, self._pools.close])
+        run_all([self._fetching.close, self._runner.close, self._work.clear, self._views.clear, self._pools.close])
 
     def _work_of(self, batch: MicroBatch) -> _Work:
         work = _Work(batch.num_tokens, [])

@@ -13,7 +13,7 @@ from engine.kvcache.cache import Extent, Holding
 from engine.memory.closing import run_all
 from engine.memory.memory import Memory
 from engine.memory.ring import HostPlace, Place
-from engine.memory.spill import SpilledPlace, SpillRange
+from engine.memory.spill import SpillRange
 from engine.memory.tensors import torch_dtype
 from engine.memory.tier import Block
 from engine.shape import ModelShape
@@ -124,5 +124,5 @@ class KVPools:
         first = extent.offset * self._token_bytes
         begins = [first + layer * size for layer in range(self._shape.num_layers)]
         if self._spilled is not None and tier is TierName.DISK:
-            return [SpilledPlace(self._spilled, begin) for begin in begins]
+            return [self._spilled.place(begin) for begin in begins]
         return [HostPlace(self._blocks[tier].data[begin : begin + size]) for begin in begins]

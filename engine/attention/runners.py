@@ -43,31 +43,23 @@ class InTurn:
         """Nothing is held."""
 
 
-class OnCores:
-    """On the CPU, each core its own parts: see ``engine.attention.workers``."""
-
-    def __init__(self, num_threads: int) -> None:
-        self._num_threads = num_threads
-        self._workers = AttentionWorkers(num_threads)
+class OnCores(AttentionWorkers):
+    """On the CPU, each core its own parts."""
 
     def share(self, parts: Sequence[Part]) -> Shares:
         """Shares of nearly equal cost; a prompt's heads are split, since a pass has too few prompts to share out."""
         pieces = [piece for part in parts for piece in self._split(part)]
-        groups = balanced([piece.cost for piece in pieces], self._num_threads)
+        groups = balanced([piece.cost for piece in pieces], self.num_threads)
         return [[pieces[index] for index in group] for group in groups]
 
     def run(self, rows: Rows, shares: Shares) -> None:
         """Attend, in one layer."""
-        self._workers.each(rows.attend, shares)
-
-    def close(self) -> None:
-        """End the threads."""
-        self._workers.close()
+        self.each(rows.attend, shares)
 
     def _split(self, part: Part) -> list[Part]:
         if part.segment.length == 1:
             return [part]
-        borders = [part.kv_heads.stop * core // self._num_threads for core in range(self._num_threads + 1)]
+        borders = [part.kv_heads.stop * core // self.num_threads for core in range(self.num_threads + 1)]
         heads = [slice(first, end) for first, end in pairwise(borders) if first < end]
         return [Part(part.begin, part.segment, part.kv, some) for some in heads]
 

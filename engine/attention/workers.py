@@ -46,6 +46,7 @@ class AttentionWorkers:
 
     def __init__(self, num_threads: int) -> None:
         """``num_threads``: the caller's included; more than one."""
+        self.num_threads = num_threads
         # The setting is the calling thread's own: compute elsewhere keeps all cores.
         self._pool = ThreadPoolExecutor(
             num_threads - 1,

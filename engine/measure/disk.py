@@ -119,11 +119,11 @@ def disk_writes(folder: Path, effort: Effort) -> Points:
     with closing(DiskTier(2 * size, folder)) as disk:
         extent = disk.allocate(size, "measuring")
         data = torch.ones(size, dtype=torch.uint8)
-        extent.write(0, data)
+        extent.place(0).write(0, data)
         start = time.perf_counter()
         for _ in range(_REPEATS):
             effort.pause()
-            extent.write(0, data)
+            extent.place(0).write(0, data)
         return ((float(MIB), size * _REPEATS / (time.perf_counter() - start)),)
 
 

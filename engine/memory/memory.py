@@ -28,13 +28,11 @@ class Memory:
         self.device = device
         self.traffic = Traffic(device.compute_mark, recorder)
         self.disk = DiskTier(budgets[TierName.DISK], disk_dir)
-        self._on_device = MemoryTier(TierName.DEVICE, budgets[TierName.DEVICE], device.allocate)
-        self._on_host = MemoryTier(TierName.HOST, budgets[TierName.HOST], device.allocate_host)
-
-    @property
-    def tiers(self) -> dict[TierName, Tier]:
-        """All three, for their books."""
-        return {TierName.DEVICE: self._on_device, TierName.HOST: self._on_host, TierName.DISK: self.disk}
+        self._blocks = {
+            TierName.DEVICE: MemoryTier(TierName.DEVICE, budgets[TierName.DEVICE], device.allocate),
+            TierName.HOST: MemoryTier(TierName.HOST, budgets[TierName.HOST], device.allocate_host),
+        }
+        self.tiers: dict[TierName, Tier] = {**self._blocks, TierName.DISK: self.disk}
 
     def allocate(self, tier: TierName, num_bytes: int, what: str) -> Block:
         """A block of device or host memory, uninitialised.
@@ -42,7 +40,7 @@ class Memory:
         Raises:
             TierFull: the budget would be exceeded, or the machine has less than the budget promises.
         """
-        return (self._on_device if tier is TierName.DEVICE else self._on_host).allocate(num_bytes, what)
+        return self._blocks[tier].allocate(num_bytes, what)
 
     def is_addressable(self, tier: TierName) -> bool:
         """Whether compute reads and writes what lies there without a copy."""

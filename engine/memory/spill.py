@@ -146,13 +146,9 @@ class SpillRange:
             self._tier.take(end - self._claimed, self._what)
             self._claimed = end
 
-    def write(self, offset: int, data: Tensor) -> None:
-        """Write bytes at ``offset`` within it."""
-        self._tier.write(self.offset + offset, data)
-
-    def read(self, offset: int, into: Tensor) -> None:
-        """Read bytes from ``offset`` within it."""
-        self._tier.read(self.offset + offset, into)
+    def place(self, begin: int) -> "SpilledPlace":
+        """The bytes from ``begin`` on, for a ``Ring``."""
+        return SpilledPlace(self._tier, self.offset + begin)
 
     def release(self) -> None:
         """Give the room back; a second call does nothing."""
@@ -166,14 +162,14 @@ class SpillRange:
 class SpilledPlace:
     """A piece of a spill file, as a place of a ``Ring``'s."""
 
-    room: SpillRange
-    begin: int
+    tier: DiskTier
+    offset: int
     stored: Event = REACHED
 
     def read(self, into: Tensor) -> None:
         """Fill host bytes from its beginning."""
-        self.room.read(self.begin, into)
+        self.tier.read(self.offset, into)
 
     def write(self, offset: int, data: Tensor) -> None:
         """Write contiguous host bytes from ``offset`` on."""
-        self.room.write(self.begin + offset, data)
+        self.tier.write(self.offset + offset, data)

@@ -147,17 +147,13 @@ class Scheduler:
         if sequence not in self._in_flight:  # else the pass that is under way still writes there
             self._kv.release(sequence)
 
-    @property
-    def _at_hand(self) -> list[Sequence]:
-        """Those that run, and are in no pass under way."""
-        return [running for running in self._running if running not in self._in_flight]
-
     def _fill_mixed(
         self, packer: _Packer, pull: Callable[[], list[Sequence] | None], prompt_tokens: int | None
     ) -> None:
         """Whoever decodes, then whoever is at its prompt, then whoever is admitted into the tokens that are left."""
-        for running in [running for running in self._at_hand if running.is_decoding]:
-            if packer.left:
+        at_hand = [running for running in self._running if running not in self._in_flight]
+        for running in at_hand:
+            if running.is_decoding and packer.left:
                 self._add_chunk(packer, running)
         most = None
         if prompt_tokens is not None and self._more_wait_than_fit(pull):
@@ -169,8 +165,8 @@ class Scheduler:
                 nobody_runs=not self._running,
             )
         least = 0 if most is None else packer.left - int(most)
-        for running in [running for running in self._at_hand if not running.is_decoding]:
-            if packer.left > least:
+        for running in at_hand:
+            if not running.is_decoding and packer.left > least:
                 self._add_chunk(packer, running, packer.left - least)
         while packer.left and self._has_slot and (sequence := self._waiting_at(0, pull)) is not None:
             if self.needs_kv(sequence):

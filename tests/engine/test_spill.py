@@ -37,7 +37,7 @@ def test_what_is_written_comes_back(tier: DiskTier) -> None:
         if held and (rng.random() < 0.4 or tier.used + 9 * PAGE > tier.budget):
             extent, content = held.pop(rng.randrange(len(held)))
             found = torch.zeros_like(content)
-            extent.read(0, found)
+            extent.place(0).read(found)
             assert torch.equal(found, content)
             extent.release()
             extent.release()
@@ -48,13 +48,13 @@ def test_what_is_written_comes_back(tier: DiskTier) -> None:
             except TierFull:
                 continue
             middle = rng.randrange(len(content))  # in two pieces, the last first
-            extent.write(middle, content[middle:])
-            extent.write(0, content[:middle])
+            extent.place(0).write(middle, content[middle:])
+            extent.place(0).write(0, content[:middle])
             held.append((extent, content))
         tier.check_integrity()
     for extent, content in held:
         piece = torch.empty(min(100, len(content)), dtype=torch.uint8)
-        extent.read(len(content) - len(piece), piece)
+        extent.place(len(content) - len(piece)).read(piece)
         assert torch.equal(piece, content[len(content) - len(piece) :])
         extent.release()
     assert tier.used == 0
@@ -127,9 +127,9 @@ def test_a_full_file_system_is_found_at_allocation(small_file_system: Path) -> N
     assert tier.used == first.size
     tier.check_integrity()
     content = random_bytes(MIB // 2)
-    first.write(0, content)  # what was promised is still there
+    first.place(0).write(0, content)  # what was promised is still there
     found = torch.zeros_like(content)
-    first.read(0, found)
+    first.place(0).read(found)
     assert torch.equal(found, content)
     second = tier.allocate(MIB // 4, "KV cache")
     assert second.offset == first.size
