@@ -37,11 +37,8 @@ lint: venv ## style, types, import arrows
 claims: venv ## measure every figure that the documentation states; `make claims ONLY=name` for one
 	@set -f; $(BIN)/python -m benchmarks.claims $(ONLY)
 
-# Families other than the first, and formats other than plain, are what the path is ready for, and no part of it.
-CORE := engine.py stage.py executor.py activations.py sequence.py weights/stream.py \
-	$(addsuffix /*.py,schedule kvcache attention memory devices model formats)
-core-lines: ## how many lines a reader of one pass has before them
-	@cd engine && wc -l $$(ls $(CORE) | grep -vE '^model/llama|^formats/int') | sort -n
+core-lines: venv ## how many lines a reader of one pass has before them
+	@$(BIN)/python -m benchmarks.core_lines
 
 format: venv ## mend what ruff can mend
 	@$(BIN)/ruff check --fix .
