@@ -14,6 +14,7 @@ from cli.machine import exact_facts
 from cli.sizes import Sizes, sizes_of
 
 if TYPE_CHECKING:
+    from engine.devices.facts import MachineFacts
     from engine.dtypes import DType
     from engine.planner.hardware import Hardware
     from engine.planner.plan import PlanOptions
@@ -65,7 +66,6 @@ def read_input(
     Raises:
         ModelNotFound, CheckpointError: there is no such model, or it is damaged.
         HardwareAbsent, HardwareError: there is no such machine, its profile is damaged, or it lacks a figure.
-        DeviceUnavailable: this machine was measured with a device that is not there any more.
         FileAbsent, DatasetFault, TemplateFault: the dataset or the template cannot be used.
         PlanDoesNotFit: the model is larger than the disk, or every prompt longer than the model.
     """
@@ -84,9 +84,24 @@ def read_input(
     if hardware_name is not None:
         given = input_for_machine(hardware, shape=model.shape, stored=model.stored, options=options, workload=workload)
     else:
-        device, facts = exact_facts(options.device or hardware.identity.get("device", hardware.device))
-        given = model.plan_input(options, device, facts, options.disk_dir or app.settings.spill_dir, workload)
+        device = options.device or hardware.identity.get("device", hardware.device)
+        given = model.plan_input(
+            options, device, _facts_now(hardware, device), options.disk_dir or app.settings.spill_dir, workload
+        )
     return given, hardware
+
+
+def _facts_now(hardware: "Hardware", device: str) -> "MachineFacts":
+    """What is free on this machine; of a GPU, where a worker may have a model, all that was free when it was measured.
+
+    The GPU itself is left alone: looking at it takes some of its memory.
+    """
+    if hardware.shares_host_memory:
+        return exact_facts(device)[1]
+    from engine.devices.facts import MachineFacts, free_host_memory
+    from engine.tiers import TierName
+
+    return MachineFacts(int(hardware.capacity[TierName.DEVICE].value), free_host_memory(), shares_host_memory=False)
 
 
 def _read_model(app: App, name: str, dtype: "DType") -> Sizes:

@@ -47,10 +47,14 @@ def load_decided(
     Raises:
         EngineError: it cannot be loaded.
     """
-    model = None
-    if decision.hardware is not None:
-        model = PassModel(decision.hardware, given.shape, given.stored, decision.plan)
-    return Engine.load(model_dir, decision.plan, device=device, recorder=recorder, expects=model)
+    expects = None
+    try:
+        if decision.hardware is not None:
+            expects = PassModel(decision.hardware, given.shape, given.stored, decision.plan)
+    except BaseException:
+        device.close()
+        raise
+    return Engine.load(model_dir, decision.plan, device=device, recorder=recorder, expects=expects)
 
 
 def load_engine(

@@ -66,7 +66,7 @@ def known_profile(home: Path, identity: Mapping[str, str], warn: Warn) -> Hardwa
     try:
         stored = stored_profile(home)
     except HardwareError as error:
-        warn(f"{error}; it has to be measured anew")
+        warn(f"{error}; measure this machine anew: overnight doctor --measure")
         return None
     return stored.hardware if stored is not None and stored.is_of(identity) else None
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -182,10 +183,13 @@ def exit_code(error: BaseException | None, stopped_by: int | None) -> int:
 def _loader(
     settings: Settings, placement: PlanOptions, device_name: str, recorder: TraceFile | None, bell: Bell
 ) -> Callable[[Path, Sample, Tell], Loaded]:
+    warn = cache(get_logger().warning)  # a profile that is damaged is said so once
+
     def load(model_dir: Path, sample: Sample, tell: Tell) -> Loaded:
         from engine.devices.open import open_device
         from engine.loading import load_decided, plan_input
-        from engine.planner.decide import decide, seconds_saved
+        from engine.planner.decide import decide
+        from engine.planner.replan import Replanning
 
         disk_dir = _disk_dir(settings, placement)
         _make_spill_dir(disk_dir)
@@ -194,28 +198,24 @@ def _loader(
         device = open_device(device_name)
         try:
             given = plan_input(model_dir, options, device, workload)
-            hardware = _known_hardware(settings.home, device, disk_dir)
-            decision = decide(given, hardware, lambda: _measured(settings.home, options, disk_dir, bell, tell))
+            known = _known_hardware(settings.home, device, disk_dir, warn)
+            decision = decide(given, known, lambda: _measured(settings.home, options, disk_dir, bell, tell))
         except BaseException:
             device.close()
             raise
         engine = load_decided(model_dir, given, decision, device, recorder)
-        searched_with = decision.hardware
-        if searched_with is None:
-            return Loaded(engine)
-        return Loaded(
-            engine, lambda wanted: seconds_saved(replace(given, workload=wanted), decision.plan, searched_with)
-        )
+        hardware = decision.hardware or known
+        return Loaded(engine, Replanning(given, decision.plan, hardware).seconds_saved if hardware else None)
 
     return load
 
 
-def _known_hardware(home: Path, device: "Device", disk_dir: Path) -> "Hardware | None":
+def _known_hardware(home: Path, device: "Device", disk_dir: Path, warn: Callable[[str], None]) -> "Hardware | None":
     """What this machine can do, if somebody has measured it."""
     from engine.measure.identity import identity_of
     from engine.profile import known_profile
 
-    return known_profile(home, identity_of(device, disk_dir), get_logger().warning)
+    return known_profile(home, identity_of(device, disk_dir), warn)
 
 
 def _measured(home: Path, options: PlanOptions, disk_dir: Path, bell: Bell, tell: Tell) -> "Hardware":

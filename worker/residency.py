@@ -39,8 +39,8 @@ class Loaded:
 
     engine: Engine
     seconds_saved: Callable[["Workload"], float] | None = None
-    """Seconds that loading the model again with a plan for this workload would save; below 0: would cost. ``None``:
-    the plan was made by rules, for any workload."""
+    """Seconds saved by loading the model again with a plan for this workload; 0 or less: it does not pay. ``None``:
+    nobody can tell, since this machine was not measured."""
 
 
 class Residency:

@@ -71,6 +71,7 @@ class PassModel:
         self._overlap = overlap
         self._item = plan.dtype.num_bytes
         self._matmul = hardware.matmul_rate(plan.dtype, shape.hidden_size)
+        self._busy_shares = _busy_shares(hardware, self._matmul)
         self._head = hardware.head_rate(plan.dtype, shape.hidden_size)
         self._prompt_attention = hardware.prompt_rate(shape.hidden_size)
         self._decode_attention = hardware.decode_rate(shape.hidden_size)
@@ -204,19 +205,21 @@ class PassModel:
 
     def _longest(self, lane_seconds: Mapping[LaneName, float], compute_s: float) -> float:
         """Seconds until the last lane ends. While others work, each runs at what contention leaves it of its rate."""
-        alone = dict(lane_seconds) | {LaneName.DEVICE_COMPUTE: compute_s}
-        share = {lane: self._busy_share(lane) for lane in alone}
-        busy = {lane: seconds / share[lane] for lane, seconds in alone.items()}
+        alone = {**lane_seconds, LaneName.DEVICE_COMPUTE: compute_s}
+        busy = {lane: seconds / self._busy_shares[lane] for lane, seconds in alone.items()}
+        second, first = sorted(busy.values())[-2:]
         longest = 0.0
         for lane, seconds in alone.items():
-            others = max((busy[other] for other in busy if other is not lane), default=0.0)
-            slowed = min(busy[lane], others)
-            longest = max(longest, seconds + slowed * (1 - share[lane]))
+            others = second if busy[lane] == first else first
+            longest = max(longest, seconds + min(busy[lane], others) * (1 - self._busy_shares[lane]))
         return longest
 
-    def _busy_share(self, lane: LaneName) -> float:
-        if lane is LaneName.DEVICE_COMPUTE:
-            return self._matmul.busy_share
-        if lane is LaneName.HOST_COMPUTE:
-            return self._hardware.host_attention.busy_share if self._hardware.host_attention else 1.0
-        return self._hardware.lanes[lane].busy_share
+
+def _busy_shares(hardware: Hardware, matmul: Rate) -> dict[LaneName, float]:
+    """What is left of each lane's rate while all others work, too."""
+    host = hardware.host_attention
+    return {
+        **{lane: rate.busy_share for lane, rate in hardware.lanes.items()},
+        LaneName.DEVICE_COMPUTE: matmul.busy_share,
+        LaneName.HOST_COMPUTE: host.busy_share if host is not None else 1.0,
+    }

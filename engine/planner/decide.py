@@ -6,14 +6,12 @@ from pathlib import Path
 
 from engine.devices.facts import MachineFacts
 from engine.errors import HardwareError, PlanDoesNotFit
-from engine.memory.lane import LaneName
 from engine.model.family import layer_name
 from engine.planner.hardware import Hardware
 from engine.planner.least import has_room, least_plan
 from engine.planner.nearest import nearest_fit
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.plan_input import PlanInput
-from engine.planner.predict import predict
 from engine.planner.resolve import resolve_plan
 from engine.planner.search import Found, search
 from engine.planner.workload import Workload
@@ -26,8 +24,6 @@ WORTH_MEASURING = GIB
 """Bytes of weights streamed in a pass from which measuring the machine pays, which takes up to a minute."""
 MACHINE_SHARES = {TierName.DEVICE: 0.92, TierName.HOST: 0.9, TierName.DISK: 0.95}
 """The share of another machine's capacity that a plan takes unasked: the rest is for the runtime and other people."""
-_MOVING = 2.0
-"""Times the model's size over the disk's speed: what loading takes, checks and fresh memory included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,22 +119,6 @@ def input_for_machine(
         workload=workload,
     )
     return given.within(budgets | {tier: num_bytes for tier, num_bytes in asked.items() if num_bytes is not None})
-
-
-def seconds_saved(given: PlanInput, plan: Plan, hardware: Hardware) -> float:
-    """By loading a model that is loaded with ``plan`` again, with a plan for the given workload, less the time that
-    this takes; 0 or less: it does not pay.
-    """
-    assert given.workload is not None
-    rate = hardware.lanes[LaneName.DISK_READ].at(max(given.stored.unit_bytes.values()))
-    moving = _MOVING * sum(given.stored.unit_bytes.values()) / rate
-    now = predict(hardware, given.shape, given.stored, plan, given.workload).seconds
-    if now <= moving:
-        return now - moving  # however fast another plan is: there is no need to search for it
-    better = search(given, hardware)
-    if (better.plan.layers, better.plan.micro_batch) == (plan.layers, plan.micro_batch):
-        return 0.0
-    return now - better.prediction.seconds - moving
 
 
 def _by_rules(given: PlanInput) -> Plan:

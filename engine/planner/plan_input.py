@@ -55,9 +55,7 @@ class PlanInput:
     @property
     def longest(self) -> int:
         """KV tokens of the longest sequence: in the workload, or, where nobody knows it, that the model can take."""
-        if self.workload is None:
-            return self.shape.max_positions
-        return max(each.reserved for each in self.workload.lengths)
+        return self.shape.max_positions if self.workload is None else self.workload.longest
 
     def asking(self, options: PlanOptions) -> "PlanInput":
         """The same, but for what is fixed."""

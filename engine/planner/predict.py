@@ -106,9 +106,12 @@ def predict(
 ) -> Prediction:
     """How long a workload takes under a plan, from the first pass to the last output.
 
-    A sequence lives in the tiers in the proportion in which they are filled. If no sequence finds room, everything is 0
-    per second and takes infinitely long.
+    A sequence lives in the tiers in the proportion in which they are filled. Requests that no tier has room for are
+    left out, in tokens and in time, since the engine refuses each of them. If these are all, everything is 0 per second
+    and takes infinitely long.
     """
+    most = max(plan.kv_tokens(shape).values())
+    workload = workload.of_at_most(most) or workload
     token_bytes = kv_bytes_per_token(shape, plan.kv_format)
     filled = as_filled(workload, plan, token_bytes)
     model = PassModel(hardware, shape, stored, filled, overlap)
@@ -181,7 +184,7 @@ class _Run:
         )
 
     def _decoding(self, in_block: float, step: int) -> PassLoad:
-        """A decode step of a block, each sequence looking back at what is the mean over its steps."""
+        """A decode step of a block, each sequence attending to the mean over its steps."""
         workload = self._workload
         runs = [each for each in workload.lengths if each.decode_steps > step]
         numbers = [in_block * each.requests / workload.requests for each in runs]
@@ -203,8 +206,6 @@ class _Run:
                 passes += skipped
                 simulation.drop_waiting()
             load = simulation.next_pass(balance.prompt_tokens)
-            if not load.tokens:
-                break  # what still waited is longer than any tier
             cost = self._model.cost(load)
             passes, seconds = passes + 1, seconds + cost.seconds
             links_s = max(busy for lane, busy in cost.lane_seconds.items() if lane is not LaneName.DEVICE_COMPUTE)

@@ -12,11 +12,18 @@ from math import ceil, floor
 from engine.errors import PlanDoesNotFit
 from engine.planner.cost import OVERLAPPED, Overlap, PassModel
 from engine.planner.hardware import Hardware
-from engine.planner.load import mean_request_load, residency_passes
+from engine.planner.load import PassLoad, mean_request_load, residency_passes
 from engine.planner.placing import whole_layers
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.plan_input import PlanInput
-from engine.planner.predict import Prediction, as_filled, predict, steady_requests_per_pass
+from engine.planner.predict import (
+    MAX_SIMULATED_PASSES,
+    Prediction,
+    as_filled,
+    predict,
+    steady_requests_per_pass,
+    usable_kv_tokens,
+)
 from engine.planner.relaxation import TIE, Choice, Optimum, Relaxation
 from engine.planner.resolve import fitting_plan, resolve_plan
 from engine.planner.workload import Workload
@@ -33,8 +40,10 @@ ROUNDED = 72
 """Optima that are rounded, of each such share, the best first."""
 SLOWER = 0.8
 """Optima of this share of a known plan's rate are rounded, too: they may need less time to fill and to drain."""
-SIMULATED = 120
+MOST_SIMULATED, LEAST_SIMULATED = 120, 32
 """How many plans are simulated from the first pass to the last, the best estimate first; all, for blocks."""
+PASSES_A_SECOND = 200
+"""Passes that are simulated for each second that the workload will take: which takes about a fiftieth of that time."""
 STEPS = (16, 4, 1)
 """Percents by which the best roundings are moved from tier to tier while that helps."""
 AHEAD = 1.02
@@ -49,11 +58,7 @@ class Found:
     options: PlanOptions
     """As a person would write it with flags; ``resolve_plan`` makes ``plan`` of it."""
     plan: Plan
-    overlap: Overlap
-    """What the prediction assumes."""
     prediction: Prediction
-    considered: int
-    """Plans that fit and were compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +67,10 @@ class _Rounding:
 
     rate: float
     """Requests per second once steady."""
-    residency_s: float
-    """Seconds from a request's admission to its end, then."""
+    seconds: float
+    """An estimate for the workload, near enough to compare by."""
+    room: int
+    """KV tokens of the longest sequence that it holds."""
     options: PlanOptions
     plan: Plan
     host_attention: bool
@@ -103,25 +110,35 @@ class _Search:
         self._relaxation = Relaxation(given, hardware, workload, overlap)
         self._fixed = given.options
         self._num_layers = given.shape.num_layers
+        self._needed = 0
+        """KV tokens that some tier must have room for."""
 
     def best(self) -> Found:
         """Bound, round, predict."""
         steady = self._rounded()
         if not steady:
             raise self._nothing_fits()
+        # A request that some plan has room for shall not be refused for a few tokens per second.
+        most = max(each.room for each in steady)
+        self._needed = max(each.reserved for each in self._workload.lengths if each.reserved <= most)
+        steady = [each for each in steady if each.room >= self._needed]
         steady += [self._climbed(start) for start in self._starts(steady)]
-        steady.sort(key=self._guess)
+        steady.sort(key=lambda each: each.seconds)
         by_block = self._fixed.schedule == "block"
         per_request = self._workload.generated / self._workload.requests
         best: Prediction | None = None
         simulated: list[tuple[_Rounding, Prediction]] = []
-        for each in steady if by_block else steady[:SIMULATED]:
+        passes = 0.0
+        for number, each in enumerate(steady if by_block else steady[:MOST_SIMULATED]):
+            if not by_block and number >= LEAST_SIMULATED and best is not None and passes > PASSES_A_SECOND * best.seconds:
+                break
             if best is not None and not by_block and each.rate * per_request * AHEAD < best.generated_per_s:
                 continue
             prediction = predict(
                 self._hardware, self._given.shape, self._given.stored, each.plan, self._workload, self._overlap_of(each)
             )
             simulated.append((each, prediction))
+            passes += min(prediction.passes, MAX_SIMULATED_PASSES)
             if best is None or prediction.seconds < best.seconds:
                 best = prediction
         assert best is not None
@@ -130,9 +147,7 @@ class _Search:
         return Found(
             options=chosen.options,
             plan=chosen.plan,
-            overlap=self._overlap_of(chosen),
             prediction=prediction,
-            considered=len(steady),
         )
 
     def _overlap_of(self, each: "_Rounding") -> Overlap:
@@ -163,17 +178,16 @@ class _Search:
         plan = fitting_plan(self._given.asking(options))
         if plan is None:
             return None
-        rate, residency_s = self._steady(plan, host_attention)
-        return _Rounding(rate, residency_s, options, plan, host_attention) if rate > 0 else None
-
-    def _guess(self, each: "_Rounding") -> float:
-        """Seconds for the workload, near enough to compare by."""
-        return self._workload.requests / each.rate + each.residency_s
+        room = max(plan.kv_bytes.values()) // self._given.token_bytes
+        if room < max(self._needed, min(each.reserved for each in self._workload.lengths)):
+            return None
+        rate, seconds = self._estimate(plan, host_attention)
+        return _Rounding(rate, seconds, room, options, plan, host_attention) if rate > 0 else None
 
     def _starts(self, steady: "Iterable[_Rounding]") -> "list[_Rounding]":
         """The best of each kind: attending here or there, with most layers on the device, some or none."""
         kinds: dict[tuple[bool, int], _Rounding] = {}
-        for each in sorted(steady, key=self._guess):
+        for each in sorted(steady, key=lambda each: each.seconds):
             on_device = each.plan.num_layers_in(TierName.DEVICE)
             kinds.setdefault((each.host_attention, ceil(2 * on_device / self._num_layers)), each)
         return list(kinds.values())
@@ -186,7 +200,7 @@ class _Search:
                 better = False
                 for options in self._moves(best, step):
                     moved = self._rounding(options, best.host_attention)
-                    if moved is not None and self._guess(moved) < self._guess(best) * (1 - TIE / 10):
+                    if moved is not None and moved.seconds < best.seconds * (1 - TIE / 10):
                         best, better = moved, True
                         break
         return best
@@ -211,17 +225,33 @@ class _Search:
         for micro_batch, count, attend, below in product(batches, counts, attends, streams):
             yield Choice(micro_batch, count, attend, below)
 
-    def _steady(self, plan: Plan, host_attention: bool) -> tuple[float, float]:
-        """Requests per second once steady, and seconds that one of them is there; zeros if none finds room."""
-        rate = steady_requests_per_pass(self._workload, plan, self._given.token_bytes)
+    def _estimate(self, plan: Plan, host_attention: bool) -> tuple[float, float]:
+        """Requests per second once steady, and seconds for the workload; zeros if none finds room."""
+        workload = self._workload
+        rate = steady_requests_per_pass(workload, plan, self._given.token_bytes)
         if not rate:
             return 0.0, 0.0
-        load = mean_request_load(self._workload, plan)
-        filled = as_filled(self._workload, plan, self._given.token_bytes)
+        load = mean_request_load(workload, plan)
+        filled = as_filled(workload, plan, self._given.token_bytes)
         overlap = replace(self._overlap, host_attention=host_attention)
         model = PassModel(self._hardware, self._given.shape, self._given.stored, filled, overlap)
-        seconds = model.cost(load.scaled(rate)).seconds
-        return rate / seconds, seconds * self._workload.mean(lambda each: residency_passes(each, plan))
+        pass_s = model.cost(load.scaled(rate)).seconds
+        residency = workload.mean(lambda each: residency_passes(each, plan))
+        at_once = usable_kv_tokens(workload, plan, self._given.token_bytes) / workload.mean(lambda each: each.reserved)
+        steadily_s = (workload.requests / rate + residency) * pass_s
+        if workload.requests > min(at_once, plan.tokens_per_pass):
+            return rate / pass_s, steadily_s
+        # All of them begin at once: if their prompts take few passes, nothing is ever steady.
+        prompts, all_of_it = load.prompts.scaled(workload.requests), load.scaled(workload.requests)
+        passes = max(1.0, prompts.prompt_tokens / plan.tokens_per_pass)
+        steps = max(each.decode_steps for each in workload.lengths)
+        seconds = passes * model.cost(prompts.scaled(1 / passes)).seconds
+        if steps:
+            decodes = PassLoad(
+                decode_tokens=all_of_it.decode_tokens, attended=all_of_it.attended, logits_rows=all_of_it.decode_tokens
+            )
+            seconds += steps * model.cost(decodes.scaled(1 / steps)).seconds
+        return rate / pass_s, min(steadily_s, seconds)
 
     def _roundings(self, optimum: Optimum) -> Iterator[PlanOptions]:
         """Whole layers and whole percents near an optimum; sequences on device and host as room is left, too."""

@@ -6,7 +6,8 @@ long as no gap of the KV cache is too short for an extent.
 """
 
 from collections import deque
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from engine.planner.load import PassLoad, request_load
 from engine.planner.plan import Plan
@@ -33,7 +34,13 @@ class Simulation:
     """A workload on its way through a plan: ``next_pass`` until ``is_done``."""
 
     def __init__(self, workload: Workload, plan: Plan, token_bytes: int) -> None:
-        """Nothing is computed yet. ``token_bytes``: of one token's keys and values over all layers."""
+        """Nothing is computed yet.
+
+        Args:
+            workload: requests that each find room in some tier.
+            plan: what the passes are made under.
+            token_bytes: bytes of one token's keys and values over all layers.
+        """
         self._plan = plan
         self._tokens = [num_bytes // token_bytes for num_bytes in plan.kv_bytes.values()]
         self._free = list(self._tokens)
@@ -74,7 +81,6 @@ class Simulation:
 
         ``balanced``: prompt tokens with which compute takes as long as the links; see ``schedule.policy``.
         """
-        load = PassLoad(decode_tokens=self._decoding, attended=self._attended, logits_rows=self._decoding)
         left = self._plan.tokens_per_pass - self._decoding
         if self._waiting and balanced is not None and self._waiting_tokens > sum(self._free):
             most = most_prompt_tokens(
@@ -88,30 +94,43 @@ class Simulation:
             left = min(left, int(most))
         begun, self._prefilling = self._prefilling, deque()
         finished: list[_Group] = []
+        prompts: dict[Lengths, int] = {}
         while left > 0 and (group := begun.popleft() if begun else self._admit(left)) is not None:
-            tokens, prompts = self._compute(group, left, finished)
+            tokens = self._compute(group, left, finished)
+            prompts[group.lengths] = prompts.get(group.lengths, 0) + tokens
             left -= tokens
-            load += prompts
         self._prefilling.extend(begun)
+        load = self._load(prompts, sum(group.number for group in finished))
         self._end_pass(finished)
         return load
 
+    def _load(self, prompts: Mapping[Lengths, int], ended: int) -> PassLoad:
+        """Of these tokens of prompts, ``ended`` of which end, beside whatever decodes."""
+        loads = [(tokens / each.prompt, self._prompts[each]) for each, tokens in prompts.items()]
+        return PassLoad(
+            prompt_tokens=sum(prompts.values()),
+            decode_tokens=self._decoding,
+            prompt_segments=sum(share * load.prompt_segments for share, load in loads),
+            prompt_pairs=sum(share * load.prompt_pairs for share, load in loads),
+            attended=self._attended,
+            reattended=sum(share * load.reattended for share, load in loads),
+            logits_rows=self._decoding + ended,
+        )
+
     def _admit(self, room: int) -> _Group | None:
         """As many of the first that wait as one tier has room for, and as can begin; ``None``: none of them, now."""
-        while self._waiting:
-            lengths, waiting = self._waiting[0]
-            # Everybody who runs has a token in this pass, so there are never more of them than it has tokens.
-            number = min(waiting, div_ceil(room, min(lengths.prompt, self._plan.prefill_chunk)))
-            for tier, free in enumerate(self._free):
-                fitting = min(number, free // lengths.reserved)
-                if fitting > 0:
-                    self._leave_queue(fitting)
-                    self._free[tier] -= fitting * lengths.reserved
-                    self._running += fitting
-                    return _Group(lengths, tier, fitting, lengths.prompt)
-            if lengths.reserved <= max(self._tokens):
-                return None
-            self._leave_queue(waiting)  # each is told by itself that there is no room for it
+        if not self._waiting:
+            return None
+        lengths, waiting = self._waiting[0]
+        # Everybody who runs has a token in this pass, so there are never more of them than it has tokens.
+        number = min(waiting, div_ceil(room, min(lengths.prompt, self._plan.prefill_chunk)))
+        for tier, free in enumerate(self._free):
+            fitting = min(number, free // lengths.reserved)
+            if fitting > 0:
+                self._leave_queue(fitting)
+                self._free[tier] -= fitting * lengths.reserved
+                self._running += fitting
+                return _Group(lengths, tier, fitting, lengths.prompt)
         return None
 
     def _leave_queue(self, number: int) -> None:
@@ -120,24 +139,24 @@ class Simulation:
             self._waiting.appendleft((lengths, waiting - number))
         self._waiting_tokens -= number * lengths.reserved
 
-    def _compute(self, group: _Group, room: int, finished: list[_Group]) -> tuple[int, PassLoad]:
-        """How many tokens of a group's prompts find room, one sequence after another, and what they cost."""
+    def _compute(self, group: _Group, room: int, finished: list[_Group]) -> int:
+        """How many tokens of a group's prompts find room, one sequence after another."""
         each = min(group.remaining, self._plan.prefill_chunk)
         whole = min(group.number, room // each)
         part = room - whole * each if whole < group.number else 0
-        counts = {group.remaining - each: whole, group.remaining - part: 1} if part else {group.remaining - each: whole}
-        untouched = group.number - sum(counts.values())
-        for remaining, number in counts.items():
-            if number and remaining:
-                self._prefilling.append(replace(group, number=number, remaining=remaining))
-            elif number:
-                finished.append(replace(group, number=number, remaining=0))
+        untouched = group.number - whole - (part > 0)
+        if whole:
+            self._put(group, whole, group.remaining - each, finished)
+        if part:
+            self._put(group, 1, group.remaining - part, finished)
         if untouched:
-            self._prefilling.append(replace(group, number=untouched))
-        ended = whole if each == group.remaining else 0
-        tokens = whole * each + part
-        load = self._prompts[group.lengths].scaled(tokens / group.lengths.prompt)
-        return tokens, replace(load, prompt_tokens=tokens, logits_rows=ended)
+            self._put(group, untouched, group.remaining, finished)
+        return whole * each + part
+
+    def _put(self, group: _Group, number: int, remaining: int, finished: list[_Group]) -> None:
+        """Some of a group, from the next pass on."""
+        some = _Group(group.lengths, group.tier, number, remaining)
+        (self._prefilling if remaining else finished).append(some)
 
     def _end_pass(self, finished: list[_Group]) -> None:
         """Who decoded is a token further; who ended frees its room; whose prompt has ended decodes from now on."""

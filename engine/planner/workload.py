@@ -69,6 +69,25 @@ class Workload:
             seen += item[1]
         return cls(tuple(_mean(group) for group in groups if group))
 
+    def of_at_most(self, tokens: int) -> "Workload | None":
+        """Those of its requests that reserve no more tokens of KV cache than these; ``None``: there are none."""
+        lengths = tuple(each for each in self.lengths if each.reserved <= tokens)
+        return Workload(lengths) if lengths else None
+
+    def is_like(self, other: "Workload") -> bool:
+        """Whether a plan for the other is good for this one: lengths as before, and not many more requests."""
+        pairs = [
+            (workload.mean(lambda each: each.prompt), workload.mean(lambda each: each.generated), workload.longest)
+            for workload in (self, other)
+        ]
+        are_near = all(max(mine, its) <= 1.25 * min(mine, its) for mine, its in zip(*pairs, strict=True))
+        return are_near and self.requests <= 4 * other.requests
+
+    @property
+    def longest(self) -> int:
+        """KV tokens that the longest request reserves."""
+        return max(each.reserved for each in self.lengths)
+
     def times(self, factor: float) -> "Workload":
         """So many times the requests, of the same lengths; at least one of each."""
         lengths = (replace(each, requests=max(1, round(factor * each.requests))) for each in self.lengths)
@@ -98,4 +117,7 @@ def _mean(group: list[tuple[tuple[int, int], int]]) -> Lengths:
     number = sum(count for _, count in group)
     prompt = sum(pair[0] * count for pair, count in group)
     generated = sum(pair[1] * count for pair, count in group)
-    return Lengths(div_ceil(prompt, number), div_ceil(generated, number), number)
+    # Rounded up, both together may be more than any of them has, and than the model takes.
+    longest = max(sum(pair) for pair, _ in group)
+    mean_prompt = div_ceil(prompt, number)
+    return Lengths(mean_prompt, min(div_ceil(generated, number), longest - mean_prompt), number)

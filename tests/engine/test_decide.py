@@ -1,4 +1,4 @@
-"""A plan for what comes: searched for where something must be streamed, told apart from rules, refused with advice."""
+"""A plan for what comes: searched for where the machine is known, else by rules, refused with advice."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from engine.attention.sizes import kv_bytes_per_token
 from engine.devices.facts import MachineFacts
 from engine.devices.host import HostDevice
 from engine.dtypes import DType
@@ -14,7 +15,7 @@ from engine.errors import HardwareError, Interrupted, PlanDoesNotFit, Unmeasurab
 from engine.lengths import workload_of
 from engine.loading import load_engine
 from engine.measure import identity_of
-from engine.planner.decide import best_plan, decide, input_for_machine, seconds_saved
+from engine.planner.decide import best_plan, decide, input_for_machine
 from engine.planner.hardware import Hardware
 from engine.planner.known_models import known_model
 from engine.planner.least import has_room, least_plan
@@ -24,8 +25,10 @@ from engine.planner.plan_input import PlanInput
 from engine.planner.predict import predict
 from engine.planner.profiles import load_hardware
 from engine.planner.rates import Figure
+from engine.planner.replan import Replanning
 from engine.planner.resolve import fitting_plan, resolve_plan
-from engine.planner.workload import Workload
+from engine.planner.search import Found, search
+from engine.planner.workload import Lengths, Workload
 from engine.profile import keep_profile, known_profile, store_profile, stored_profile
 from engine.request import Generate, Request, SamplingParams, Score
 from engine.tiers import Shares, TierName
@@ -258,13 +261,58 @@ def test_an_engine_that_knows_what_comes_predicts_each_pass(tiny_model: Path, ma
 
 
 def test_a_model_is_loaded_again_only_where_another_plan_gains_more_than_that_takes(machine: Hardware) -> None:
-    """A workload of long outputs wants more KV cache than one of prompts alone; few rows are not worth a load."""
-    asked = asked_for(PlanOptions(device_memory=3 * GIB), Workload.uniform(1500, 1, 10_000))
+    asked = asked_for(PlanOptions(device_memory=3 * GIB), None)
+    slow = resolve_plan(asked.asking(replace(asked.options, weights=Shares(0, 0, 100), micro_batch=256)))
+    long = Workload.uniform(1500, 4, 1000)
+    assert Replanning(asked, slow, machine).seconds_saved(long) > 0
+    assert Replanning(asked, slow, machine).seconds_saved(Workload.uniform(16, 1, 1)) <= 0  # few rows are not worth it
+    best = best_plan(replace(asked, workload=long), machine).plan
+    assert Replanning(asked, best, machine).seconds_saved(long) <= 0
+
+
+def test_for_work_like_that_before_no_plan_is_searched(machine: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = asked_for(PlanOptions(device_memory=3 * GIB))
+    replanning = Replanning(asked, decide(asked, machine).plan, machine)
+    searched: list[PlanInput] = []
+
+    def counted(given_: PlanInput, hardware: Hardware) -> Found:
+        searched.append(given_)
+        return search(given_, hardware)
+
+    monkeypatch.setattr("engine.planner.replan.search", counted)
+    assert replanning.seconds_saved(WORK) == 0
+    assert replanning.seconds_saved(Workload.uniform(500, 30, 300)) == 0
+    assert not searched
+    other = Workload.uniform(100, 100, 200)
+    for _ in range(3):
+        assert replanning.seconds_saved(other) <= 0 or len(searched) == 1
+    assert len(searched) <= 1 or replanning.seconds_saved(other) > 0
+
+
+@pytest.mark.parametrize("work", [Workload.uniform(1500, 500, 100), Workload.uniform(4000, 5, 100)])
+def test_work_that_no_plan_fits_leaves_the_loaded_model_alone(work: Workload, machine: Hardware) -> None:
+    """Its rows are refused one by one; the others go on."""
+    asked = asked_for(PlanOptions(device_memory=660 * MIB), Workload.uniform(32, 8, 100))
     plan = decide(asked, machine).plan
-    assert seconds_saved(asked, plan, machine) == 0  # it has the plan for this
-    slow = resolve_plan(asked_for(PlanOptions(device_memory=3 * GIB, weights=Shares(0, 0, 100), micro_batch=256)))
-    assert seconds_saved(asked, slow, machine) > 0
-    assert seconds_saved(replace(asked, workload=Workload.uniform(16, 1, 1)), slow, machine) < 0
+    assert Replanning(asked, plan, machine).seconds_saved(work) <= 0
+
+
+def test_no_request_is_refused_for_speed(machine: Hardware) -> None:
+    """A few long requests among many short ones: the search knows faster plans, which hold only the short ones."""
+    work = Workload((Lengths(32, 8, 190), Lengths(1500, 500, 3)))
+    asked = asked_for(PlanOptions(device_memory=3000 * MIB, host_memory=0), work)
+    assert has_room(decide(asked, machine).plan, SHAPE, 1999)
+    only_short = asked_for(PlanOptions(device_memory=3000 * MIB, host_memory=0), Workload.uniform(32, 8, 190))
+    assert not has_room(decide(only_short, machine).plan, SHAPE, 1999)
+
+
+def test_what_a_plan_has_no_room_for_makes_it_no_faster(machine: Hardware) -> None:
+    plan = resolve_plan(asked_for(PlanOptions(device_memory=2 * GIB)))
+    small = replace(plan, kv_bytes={**plan.kv_bytes, TierName.DEVICE: 1000 * kv_bytes_per_token(SHAPE, plan.kv_format)})
+    mixed = Workload((Lengths(100, 8, 50), Lengths(1500, 100, 50)))
+    predicted, alone = (predict(machine, SHAPE, STORED, small, work) for work in (mixed, Workload.uniform(100, 8, 50)))
+    assert predicted == alone
+    assert predicted.generated_per_s <= predicted.lane_ceiling_per_s * 1.02
 
 
 def test_a_measured_profile_is_kept_and_known_again(tmp_path: Path, machine: Hardware) -> None:
@@ -285,4 +333,4 @@ def test_a_damaged_profile_is_not_believed(tmp_path: Path, machine: Hardware) ->
     path.write_text("{")
     said: list[str] = []
     assert known_profile(tmp_path, {}, said.append) is None
-    assert "measured anew" in said[0]
+    assert "doctor --measure" in said[0]
