@@ -130,10 +130,11 @@ class _Search:
         simulated: list[tuple[_Rounding, Prediction]] = []
         passes = 0.0
         for number, each in enumerate(steady if by_block else steady[:MOST_SIMULATED]):
-            if not by_block and number >= LEAST_SIMULATED and best is not None and passes > PASSES_A_SECOND * best.seconds:
-                break
-            if best is not None and not by_block and each.rate * per_request * AHEAD < best.generated_per_s:
-                continue
+            if best is not None and not by_block:
+                if number >= LEAST_SIMULATED and passes > PASSES_A_SECOND * best.seconds:
+                    break
+                if each.rate * per_request * AHEAD < best.generated_per_s:
+                    continue
             prediction = predict(
                 self._hardware, self._given.shape, self._given.stored, each.plan, self._workload, self._overlap_of(each)
             )
