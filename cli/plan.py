@@ -50,7 +50,7 @@ def _tokens() -> Number:
     metavar="TEMPLATE|@FILE",
     help=f"With --dataset: Jinja2 template over a row's fields. [default: {templates.DEFAULT}]",
 )
-@click.option("--sweep", type=click.Choice(_SWEEPS), help="Throughput against this memory, more of it and less.")
+@click.option("--sweep", type=click.Choice(_SWEEPS), help="Show the speed with less and with more of this memory.")
 @json_option
 @partial(placement_options, least_device_memory=0)  # the answer says what the least would be
 @settings_options

@@ -88,7 +88,7 @@ QUICK = Effort(
 
 _LEAST, _MOST = 3, 40
 _SHORTEST_S = 0.002
-"""A sample takes at least so long: in less, waiting for the device to be done would be most of it."""
+"""Seconds of a sample, at least: in less, waiting for the device to be done would be most of it."""
 
 
 def timed(device: Device, work: Callable[[], object], effort: Effort) -> float:
