@@ -1,6 +1,7 @@
 """Which layer lives in which tier: shares as whole layers, spread over depth. No torch."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from engine.model.family import EMBED, HEAD, layer_name
 from engine.planner.plan_input import PlanInput
@@ -21,6 +22,12 @@ def interleave(counts: Mapping[TierName, int]) -> tuple[TierName, ...]:
     Evenly, so that streamed layers alternate with resident ones and the links never see a burst. Each step gives the
     layer to the tier that is furthest behind its share.
     """
+    return _interleaved(tuple(counts.items()))
+
+
+@lru_cache(maxsize=1024)  # a search asks for the same few counts again and again
+def _interleaved(per_tier: tuple[tuple[TierName, int], ...]) -> tuple[TierName, ...]:
+    counts = dict(per_tier)
     num_layers = sum(counts.values())
     given = dict.fromkeys(TierName, 0)
     homes = []
