@@ -120,7 +120,7 @@ def _read_model(app: App, name: str, dtype: "DType") -> Sizes:
 
 
 def _read_hardware(app: App, name: str | None) -> "Hardware":
-    from engine.errors import HardwareAbsent
+    from engine.errors import HardwareAbsent, HardwareError
     from engine.planner.profiles import PROFILE_NAME, load_hardware, preset_names
 
     if name is not None:
@@ -131,7 +131,10 @@ def _read_hardware(app: App, name: str | None) -> "Hardware":
             "this machine has not been measured yet; run: overnight doctor --measure, or name another with --hardware: "
             f"{', '.join(preset_names())}"
         )
-    return load_hardware(path)
+    try:
+        return load_hardware(path)
+    except HardwareError as error:
+        raise HardwareError(f"{error}; measure this machine again: overnight doctor --measure") from error
 
 
 def _read_workload(lengths: LengthOptions, model: Sizes, limits: "Limits") -> "Workload":

@@ -233,6 +233,13 @@ def test_a_machine_that_was_not_measured_says_how(run: Run) -> None:
     assert "doctor --measure" in one_sentence(run("plan", "--model", "opt-30b"), 3)
 
 
+def test_a_damaged_profile_of_this_machine_says_how_to_mend_it(home: Path, run: Run) -> None:
+    home.mkdir()
+    (home / "profile.json").write_text("{")
+    assert "not JSON" in (said := one_sentence(run("plan", "--model", "opt-30b"), 2))
+    assert said.endswith("measure this machine again: overnight doctor --measure\n")
+
+
 def test_on_this_machine_budgets_are_of_what_is_free_now(home: Path, run: Run) -> None:
     home.mkdir()
     hardware = load_hardware("t4-gcp")
