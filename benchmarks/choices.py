@@ -129,7 +129,7 @@ def _grid(given: PlanInput) -> Iterator[PlanOptions]:
             given.options, weights=Shares.parse(weights), micro_batch=micro_batch, micro_batches=micro_batches
         )
         plan = fitting_plan(given.asking(options))
-        if plan is not None and max(plan.kv_bytes.values()) >= given.longest * given.token_bytes:
+        if plan is not None and plan.largest_sequence(given.shape) >= given.longest:
             yield options
 
 

@@ -8,7 +8,7 @@ from engine.devices.facts import MachineFacts
 from engine.errors import HardwareError, PlanDoesNotFit
 from engine.model.family import layer_name
 from engine.planner.hardware import Hardware
-from engine.planner.least import has_room, least_plan
+from engine.planner.least import least_plan
 from engine.planner.nearest import nearest_fit
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.plan_input import PlanInput
@@ -58,7 +58,7 @@ def decide(
         EngineError, OSError: the machine had to be measured, and that failed.
     """
     ruled = _by_rules(given)
-    if given.workload is None or not has_room(ruled, given.shape, _mean_tokens(given.workload)):
+    if given.workload is None or ruled.largest_sequence(given.shape) < _mean_tokens(given.workload):
         return Decision(ruled, None)  # where there is no room for a request, it is told so by itself
     try:
         if hardware is None and measure is not None and _streamed_bytes(ruled, given) >= max(1, worth_measuring):
@@ -131,7 +131,7 @@ def _by_rules(given: PlanInput) -> Plan:
         refusal = error
     if given.workload is not None:
         tokens = _mean_tokens(given.workload)
-        if ruled is None or not has_room(ruled, given.shape, tokens):
+        if ruled is None or ruled.largest_sequence(given.shape) < tokens:
             ruled = least_plan(given, tokens) or ruled
     if ruled is None:
         assert refusal is not None
@@ -140,7 +140,7 @@ def _by_rules(given: PlanInput) -> Plan:
 
 
 def _mean_tokens(workload: Workload) -> float:
-    """KV tokens of the mean request, which a search goes by."""
+    """KV tokens of the mean request, for which the rules must leave room."""
     return workload.mean(lambda each: each.reserved)
 
 

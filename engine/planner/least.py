@@ -8,7 +8,6 @@ from engine.planner.nearest import SMALLEST_MICRO_BATCH
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.plan_input import PlanInput
 from engine.planner.resolve import fitting_plan
-from engine.shape import ModelShape
 from engine.tiers import Shares
 
 _ALL_IN = (Shares(0, 0, 100), Shares(0, 100, 0), Shares(100, 0, 0))
@@ -21,14 +20,9 @@ def least_plan(given: PlanInput, tokens: float) -> Plan | None:
     """
     for asked in _candidates(given):
         plan = fitting_plan(given.asking(asked))
-        if plan is not None and has_room(plan, given.shape, tokens):
+        if plan is not None and plan.largest_sequence(given.shape) >= tokens:
             return plan
     return None
-
-
-def has_room(plan: Plan, shape: ModelShape, tokens: float) -> bool:
-    """Whether its KV cache holds a sequence of ``tokens``, which lives in one tier."""
-    return max(plan.kv_tokens(shape).values()) >= tokens
 
 
 def _candidates(given: PlanInput) -> Iterator[PlanOptions]:

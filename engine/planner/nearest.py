@@ -28,7 +28,7 @@ def nearest_fit(given: PlanInput) -> str | None:
 
     def fits(asked: PlanOptions) -> bool:
         plan = fitting_plan(given.asking(asked))
-        return plan is not None and max(plan.kv_tokens(given.shape).values()) >= given.longest
+        return plan is not None and plan.largest_sequence(given.shape) >= given.longest
 
     for changed in _one_change(options, facts):
         if changed != options and fits(changed):

@@ -117,7 +117,7 @@ class Plan:
     """Bytes each tier may hold."""
     disk_dir: Path
     layers: tuple[TierName, ...]
-    """The home of each layer's weights. Embedding and head stay on the device: every pass needs them, and a
+    """The tier of each layer's weights. Embedding and head stay on the device: every pass needs them, and a
     buffer to stream them through would be as large as they are."""
     kv_bytes: Mapping[TierName, int]
     """Bytes of KV cache each tier may hold; a sequence lives in one tier."""
@@ -157,6 +157,10 @@ class Plan:
         """Tokens of KV cache each tier has room for."""
         token_bytes = kv_bytes_per_token(shape, self.kv_format)
         return {tier: num_bytes // token_bytes for tier, num_bytes in self.kv_bytes.items()}
+
+    def largest_sequence(self, shape: ModelShape) -> int:
+        """KV tokens of the longest sequence that finds room: it lives in one tier."""
+        return max(self.kv_tokens(shape).values())
 
     @property
     def tokens_per_pass(self) -> int:

@@ -110,8 +110,7 @@ def predict(
     left out, in tokens and in time, since the engine refuses each of them. If these are all, everything is 0 per second
     and takes infinitely long.
     """
-    most = max(plan.kv_tokens(shape).values())
-    workload = workload.of_at_most(most) or workload
+    workload = workload.of_at_most(plan.largest_sequence(shape)) or workload
     token_bytes = kv_bytes_per_token(shape, plan.kv_format)
     filled = as_filled(workload, plan, token_bytes)
     model = PassModel(hardware, shape, stored, filled, overlap)

@@ -1,6 +1,7 @@
 """Whether a model that is loaded would be better loaded again, for what is to be computed next. No torch."""
 
 from dataclasses import replace
+from math import inf
 
 from engine.errors import HardwareError, PlanDoesNotFit
 from engine.memory.lane import LaneName
@@ -28,9 +29,11 @@ class Replanning:
     def seconds_saved(self, workload: Workload) -> float:
         """Seconds saved by loading the model again with a plan for this workload, what that takes deducted.
 
-        0 or less: it does not pay, or no other plan is found.
+        0 or less: it does not pay, or no other plan is found. Infinite: the loaded plan refuses requests for which
+        another has room.
         """
-        if any(workload.is_like(known) for known in self._known):
+        room = self._plan.largest_sequence(self._given.shape)
+        if any(workload.is_like(known) and workload.longest <= max(known.longest, room) for known in self._known):
             return 0.0
         saved = self._saved(workload)
         if saved <= 0:
@@ -41,13 +44,16 @@ class Replanning:
         given, hardware = self._given, self._hardware
         sizes = given.stored.unit_bytes.values()
         moving = MOVING * sum(sizes) / hardware.lanes[LaneName.DISK_READ].at(max(sizes))
+        room = self._plan.largest_sequence(given.shape)
         try:
             now = predict(hardware, given.shape, given.stored, self._plan, workload).seconds
-            if now * (1 - LEAST_GAIN) <= moving:
+            if now * (1 - LEAST_GAIN) <= moving and workload.longest <= room:
                 return 0.0  # however fast another plan is
             better = search(replace(given, workload=workload), hardware)
         except (PlanDoesNotFit, HardwareError):
             return 0.0
+        if workload.longest > room and better.plan.largest_sequence(given.shape) > room:
+            return inf
         if better.plan == self._plan:
             return 0.0
         return now * (1 - LEAST_GAIN) - better.prediction.seconds - moving

@@ -179,7 +179,7 @@ class _Search:
         plan = fitting_plan(self._given.asking(options))
         if plan is None:
             return None
-        room = max(plan.kv_bytes.values()) // self._given.token_bytes
+        room = plan.largest_sequence(self._given.shape)
         if room < max(self._needed, min(each.reserved for each in self._workload.lengths)):
             return None
         rate, seconds = self._estimate(plan, host_attention)
