@@ -293,12 +293,12 @@ def test_for_work_like_that_before_no_plan_is_searched(machine: Hardware, monkey
 @pytest.mark.parametrize("shorts", [1, 100])
 def test_a_loaded_plan_that_refuses_rows_makes_room_for_them(shorts: int, machine: Hardware) -> None:
     """However short the work is, and however like that before: such rows would be error rows for ever."""
-    before = Workload((Lengths(32, 8, shorts), Lengths(1400, 100, 1)))
+    before = Workload((Lengths(32, 1, shorts), Lengths(1400, 100, 1)))
     asked = asked_for(PlanOptions(device_memory=3000 * MIB, host_memory=0), before)
     token_bytes = asked.token_bytes
     plan = replace(resolve_plan(asked), kv_bytes=dict.fromkeys(TierName, 0) | {TierName.DEVICE: 1600 * token_bytes})
     replanning = Replanning(asked, plan, machine)
-    longer = Workload((Lengths(32, 8, shorts), Lengths(1500, 120, 1)))
+    longer = Workload((Lengths(32, 1, shorts), Lengths(1500, 120, 1)))
     assert longer.is_like(before)
     assert replanning.seconds_saved(longer) == inf
     assert replanning.seconds_saved(before) <= 0
