@@ -6,8 +6,7 @@ from engine.devices.open import facts_of, open_device
 from engine.engine import Engine
 from engine.memory.device import Device
 from engine.model.registry import sizes_for
-from engine.planner.cost import PassModel
-from engine.planner.decide import Decision, decide
+from engine.planner.decide import decide
 from engine.planner.hardware import Hardware
 from engine.planner.plan import PlanOptions
 from engine.planner.plan_input import PlanInput
@@ -37,26 +36,6 @@ def plan_input(model_dir: Path, options: PlanOptions, device: Device, workload: 
     )
 
 
-def load_decided(
-    model_dir: Path, given: PlanInput, decision: Decision, device: Device, recorder: Recorder | None = None
-) -> Engine:
-    """An engine with the plan that was decided, which tells what was predicted of each pass.
-
-    It closes ``device``, also where it cannot be loaded.
-
-    Raises:
-        EngineError: it cannot be loaded.
-    """
-    expects = None
-    try:
-        if decision.hardware is not None:
-            expects = PassModel(decision.hardware, given.shape, given.stored, decision.plan)
-    except BaseException:
-        device.close()
-        raise
-    return Engine.load(model_dir, decision.plan, device=device, recorder=recorder, expects=expects)
-
-
 def load_engine(
     model_dir: Path,
     options: PlanOptions | None = None,
@@ -84,9 +63,8 @@ def load_engine(
     options = options or PlanOptions()
     device = device or open_device(options.device)
     try:
-        given = plan_input(model_dir, options, device, workload)
-        decision = decide(given, hardware)
+        decision = decide(plan_input(model_dir, options, device, workload), hardware)
     except BaseException:
         device.close()
         raise
-    return load_decided(model_dir, given, decision, device, recorder)
+    return Engine.load(model_dir, decision.plan, device=device, recorder=recorder, expects=decision.expects)

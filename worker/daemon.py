@@ -187,7 +187,8 @@ def _loader(
 
     def load(model_dir: Path, sample: Sample, tell: Tell) -> Loaded:
         from engine.devices.open import open_device
-        from engine.loading import load_decided, plan_input
+        from engine.engine import Engine
+        from engine.loading import plan_input
         from engine.planner.decide import decide
         from engine.planner.replan import Replanning
 
@@ -203,7 +204,7 @@ def _loader(
         except BaseException:
             device.close()
             raise
-        engine = load_decided(model_dir, given, decision, device, recorder)
+        engine = Engine.load(model_dir, decision.plan, device=device, recorder=recorder, expects=decision.expects)
         hardware = decision.hardware or known
         return Loaded(engine, Replanning(given, decision.plan, hardware).seconds_saved if hardware else None)
 
@@ -232,7 +233,7 @@ def _measured(home: Path, options: PlanOptions, disk_dir: Path, bell: Bell, tell
     log = get_logger()
     tell("measuring")
     log.info("measuring this machine, once: it takes up to a minute", extra={"action": "measure"})
-    device = open_device(options.device)
+    device = open_device(options.device)  # one of its own: closing it gives back what PyTorch keeps for it
     try:
         hardware = measure(
             device,

@@ -42,6 +42,13 @@ class Loaded:
     """Seconds saved by loading the model again with a plan for this workload; 0 or less: it does not pay. ``None``:
     nobody can tell, since this machine was not measured."""
 
+    def is_better_anew(self, sample: Sample) -> bool:
+        """Whether loading the model again pays, for the workload that waits."""
+        if self.seconds_saved is None:
+            return False
+        workload = sample()
+        return workload is not None and self.seconds_saved(workload) > 0
+
 
 class Residency:
     """Keeps at most one engine; loading another model closes it first, so that both never need to fit."""
@@ -72,10 +79,8 @@ class Residency:
         Raises:
             EngineError: it cannot be loaded; nothing is resident then.
         """
-        if self._loaded is not None and self._model_dir == model_dir:
-            workload = sample() if self._loaded.seconds_saved is not None else None
-            if workload is None or self._loaded.seconds_saved is None or self._loaded.seconds_saved(workload) <= 0:
-                return self._loaded.engine
+        if self._loaded is not None and self._model_dir == model_dir and not self._loaded.is_better_anew(sample):
+            return self._loaded.engine
         self.unload()
         self._loaded = self._load(model_dir, sample, tell)
         self._model_dir = model_dir

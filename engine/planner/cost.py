@@ -83,9 +83,9 @@ class PassModel:
         self._hidden_bytes = shape.hidden_size * self._item
         pool = sum(plan.kv_bytes.values())
         self._kv_share = {tier: plan.kv_bytes[tier] / pool if pool else 0.0 for tier in TierName}
-        homes = [(home, stored.unit_bytes[layer_name(index)]) for index, home in enumerate(plan.layers)]
-        self._weight_bytes = {tier: sum(size for home, size in homes if home is tier) for tier in TierName}
-        self._transfer_bytes = max(size for _, size in homes)
+        layers = [(tier, stored.unit_bytes[layer_name(index)]) for index, tier in enumerate(plan.layers)]
+        self._weight_bytes = {tier: sum(size for place, size in layers if place is tier) for tier in TierName}
+        self._transfer_bytes = max(size for _, size in layers)
         self._shares_host = hardware.shares_host_memory
         # What compute cannot address where it lies passes through scratch.
         self._fetched_share = self._kv_share[TierName.DISK] + (

@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.devices.facts import MachineFacts
 from engine.errors import HardwareError, PlanDoesNotFit
 from engine.model.family import layer_name
+from engine.planner.cost import PassModel
 from engine.planner.hardware import Hardware
 from engine.planner.least import least_plan
 from engine.planner.nearest import nearest_fit
@@ -31,15 +32,15 @@ class Decision:
     """A plan, and by whose figures it was searched for; ``None``: by the rules of ``resolve_plan`` alone."""
 
     plan: Plan
-    hardware: Hardware | None
+    hardware: Hardware | None = None
+    expects: PassModel | None = None
+    """What predicts its passes, by those figures."""
 
 
 def decide(
     given: PlanInput,
     hardware: Hardware | None = None,
     measure: Callable[[], Hardware] | None = None,
-    *,
-    worth_measuring: int = WORTH_MEASURING,
 ) -> Decision:
     """The plan to load a model with: searched for where figures of the machine and a workload are known.
 
@@ -50,7 +51,6 @@ def decide(
         given: what the plan is made from.
         hardware: the machine's figures, if it was measured.
         measure: measures it; called only if some plan fits, and much must be streamed.
-        worth_measuring: bytes streamed in a pass that are much.
 
     Raises:
         PlanDoesNotFit: nothing fits; the sentence says what is short, and the nearest plan that would fit.
@@ -59,15 +59,16 @@ def decide(
     """
     ruled = _by_rules(given)
     if given.workload is None or ruled.largest_sequence(given.shape) < _mean_tokens(given.workload):
-        return Decision(ruled, None)  # where there is no room for a request, it is told so by itself
+        return Decision(ruled)  # where there is no room for a request, it is told so by itself
     try:
-        if hardware is None and measure is not None and _streamed_bytes(ruled, given) >= max(1, worth_measuring):
+        if hardware is None and measure is not None and _streamed_bytes(ruled, given) >= WORTH_MEASURING:
             hardware = measure()
         if hardware is None:
-            return Decision(ruled, None)
-        return Decision(search(given, hardware).plan, hardware)
+            return Decision(ruled)
+        plan = search(given, hardware).plan
+        return Decision(plan, hardware, PassModel(hardware, given.shape, given.stored, plan))
     except (PlanDoesNotFit, HardwareError):
-        return Decision(ruled, None)
+        return Decision(ruled)
 
 
 def best_plan(given: PlanInput, hardware: Hardware) -> Found:
@@ -157,5 +158,5 @@ def _refused(given: PlanInput, error: PlanDoesNotFit) -> PlanDoesNotFit:
 
 
 def _streamed_bytes(plan: Plan, given: PlanInput) -> int:
-    streamed = (index for index, home in enumerate(plan.layers) if home is not TierName.DEVICE)
+    streamed = (index for index, tier in enumerate(plan.layers) if tier is not TierName.DEVICE)
     return sum(given.stored.unit_bytes[layer_name(index)] for index in streamed)

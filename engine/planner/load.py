@@ -57,6 +57,11 @@ class PassLoad:
         """Without the decoding, if it is one request's: the pass that ends a prompt yields the first token."""
         return replace(self, decode_tokens=0.0, attended=0.0, logits_rows=min(1.0, self.logits_rows))
 
+    @property
+    def decodes(self) -> "PassLoad":
+        """The decoding alone."""
+        return PassLoad(decode_tokens=self.decode_tokens, attended=self.attended, logits_rows=self.decode_tokens)
+
 
 def load_of(segments: Iterable[Segment]) -> PassLoad:
     """What a pass carries, counted."""

@@ -17,7 +17,7 @@ KV_SHARE = 0.25
 
 
 def interleave(counts: Mapping[TierName, int]) -> tuple[TierName, ...]:
-    """A home for each layer: exact counts, spread evenly over depth.
+    """A tier for each layer: exact counts, spread evenly over depth.
 
     Evenly, so that streamed layers alternate with resident ones and the links never see a burst. Each step gives the
     layer to the tier that is furthest behind its share.
@@ -30,13 +30,13 @@ def _interleaved(per_tier: tuple[tuple[TierName, int], ...]) -> tuple[TierName, 
     counts = dict(per_tier)
     num_layers = sum(counts.values())
     given = dict.fromkeys(TierName, 0)
-    homes = []
+    tiers = []
     for index in range(num_layers):
         behind = {tier: count * (index + 1) / num_layers - given[tier] for tier, count in counts.items()}
-        home = max((tier for tier in counts if given[tier] < counts[tier]), key=lambda tier: behind[tier])
-        given[home] += 1
-        homes.append(home)
-    return tuple(homes)
+        next_tier = max((tier for tier in counts if given[tier] < counts[tier]), key=lambda tier: behind[tier])
+        given[next_tier] += 1
+        tiers.append(next_tier)
+    return tuple(tiers)
 
 
 def whole_layers(num_layers: int, shares: Shares) -> dict[TierName, int]:

@@ -63,23 +63,23 @@ def resolve_plan(given: PlanInput) -> Plan:
         )
 
     layers = placed(0)
-    streamed = any(home is not TierName.DEVICE for home in layers)
+    streamed = any(tier is not TierName.DEVICE for tier in layers)
     spills = _spills_kv(given, budgets, streamed=streamed)
     kv_slots = KV_SLOTS if spills else 0
     if kv_slots:
         layers = placed(kv_slots)
-        streamed = any(home is not TierName.DEVICE for home in layers)
+        streamed = any(tier is not TierName.DEVICE for tier in layers)
     micro_batches = options.micro_batches or (STREAMED_MICRO_BATCHES if streamed else 1)
     staged = {TierName.DISK} if facts.shares_host_memory else {TierName.HOST, TierName.DISK}
     bounced = TierName.DISK in layers and not facts.shares_host_memory
-    slots = min(BOUNCED_SLOTS if bounced else STAGING_SLOTS, sum(home in staged for home in layers))
+    slots = min(BOUNCED_SLOTS if bounced else STAGING_SLOTS, sum(tier in staged for tier in layers))
     largest_layer = max(stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers))
 
     fixed = dict.fromkeys(TierName, 0)
     fixed[TierName.DEVICE] += workspace + slots * largest_layer + kv_slots * slot_bytes
     fixed[TierName.DEVICE] += activation_slots * batch_bytes
-    away = [layer_name(index) for index, home in enumerate(layers) if home is not TierName.DEVICE]
-    to_unpack = [layer for layer in away if not stored.is_ready(layer, dtype)]
+    elsewhere = [layer_name(index) for index, tier in enumerate(layers) if tier is not TierName.DEVICE]
+    to_unpack = [layer for layer in elsewhere if not stored.is_ready(layer, dtype)]
     fixed[TierName.DEVICE] += max((stored.computed_bytes(layer, dtype) for layer in to_unpack), default=0)
     activation_bytes = micro_batches * batch_bytes
     # Pieces of a spill file are whole pages.
@@ -92,12 +92,12 @@ def resolve_plan(given: PlanInput) -> Plan:
         if activations is TierName.DISK:
             fixed[TierName.HOST] += activation_slots * batch_bytes
     fixed[TierName.DEVICE] += sum(stored.computed_bytes(unit, dtype) for unit in (EMBED, HEAD))
-    for index, home in enumerate(layers):
+    for index, tier in enumerate(layers):
         unit = layer_name(index)
-        if home is TierName.DEVICE:
-            fixed[home] += stored.computed_bytes(unit, dtype)
-        elif home is TierName.HOST:
-            fixed[home] += stored.unit_bytes[unit]
+        if tier is TierName.DEVICE:
+            fixed[tier] += stored.computed_bytes(unit, dtype)
+        elif tier is TierName.HOST:
+            fixed[tier] += stored.unit_bytes[unit]
     for tier in TierName:
         if fixed[tier] > budgets[tier]:
             raise PlanDoesNotFit(_too_small(tier, fixed[tier], budgets[tier]))

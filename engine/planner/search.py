@@ -12,7 +12,7 @@ from math import ceil, floor
 from engine.errors import PlanDoesNotFit
 from engine.planner.cost import OVERLAPPED, Overlap, PassModel
 from engine.planner.hardware import Hardware
-from engine.planner.load import PassLoad, mean_request_load, residency_passes
+from engine.planner.load import mean_request_load, residency_passes
 from engine.planner.placing import whole_layers
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.plan_input import PlanInput
@@ -73,13 +73,13 @@ class _Rounding:
     """KV tokens of the longest sequence that it holds."""
     options: PlanOptions
     plan: Plan
-    host_attention: bool
+    overlap: Overlap
 
     @property
     def key(self) -> object:
         """Equal for plans that are one."""
         plan = self.plan
-        return (plan.layers, *plan.kv_bytes.values(), plan.micro_batch, plan.micro_batches, self.host_attention)
+        return (plan.layers, *plan.kv_bytes.values(), plan.micro_batch, plan.micro_batches, self.overlap.host_attention)
 
     @property
     def on_disk(self) -> bool:
@@ -136,7 +136,7 @@ class _Search:
                 if each.rate * per_request * AHEAD < best.generated_per_s:
                     continue
             prediction = predict(
-                self._hardware, self._given.shape, self._given.stored, each.plan, self._workload, self._overlap_of(each)
+                self._hardware, self._given.shape, self._given.stored, each.plan, self._workload, each.overlap
             )
             simulated.append((each, prediction))
             passes += min(prediction.passes, MAX_SIMULATED_PASSES)
@@ -145,14 +145,7 @@ class _Search:
         assert best is not None
         ties = [pair for pair in simulated if pair[1].seconds <= best.seconds * (1 + TIE / 4)]
         chosen, prediction = min(ties, key=lambda pair: (pair[0].on_disk, pair[1].seconds))
-        return Found(
-            options=chosen.options,
-            plan=chosen.plan,
-            prediction=prediction,
-        )
-
-    def _overlap_of(self, each: "_Rounding") -> Overlap:
-        return replace(self._overlap, host_attention=each.host_attention)
+        return Found(options=chosen.options, plan=chosen.plan, prediction=prediction)
 
     def _rounded(self) -> "list[_Rounding]":
         """Plans near the optima of the linear programs, each once, with their steady rates."""
@@ -167,14 +160,15 @@ class _Search:
             for optimum in sorted(group, key=lambda each: -each.bound)[:ROUNDED]:
                 if optimum.bound < best * SLOWER:
                     break
+                overlap = replace(self._overlap, host_attention=optimum.choice.host_attention)
                 for options in self._roundings(optimum):
-                    rounding = self._rounding(options, optimum.choice.host_attention)
+                    rounding = self._rounding(options, overlap)
                     if rounding is not None:
                         best = max(best, rounding.rate)
                         found.setdefault(rounding.key, rounding)
         return list(found.values())
 
-    def _rounding(self, options: PlanOptions, host_attention: bool) -> "_Rounding | None":
+    def _rounding(self, options: PlanOptions, overlap: Overlap) -> "_Rounding | None":
         """The plan and its steady rate; ``None`` if it does not fit or no sequence finds room."""
         plan = fitting_plan(self._given.asking(options))
         if plan is None:
@@ -182,15 +176,15 @@ class _Search:
         room = plan.largest_sequence(self._given.shape)
         if room < max(self._needed, min(each.reserved for each in self._workload.lengths)):
             return None
-        rate, seconds = self._estimate(plan, host_attention)
-        return _Rounding(rate, seconds, room, options, plan, host_attention) if rate > 0 else None
+        rate, seconds = self._estimate(plan, overlap)
+        return _Rounding(rate, seconds, room, options, plan, overlap) if rate > 0 else None
 
     def _starts(self, steady: "Iterable[_Rounding]") -> "list[_Rounding]":
         """The best of each kind: attending here or there, with most layers on the device, some or none."""
         kinds: dict[tuple[bool, int], _Rounding] = {}
         for each in sorted(steady, key=lambda each: each.seconds):
             on_device = each.plan.num_layers_in(TierName.DEVICE)
-            kinds.setdefault((each.host_attention, ceil(2 * on_device / self._num_layers)), each)
+            kinds.setdefault((each.overlap.host_attention, ceil(2 * on_device / self._num_layers)), each)
         return list(kinds.values())
 
     def _climbed(self, best: "_Rounding") -> "_Rounding":
@@ -200,7 +194,7 @@ class _Search:
             while better:
                 better = False
                 for options in self._moves(best, step):
-                    moved = self._rounding(options, best.host_attention)
+                    moved = self._rounding(options, best.overlap)
                     if moved is not None and moved.seconds < best.seconds * (1 - TIE / 10):
                         best, better = moved, True
                         break
@@ -226,7 +220,7 @@ class _Search:
         for micro_batch, count, attend, below in product(batches, counts, attends, streams):
             yield Choice(micro_batch, count, attend, below)
 
-    def _estimate(self, plan: Plan, host_attention: bool) -> tuple[float, float]:
+    def _estimate(self, plan: Plan, overlap: Overlap) -> tuple[float, float]:
         """Requests per second once steady, and seconds for the workload; zeros if none finds room."""
         workload = self._workload
         rate = steady_requests_per_pass(workload, plan, self._given.token_bytes)
@@ -234,7 +228,6 @@ class _Search:
             return 0.0, 0.0
         load = mean_request_load(workload, plan)
         filled = as_filled(workload, plan, self._given.token_bytes)
-        overlap = replace(self._overlap, host_attention=host_attention)
         model = PassModel(self._hardware, self._given.shape, self._given.stored, filled, overlap)
         pass_s = model.cost(load.scaled(rate)).seconds
         residency = workload.mean(lambda each: residency_passes(each, plan))
@@ -243,15 +236,12 @@ class _Search:
         if workload.requests > min(at_once, plan.tokens_per_pass):
             return rate / pass_s, steadily_s
         # All of them begin at once: if their prompts take few passes, nothing is ever steady.
-        prompts, all_of_it = load.prompts.scaled(workload.requests), load.scaled(workload.requests)
+        prompts = load.prompts.scaled(workload.requests)
         passes = max(1.0, prompts.prompt_tokens / plan.tokens_per_pass)
         steps = max(each.decode_steps for each in workload.lengths)
         seconds = passes * model.cost(prompts.scaled(1 / passes)).seconds
         if steps:
-            decodes = PassLoad(
-                decode_tokens=all_of_it.decode_tokens, attended=all_of_it.attended, logits_rows=all_of_it.decode_tokens
-            )
-            seconds += steps * model.cost(decodes.scaled(1 / steps)).seconds
+            seconds += steps * model.cost(load.decodes.scaled(workload.requests / steps)).seconds
         return rate / pass_s, min(steadily_s, seconds)
 
     def _roundings(self, optimum: Optimum) -> Iterator[PlanOptions]:

@@ -42,12 +42,11 @@ class Simulation:
             token_bytes: bytes of one token's keys and values over all layers.
         """
         self._plan = plan
-        self._tokens = [num_bytes // token_bytes for num_bytes in plan.kv_bytes.values()]
-        self._free = list(self._tokens)
+        self._free = [num_bytes // token_bytes for num_bytes in plan.kv_bytes.values()]
+        """KV tokens of each tier."""
         self._waiting = _mixed(workload)
         self._waiting_tokens = sum(each.reserved * number for each, number in self._waiting)
         self._prefilling: deque[_Group] = deque()
-        self._running = 0
         self._decoding = 0
         self._attended = 0
         """KV tokens that the sequences which decode will attend to in the next pass."""
@@ -56,7 +55,7 @@ class Simulation:
         self._passes = 0
         self._prompts = {each: request_load(each, plan).prompts for each in workload.lengths}
         self._sustaining = sustaining_prompt_tokens(
-            min(sum(self._tokens) / workload.mean(lambda each: each.reserved), plan.tokens_per_pass),
+            min(sum(self._free) / workload.mean(lambda each: each.reserved), plan.tokens_per_pass),
             workload.mean(lambda each: each.prompt),
             workload.mean(lambda each: each.decode_steps),
         )
@@ -82,15 +81,14 @@ class Simulation:
         ``balanced``: prompt tokens with which compute takes as long as the links; see ``schedule.policy``.
         """
         left = self._plan.tokens_per_pass - self._decoding
-        if self._waiting and balanced is not None and self._waiting_tokens > sum(self._free):
-            most = most_prompt_tokens(
-                balanced,
-                self._sustaining,
-                self._waiting[0][0].prompt,
-                more_wait=True,
-                nobody_runs=not self._running,
-            )
-            assert most is not None
+        most = most_prompt_tokens(
+            balanced,
+            self._sustaining,
+            self._waiting[0][0].prompt if self._waiting else 0,
+            more_wait=self._waiting_tokens > sum(self._free),
+            nobody_runs=not self._decoding and not self._prefilling,
+        )
+        if most is not None:
             left = min(left, int(most))
         begun, self._prefilling = self._prefilling, deque()
         finished: list[_Group] = []
@@ -105,7 +103,7 @@ class Simulation:
         return load
 
     def _load(self, prompts: Mapping[Lengths, int], ended: int) -> PassLoad:
-        """Of these tokens of prompts, ``ended`` of which end, beside whatever decodes."""
+        """What a pass carries: these prompt tokens, the last of ``ended`` prompts, and a token of each that decodes."""
         loads = [(tokens / each.prompt, self._prompts[each]) for each, tokens in prompts.items()]
         return PassLoad(
             prompt_tokens=sum(prompts.values()),
@@ -129,7 +127,6 @@ class Simulation:
             if fitting > 0:
                 self._leave_queue(fitting)
                 self._free[tier] -= fitting * lengths.reserved
-                self._running += fitting
                 return _Group(lengths, tier, fitting, lengths.prompt)
         return None
 
@@ -176,7 +173,6 @@ class Simulation:
 
     def _free_room(self, group: _Group) -> None:
         self._free[group.tier] += group.number * group.lengths.reserved
-        self._running -= group.number
 
 
 def _mixed(workload: Workload) -> deque[tuple[Lengths, int]]:

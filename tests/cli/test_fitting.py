@@ -10,8 +10,9 @@ from cli import fitting
 from cli.machine import may_have_gpu
 from cli.sizes import Sizes
 from engine.devices.host import HostDevice
+from engine.engine import Engine
 from engine.errors import DeviceUnavailable, HardwareError, PlanDoesNotFit
-from engine.loading import load_decided, plan_input
+from engine.loading import plan_input
 from engine.model.registry import sizes_for
 from engine.planner.decide import decide
 from engine.planner.plan import PlanOptions
@@ -44,7 +45,10 @@ def unmeasured() -> NoReturn:
 
 @pytest.mark.parametrize("name", PLACEMENTS)
 @pytest.mark.parametrize("workload", [WORK, None], ids=["rows", "none"])
-def test_both_refuse_the_same(name: str, workload: Workload | None, tiny_model: Path, tmp_path: Path) -> None:
+def test_both_refuse_the_same(
+    name: str, workload: Workload | None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.planner.decide.WORTH_MEASURING", 1)
     said = {}
     for budget in BUDGETS:
         options = replace(PLACEMENTS[name], device="cpu", device_memory=budget, disk_dir=tmp_path)
@@ -56,8 +60,8 @@ def test_both_refuse_the_same(name: str, workload: Workload | None, tiny_model: 
         device = HostDevice()
         given = plan_input(tiny_model, options, device, workload)
         try:
-            decision = decide(given, measure=unmeasured, worth_measuring=0)
-            load_decided(tiny_model, given, decision, device).close()
+            plan = decide(given, measure=unmeasured).plan
+            Engine.load(tiny_model, plan, device=device).close()
         except PlanDoesNotFit:
             during = True
         said[budget] = (before, during)

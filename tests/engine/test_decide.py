@@ -93,10 +93,12 @@ def test_where_figures_are_known_a_worker_loads_what_is_said_to_be_best(
     assert decide(asked, machine, never).plan == best_plan(asked, machine).plan
 
 
-@pytest.mark.parametrize("name", ["facebook/opt-125m", "facebook/opt-1.3b", "facebook/opt-6.7b"])
-@pytest.mark.parametrize("preset", ["l4", "h100-80g"])
-def test_on_a_large_gpu_a_small_model_is_not_left_to_the_rules(name: str, preset: str) -> None:
-    """Their batches are made for GPUs that are just large enough: OPT-1.3B on an L4 would be half as fast."""
+@pytest.mark.parametrize(
+    ("name", "preset", "times"),
+    [("facebook/opt-125m", "h100-80g", 1.5), ("facebook/opt-6.7b", "l4", 1.2), ("facebook/opt-1.3b", "l4", 1.0)],
+)
+def test_on_a_large_gpu_a_small_model_is_not_left_to_the_rules(name: str, preset: str, times: float) -> None:
+    """Their batches are made for GPUs that are just large enough."""
     known, hardware = known_model(name), load_hardware(preset)
     assert known is not None
     work, stored = Workload.uniform(512, 32, 1000), known.stored()
@@ -107,7 +109,7 @@ def test_on_a_large_gpu_a_small_model_is_not_left_to_the_rules(name: str, preset
         predict(hardware, known.shape, stored, plan, work).generated_per_s
         for plan in (decision.plan, decide(asked).plan)
     )
-    assert searched >= ruled
+    assert searched >= times * ruled
 
 
 def test_without_a_workload_the_rules_decide(machine: Hardware) -> None:

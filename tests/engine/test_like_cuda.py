@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.engine import Engine
 from engine.lengths import workload_of
-from engine.loading import load_decided, plan_input
+from engine.loading import plan_input
 from engine.measure import QUICK, measure
 from engine.memory.lane import LaneName, Reached, ThreadLane
 from engine.memory.tier import MemoryTier
@@ -20,7 +21,9 @@ from engine.units import MIB
 from tests.engine.like_cuda import LikeCuda, stubbed_cuda
 
 
-def test_an_engine_loads_for_a_workload_by_measuring_first(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_engine_loads_for_a_workload_by_measuring_first(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the first load of any streamed model does."""
     requests = [Request(index, Generate("a b c", SamplingParams(max_new_tokens=4))) for index in range(6)]
     workload = workload_of(tiny_model, requests)
@@ -33,9 +36,10 @@ def test_an_engine_loads_for_a_workload_by_measuring_first(tiny_model: Path, tmp
     options = PlanOptions(weights=Shares(0, 0, 100), device_memory=128 * MIB, host_memory=128 * MIB)
     device = LikeCuda()
     given = plan_input(tiny_model, options, device, workload)
-    decision = decide(given, measure=hardware, worth_measuring=0)
+    monkeypatch.setattr("engine.planner.decide.WORTH_MEASURING", 1)
+    decision = decide(given, measure=hardware)
     assert decision.hardware is not None
-    with load_decided(tiny_model, given, decision, device) as engine:
+    with Engine.load(tiny_model, decision.plan, device=device, expects=decision.expects) as engine:
         assert len(list(engine.run(requests))) == 6
 
 

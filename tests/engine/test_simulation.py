@@ -34,7 +34,7 @@ TOKEN_BYTES = kv_bytes_per_token(MODEL.shape, Plain(DType.FLOAT16))
 
 
 def plan_of(tokens: Items[int], *, micro_batch: int, micro_batches: int, prefill_chunk: int) -> Plan:
-    """A plan whose tiers have room for so many tokens of KV cache."""
+    """A plan whose tiers hold ``tokens`` of KV cache, in the order of ``TierName``."""
     options = PlanOptions(
         device_memory=8 * GIB, host_memory=8 * GIB, disk_space=0, micro_batch=micro_batch,
         micro_batches=micro_batches, prefill_chunk=prefill_chunk,
