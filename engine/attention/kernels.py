@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from engine.formats.linear import has_products
+
 CAUSAL_ROWS = 256
 """Queries of causal attention computed together on the CPU."""
 KERNEL_STEP = 64
@@ -138,13 +140,21 @@ def _has_flash(device: torch.device) -> bool:
 def _attend_few(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor) -> tuple[Tensor, Tensor]:
     """A decode token on the CPU: memory-bound, so each key and value is read once by a batched product.
 
-    Scores are float32, since rounding them would cost more than rounding everything else; the weights are rounded as
-    the flash kernel does.
+    Scores are float32, since rounding them would cost more than rounding everything else.
     """
     scores_Nts = torch.bmm(q_NtH.float(), k_NsH.float().mT).mul_(q_NtH.shape[-1] ** -0.5)
     lse_Nt = scores_Nts.logsumexp(-1)
-    weights_Nts = scores_Nts.sub_(lse_Nt[..., None]).exp_().to(v_NsH.dtype)
-    return torch.bmm(weights_Nts, v_NsH), lse_Nt
+    out_NtH = q_NtH.new_empty(q_NtH.shape)
+    _weigh(scores_Nts.sub_(lse_Nt[..., None]).exp_(), v_NsH, out_NtH)
+    return out_NtH, lse_Nt
+
+
+def _weigh(weights_Nts: Tensor, v_NsH: Tensor, out_NtH: Tensor) -> None:
+    """Values times weights, which are float32, into ``out``. Weights are rounded as values are where that is faster."""
+    if has_products(v_NsH.dtype):
+        torch.bmm(weights_Nts.to(v_NsH.dtype), v_NsH, out=out_NtH)
+    else:
+        out_NtH.copy_(torch.bmm(weights_Nts, v_NsH.float()))
 
 
 def decoder(
@@ -186,8 +196,7 @@ def attend_decode(
     kv_2KcH[0, :, position] = k_KH
     kv_2KcH[1, :, position] = v_KH
     k_KsH, v_KsH = kv_2KcH[:, :, : position + 1]
-    weights_KGs = torch.bmm(scaled_KGH, k_KsH.float().mT).softmax(-1)
-    torch.bmm(weights_KGs.to(v_KsH.dtype), v_KsH, out=out_KGH)
+    _weigh(torch.bmm(scaled_KGH, k_KsH.float().mT).softmax(-1), v_KsH, out_KGH)
 
 
 def attend_decode_by_flash(q_1KGH: Tensor, kv_2KH: Tensor, kv_2KcH: Tensor, position: int, out_1KGH: Tensor) -> None:

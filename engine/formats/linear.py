@@ -12,13 +12,19 @@ from engine.units import MIB, align_up, div_ceil
 WIDEST_BYTES = LARGEST_KEPT - MIB
 """Bytes of one result, at most: larger ones go back to the system at once when they are freed."""
 _FEW_ROWS = 256
+_CAST_OUTPUTS = 256
+"""Outputs whose weights are cast together: few enough that the processor still has them cached when it multiplies."""
+_FEWEST_CAST = 16
+"""Rows from which casting weights costs less than it saves."""
 _STEPS = 16, 32
 """Few rows are padded to a multiple of the first, the height of a matrix unit's tile; more, to one of the second."""
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, relu: bool = False) -> Tensor:
     """``x @ weight.T + bias``, then ``max(0, ·)`` if asked: ``[T, O]``."""
-    if x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" and _has_onednn():
+    if _is_cast(x_TI):
+        return _by_float32(x_TI, weight_OI, bias_O, x_TI.dtype, relu=relu)
+    if x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" and has_products(x_TI.dtype):
         # addmm would first write the bias over the whole result, then read it again to add to it, and a ReLU of its own
         # would do so once more: together a sixth of the time of a prompt's products.
         after = "relu" if relu else "none"
@@ -28,13 +34,21 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, relu: bool
     return torch.relu_(out_TO) if relu else out_TO  # in place: the widest tensor of a layer need not exist twice
 
 
-def row_parts(num_rows: int, widest_bytes: int) -> int:
-    """In how many equal parts rows should go through a block whose widest tensor has ``widest_bytes`` a row.
+def logits(x_TI: Tensor, table_VI: Tensor) -> Tensor:
+    """``x @ table.T`` in float32: ``[T, V]``."""
+    if _is_cast(x_TI):
+        return _by_float32(x_TI, table_VI, None, torch.float32)
+    return F.linear(x_TI, table_VI).float()
+
+
+def row_parts(x_TI: Tensor, widest: int) -> int:
+    """In how many equal parts rows should go through a block whose widest tensor has that many values a row.
 
     So that this tensor is memory that was used a moment ago, not fresh pages; and no more parts than that takes, since
     small products run at less speed.
     """
-    return max(1, div_ceil(num_rows * widest_bytes, WIDEST_BYTES))
+    item = 4 if _is_cast(x_TI) else x_TI.element_size()
+    return max(1, div_ceil(x_TI.shape[0] * widest * item, WIDEST_BYTES))
 
 
 def padded_rows(num_rows: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -43,14 +57,41 @@ def padded_rows(num_rows: int, dtype: torch.dtype, device: torch.device) -> int:
     oneDNN compiles a kernel for each number of rows it meets, which took 8 ms with AMX and keeps 0.7 MB; packed passes
     would meet a thousand of them. Elsewhere every number is as good.
     """
-    if dtype != torch.bfloat16 or device.type != "cpu" or not _has_onednn():
+    if dtype != torch.bfloat16 or device.type != "cpu" or not has_products(dtype):
         return num_rows
     return align_up(num_rows, _STEPS[0] if num_rows <= _FEW_ROWS else _STEPS[1])
 
 
 @cache
-def _has_onednn() -> bool:
-    """Whether this build and this processor have oneDNN's kernels for bfloat16."""
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies numbers of this type as fast as float32: for 16 bits, if oneDNN knows how."""
+    if dtype == torch.float32:
+        return True
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    onednn = torch.ops.mkldnn
+    if dtype == torch.bfloat16:
+        return hasattr(onednn, "_linear_pointwise") and bool(onednn._is_mkldnn_bf16_supported())
+    return bool(onednn._is_mkldnn_fp16_supported())
+
+
+def _is_cast(x_TI: Tensor) -> bool:
+    return x_TI.device.type == "cpu" and x_TI.shape[0] >= _FEWEST_CAST and not has_products(x_TI.dtype)
+
+
+def _by_float32(
+    x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype, *, relu: bool = False
+) -> Tensor:
+    """The product in float32, for processors without products in 16 bits; only its result is rounded, to ``dtype``.
+
+    Without AVX-512 (desktops, most of AMD's servers before 2022) PyTorch multiplies in bfloat16 at a sixth of the speed
+    of float32. All weights in float32 would take twice the memory, so a few are cast at a time, which takes a twentieth
+    of a prompt's product.
+    """
+    x_TI, bias_O = x_TI.float(), None if bias_O is None else bias_O.float()
+    out_TO = torch.empty(x_TI.shape[0], weight_OI.shape[0], dtype=dtype)
+    for first in range(0, weight_OI.shape[0], _CAST_OUTPUTS):
+        some = slice(first, first + _CAST_OUTPUTS)
+        out_To = F.linear(x_TI, weight_OI[some].float(), None if bias_O is None else bias_O[some])
+        out_TO[:, some] = torch.relu_(out_To) if relu else out_To
+    return out_TO

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.formats.linear import linear, row_parts
+from engine.formats.linear import linear, logits, row_parts
 from engine.model.activation_functions import ACTIVATION_FUNCTIONS
 from engine.model.family import Attend, Config, NamedWeights
 from engine.model.llama_sizes import LlamaSizes, Rope
@@ -55,7 +55,7 @@ class Llama(LlamaSizes):
         """Attention and feed-forward block, each with its residual; ``hidden_TD`` is overwritten."""
         hidden_TD.add_(self._attention(weights, self._norm(weights, "attention_norm", hidden_TD), positions_T, attend))
         x_TD = self._norm(weights, "ffn_norm", hidden_TD)
-        parts = row_parts(x_TD.shape[0], 2 * self.shape.ffn_size * x_TD.element_size())
+        parts = row_parts(x_TD, 2 * self.shape.ffn_size)
         for rows_RD, x_RD in zip(torch.chunk(hidden_TD, parts), torch.chunk(x_TD, parts), strict=True):
             rows_RD.add_(self._feed_forward(weights, x_RD))
         return hidden_TD
@@ -80,7 +80,7 @@ class Llama(LlamaSizes):
         """Final norm and token table; float32 logits ``[T, V]``."""
         hidden_TD = self._norm(weights, "norm", hidden_TD)
         table = weights["logits.weight"] if embedding is None else embedding["tokens.weight"]
-        return F.linear(hidden_TD, table).float()
+        return logits(hidden_TD, table)
 
     def _norm(self, weights: NamedWeights, name: str, x: Tensor) -> Tensor:
         """RMSNorm over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467), computed in float32."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.formats.linear import linear, row_parts
+from engine.formats.linear import linear, logits, row_parts
 from engine.model.activation_functions import ACTIVATION_FUNCTIONS
 from engine.model.family import Attend, Config, NamedWeights
 from engine.model.opt_sizes import POSITION_OFFSET, OPTSizes
@@ -63,7 +63,7 @@ class OPT(OPTSizes):
         if not self.norm_before:
             hidden_TD = self._norm(weights, "attention_norm", hidden_TD)
         x_TD = self._norm(weights, "ffn_norm", hidden_TD) if self.norm_before else hidden_TD
-        parts = row_parts(x_TD.shape[0], self.shape.ffn_size * x_TD.element_size())
+        parts = row_parts(x_TD, self.shape.ffn_size)
         for rows_RD, x_RD in zip(torch.chunk(hidden_TD, parts), torch.chunk(x_TD, parts), strict=True):
             rows_RD.add_(self._feed_forward(weights, x_RD))
         return hidden_TD if self.norm_before else self._norm(weights, "ffn_norm", hidden_TD)
@@ -90,4 +90,4 @@ class OPT(OPTSizes):
         if "project_out.weight" in weights:
             hidden_TD = F.linear(hidden_TD, weights["project_out.weight"])
         table = weights["logits.weight"] if embedding is None else embedding["tokens.weight"]
-        return F.linear(hidden_TD, table).float()
+        return logits(hidden_TD, table)

@@ -137,11 +137,18 @@ def test_narrow_pieces_merge_in_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("position", [0, 1, 30])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
-@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize(("flash", "products"), [(True, True), (False, True), (False, False)])
 def test_a_decode_token_is_stored_and_sees_all_up_to_itself(
-    dtype: torch.dtype, position: int, heads: int, kv_heads: int, flash: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    position: int,
+    heads: int,
+    kv_heads: int,
+    flash: bool,
+    products: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kernels, "flash_decodes", lambda: flash)
+    monkeypatch.setattr(kernels, "has_products", lambda dtype: products or dtype == torch.float32)
     torch.manual_seed(position)
     q_TNH, (k_TKH, v_TKH) = torch.randn(3, heads, 16).to(dtype), torch.randn(2, 3, kv_heads, 16).to(dtype)
     kv_2KcH = torch.randn(2, kv_heads, 31, 16).to(dtype)

@@ -4,21 +4,26 @@ import pytest
 import torch
 
 import engine.formats.linear as linear_module
-from engine.formats.linear import linear
+from engine.formats.linear import linear, logits
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-@pytest.mark.parametrize("fuses", [True, False])
+@pytest.fixture(params=[True, False], ids=["fast", "slow"])
+def has_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """As on this processor, and as on one that multiplies float32 alone at full speed."""
+    if not request.param:
+        monkeypatch.setattr(linear_module, "has_products", lambda dtype: dtype == torch.float32)
+        monkeypatch.setattr(linear_module, "_CAST_OUTPUTS", 10)  # the last of several casts is a smaller one
+    return bool(request.param)
+
+
+@pytest.mark.usefixtures("has_products")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [0, 1, 37])
-def test_bias_and_relu(
-    tokens: int, bias: bool, relu: bool, dtype: torch.dtype, fuses: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not fuses:
-        monkeypatch.setattr(linear_module, "_has_onednn", lambda: False)
+def test_bias_and_relu(tokens: int, bias: bool, relu: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight, offset = torch.randn(tokens, 48), torch.randn(24, 48), torch.randn(24)
     x, weight, offset = (part.to(dtype) for part in (x, weight, offset))
@@ -31,3 +36,16 @@ def test_bias_and_relu(
     assert torch.equal(x, before)
     scale = 48**0.5
     torch.testing.assert_close(found.float(), expected, atol=TOLERANCE[dtype] * scale, rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [0, 1, 37])
+def test_logits_are_float32(tokens: int, dtype: torch.dtype, has_products: bool) -> None:
+    torch.manual_seed(0)
+    x, table = torch.randn(tokens, 48).to(dtype), torch.randn(24, 48).to(dtype)
+    expected = x.float() @ table.float().T
+    found = logits(x, table)
+    assert found.dtype == torch.float32
+    exact = dtype == torch.float32 or (tokens > 1 and not has_products)  # then nothing is rounded to 16 bits
+    tolerance = TOLERANCE[torch.float32] if exact else TOLERANCE[dtype]
+    torch.testing.assert_close(found, expected, atol=tolerance * 48**0.5, rtol=tolerance)
