@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.machine import default_dtype
 from benchmarks.outputs import differences
 from benchmarks.turns import RunFailed, in_turn, run_module
 
@@ -70,7 +71,8 @@ def compare_speed(trees: tuple[Path, Path], repeat: int) -> dict[str, float]:
     for name, words in RUNS.items():
         speeds: tuple[list[float], list[float]] = ([], [])
         for side in in_turn((0, 1), repeat):
-            report = json.loads(run_module(trees[side], "benchmarks.generate", *words, "--peers", "none", "--json"))
+            more = ("--dtype", default_dtype(), "--peers", "none", "--json")
+            report = json.loads(run_module(trees[side], "benchmarks.generate", *words, *more))
             speeds[side].append(report["ours"]["tok_s"])
         ratios[name] = median(speeds[1]) / median(speeds[0])
         print(f"{name}: {ratios[name]:.3f} ({speeds[0]} before, {speeds[1]} after)", file=sys.stderr, flush=True)

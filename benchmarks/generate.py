@@ -11,7 +11,7 @@ from typing import TypeVar
 from benchmarks.checkpoints import default_cache, make_checkpoint
 from benchmarks.compare import Runner, compare
 from benchmarks.jobs import Job, JobFailed
-from benchmarks.machine import describe_machine
+from benchmarks.machine import default_dtype, describe_machine
 from benchmarks.peers import PEERS
 from benchmarks.report import to_json, to_text
 from benchmarks.shapes import SHAPES, shape_of
@@ -105,7 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", choices=("generate", "score"), default="generate")
     add("--json", action="store_true", help="one JSON document on standard output")
     add("--device", default=_default_device())
-    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default=default_dtype(),
+        help="of all that are compared: bfloat16, or float32 on a CPU that is slow in it (default here: %(default)s)",
+    )
     add("--device-memory", type=_as(parse_bytes), metavar="SIZE", help="ours: by default what the cap leaves")
     add("--micro-batch", type=_positive, metavar="N", help="ours: tokens computed together")
     add("--micro-batches", type=_positive, metavar="N", help="ours: of a pass, at most")

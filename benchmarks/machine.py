@@ -15,6 +15,7 @@ def describe_machine(cache: Path) -> dict[str, object]:
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "matrix_units": [flag for flag in _MATRIX_FLAGS if flag in _cpuinfo("flags").split()],
+        "compared_in": default_dtype(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": _gpu(),
         "disk": _file_system(cache),
@@ -23,6 +24,15 @@ def describe_machine(cache: Path) -> dict[str, object]:
         "packages": {name: _version(name) for name in ("torch", "transformers", "accelerate")},
         "load_average": round(load, 2),
     }
+
+
+def default_dtype() -> str:
+    """What systems are compared in: bfloat16; or float32 on a CPU that is slow in bfloat16, where peers would crawl."""
+    import torch
+
+    from engine.formats.linear import has_products
+
+    return "bfloat16" if torch.cuda.is_available() or has_products(torch.bfloat16) else "float32"
 
 
 def _cpuinfo(key: str) -> str:

@@ -107,6 +107,8 @@ def title_of(about: Mapping[str, object], machine: Machine) -> str:
     memory = about["memory_bytes"]
     assert isinstance(memory, int)
     units = {Machine.AMX: " with AMX", Machine.CPU: " without AMX"}.get(machine, "")
+    if about["compared_in"] == "float32":
+        units = " without products in bfloat16 (compared in float32)"
     return f"{about['cores']} cores of {about['cpu']}{units}, {memory / GIB:.0f} GiB, {about['gpu'] or 'no GPU'}"
 
 
