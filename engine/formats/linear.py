@@ -12,8 +12,8 @@ from engine.units import MIB, align_up, div_ceil
 WIDEST_BYTES = LARGEST_KEPT - MIB
 """Bytes of one result, at most: larger ones go back to the system at once when they are freed."""
 _FEW_ROWS = 256
-_CAST_OUTPUTS = 256
-"""Outputs whose weights are cast together: few enough that the processor still has them cached when it multiplies."""
+_CAST = 512
+"""Rows, and outputs whose weights, that are cast at a time: few enough that the processor still has them cached."""
 _FEWEST_CAST = 16
 """Rows from which casting weights costs less than it saves."""
 _STEPS = 16, 32
@@ -41,14 +41,13 @@ def logits(x_TI: Tensor, table_VI: Tensor) -> Tensor:
     return F.linear(x_TI, table_VI).float()
 
 
-def row_parts(x_TI: Tensor, widest: int) -> int:
-    """In how many equal parts rows should go through a block whose widest tensor has that many values a row.
+def row_parts(num_rows: int, widest_bytes: int) -> int:
+    """In how many equal parts rows should go through a block whose widest tensor has ``widest_bytes`` a row.
 
     So that this tensor is memory that was used a moment ago, not fresh pages; and no more parts than that takes, since
     small products run at less speed.
     """
-    item = 4 if _is_cast(x_TI) else x_TI.element_size()
-    return max(1, div_ceil(x_TI.shape[0] * widest * item, WIDEST_BYTES))
+    return max(1, div_ceil(num_rows * widest_bytes, WIDEST_BYTES))
 
 
 def padded_rows(num_rows: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -85,13 +84,15 @@ def _by_float32(
     """The product in float32, for processors without products in 16 bits; only its result is rounded, to ``dtype``.
 
     Without AVX-512 (desktops, most of AMD's servers before 2022) PyTorch multiplies in bfloat16 at a sixth of the speed
-    of float32. All weights in float32 would take twice the memory, so a few are cast at a time, which takes a twentieth
-    of a prompt's product.
+    of float32. All in float32 would take twice the memory, so a few are cast at a time: no more for more rows, and
+    hardly slower.
     """
-    x_TI, bias_O = x_TI.float(), None if bias_O is None else bias_O.float()
+    bias_O = None if bias_O is None else bias_O.float()
     out_TO = torch.empty(x_TI.shape[0], weight_OI.shape[0], dtype=dtype)
-    for first in range(0, weight_OI.shape[0], _CAST_OUTPUTS):
-        some = slice(first, first + _CAST_OUTPUTS)
-        out_To = F.linear(x_TI, weight_OI[some].float(), None if bias_O is None else bias_O[some])
-        out_TO[:, some] = torch.relu_(out_To) if relu else out_To
+    for first in range(0, weight_OI.shape[0], _CAST):
+        outputs = slice(first, first + _CAST)
+        weight_oI, bias_o = weight_OI[outputs].float(), None if bias_O is None else bias_O[outputs]
+        for x_tI, out_tO in zip(torch.split(x_TI, _CAST), torch.split(out_TO, _CAST), strict=True):
+            out_to = F.linear(x_tI.float(), weight_oI, bias_o)
+            out_tO[:, outputs] = torch.relu_(out_to) if relu else out_to
     return out_TO

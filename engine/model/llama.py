@@ -55,7 +55,7 @@ class Llama(LlamaSizes):
         """Attention and feed-forward block, each with its residual; ``hidden_TD`` is overwritten."""
         hidden_TD.add_(self._attention(weights, self._norm(weights, "attention_norm", hidden_TD), positions_T, attend))
         x_TD = self._norm(weights, "ffn_norm", hidden_TD)
-        parts = row_parts(x_TD, 2 * self.shape.ffn_size)
+        parts = row_parts(x_TD.shape[0], 2 * self.shape.ffn_size * x_TD.element_size())
         for rows_RD, x_RD in zip(torch.chunk(hidden_TD, parts), torch.chunk(x_TD, parts), strict=True):
             rows_RD.add_(self._feed_forward(weights, x_RD))
         return hidden_TD

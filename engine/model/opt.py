@@ -63,7 +63,7 @@ class OPT(OPTSizes):
         if not self.norm_before:
             hidden_TD = self._norm(weights, "attention_norm", hidden_TD)
         x_TD = self._norm(weights, "ffn_norm", hidden_TD) if self.norm_before else hidden_TD
-        parts = row_parts(x_TD, self.shape.ffn_size)
+        parts = row_parts(x_TD.shape[0], self.shape.ffn_size * x_TD.element_size())
         for rows_RD, x_RD in zip(torch.chunk(hidden_TD, parts), torch.chunk(x_TD, parts), strict=True):
             rows_RD.add_(self._feed_forward(weights, x_RD))
         return hidden_TD if self.norm_before else self._norm(weights, "ffn_norm", hidden_TD)

@@ -14,7 +14,7 @@ def has_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """As on this processor, and as on one that multiplies float32 alone at full speed."""
     if not request.param:
         monkeypatch.setattr(linear_module, "has_products", lambda dtype: dtype == torch.float32)
-        monkeypatch.setattr(linear_module, "_CAST_OUTPUTS", 10)  # the last of several casts is a smaller one
+        monkeypatch.setattr(linear_module, "_CAST", 10)  # the last of several casts is a smaller one
     return bool(request.param)
 
 
