@@ -84,9 +84,16 @@ class PassModel:
         pool = sum(plan.kv_bytes.values())
         self._kv_share = {tier: plan.kv_bytes[tier] / pool if pool else 0.0 for tier in TierName}
         layers = [(tier, stored.unit_bytes[layer_name(index)]) for index, tier in enumerate(plan.layers)]
-        self._weight_bytes = {tier: sum(size for place, size in layers if place is tier) for tier in TierName}
-        self._transfer_bytes = max(size for _, size in layers)
+        weight_bytes = {tier: sum(size for place, size in layers if place is tier) for tier in TierName}
+        transfer_bytes = max(size for _, size in layers)
         self._shares_host = hardware.shares_host_memory
+        self._weight_bytes = dict.fromkeys(LINKS, 0) | {LaneName.DISK_READ: weight_bytes[TierName.DISK]}
+        if not self._shares_host:
+            self._weight_bytes[LaneName.HOST_TO_DEVICE] = weight_bytes[TierName.DISK] + weight_bytes[TierName.HOST]
+        self._weight_seconds = {
+            lane: hardware.lanes[lane].seconds(num_bytes, transfer_bytes)
+            for lane, num_bytes in self._weight_bytes.items()
+        }
         # What compute cannot address where it lies passes through scratch.
         self._fetched_share = self._kv_share[TierName.DISK] + (
             0.0 if self._shares_host else self._kv_share[TierName.HOST]
@@ -97,7 +104,7 @@ class PassModel:
     def cost(self, load: PassLoad) -> PassCost:
         """Seconds of one pass, lane by lane."""
         compute_s, host_s = self._compute_seconds(load)
-        weights, kv, activations = self._link_bytes(load)
+        kv, activations = self._link_bytes(load)
         lane_bytes: dict[LaneName, float] = {}
         lane_seconds: dict[LaneName, float] = {LaneName.DEVICE_COMPUTE: compute_s, LaneName.HOST_COMPUTE: host_s}
         batch_bytes = self._hidden_bytes * load.tokens / self._batches(load.tokens)
@@ -108,8 +115,8 @@ class PassModel:
             rate = self._hardware.lanes[lane]
             kv_s = self._kv_seconds(lane, kv[lane], load)
             activations_s = rate.seconds(activations[lane], batch_bytes)
-            lane_bytes[lane] = weights[lane] + kv[lane] + activations[lane]
-            lane_seconds[lane] = rate.seconds(weights[lane], self._transfer_bytes) + kv_s + activations_s
+            lane_bytes[lane] = self._weight_bytes[lane] + kv[lane] + activations[lane]
+            lane_seconds[lane] = self._weight_seconds[lane] + kv_s + activations_s
             waits_s += (0.0 if self._overlap.kv else kv_s) + (0.0 if overlaps else activations_s)
         if not self._overlap.kv:
             waits_s += host_s
@@ -160,18 +167,16 @@ class PassModel:
         host_s = hardware.host_attention.seconds(read * on_host, size) if hardware.host_attention and on_host else 0.0
         return compute_s, host_s
 
-    def _link_bytes(self, load: PassLoad) -> tuple[dict[LaneName, float], dict[LaneName, float], dict[LaneName, float]]:
-        """Bytes of weights, of keys and values, and of activations that each lane moves."""
-        weights, kv, activations = (dict.fromkeys(LINKS, 0.0) for _ in range(3))
+    def _link_bytes(self, load: PassLoad) -> tuple[dict[LaneName, float], dict[LaneName, float]]:
+        """Bytes of keys and values, and of activations that each lane moves."""
+        kv, activations = dict.fromkeys(LINKS, 0.0), dict.fromkeys(LINKS, 0.0)
         copies = not self._shares_host
         on_disk, on_host = self._kv_share[TierName.DISK], self._kv_share[TierName.HOST]
         below = on_disk + on_host
         new, moved = load.tokens * self._token_bytes, (load.attended + load.reattended) * self._token_bytes
-        weights[LaneName.DISK_READ] = self._weight_bytes[TierName.DISK]
         kv[LaneName.DISK_READ] = moved * on_disk
         kv[LaneName.DISK_WRITE] = new * on_disk
         if copies:
-            weights[LaneName.HOST_TO_DEVICE] = self._weight_bytes[TierName.DISK] + self._weight_bytes[TierName.HOST]
             kv[LaneName.DEVICE_TO_HOST] = new * below
             if self._host_attends:
                 # Queries go down, results come up; only prompt chunks fetch what they attend to.
@@ -187,7 +192,7 @@ class PassModel:
                 activations[LaneName.HOST_TO_DEVICE] = activations[LaneName.DEVICE_TO_HOST] = num_bytes
             if self._plan.activations is TierName.DISK:
                 activations[LaneName.DISK_READ] = activations[LaneName.DISK_WRITE] = num_bytes
-        return weights, kv, activations
+        return kv, activations
 
     def _kv_seconds(self, lane: LaneName, num_bytes: float, load: PassLoad) -> float:
         """For keys and values on a lane: read extent by extent, written as they are computed, layer by layer."""

@@ -19,7 +19,7 @@ from engine.tiers import TierName
 from engine.weights.stored import StoredWeights
 
 MAX_SIMULATED_PASSES = 1000
-"""Beyond these a long workload is taken to go on at its steady rate."""
+"""Beyond these a long workload is taken to go on at its steady rate, unless a caller asks for fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +103,7 @@ def predict(
     plan: Plan,
     workload: Workload,
     overlap: Overlap = OVERLAPPED,
+    most_passes: int = MAX_SIMULATED_PASSES,
 ) -> Prediction:
     """How long a workload takes under a plan, from the first pass to the last output.
 
@@ -117,7 +118,7 @@ def predict(
     run = _Run(model, plan, workload, token_bytes)
     if plan.schedule == "block":
         return run.by_block()
-    return run.mixed()
+    return run.mixed(most_passes)
 
 
 class _Run:
@@ -128,14 +129,14 @@ class _Run:
         self._request = mean_request_load(workload, plan)
         self._rate = steady_requests_per_pass(workload, plan, token_bytes)
 
-    def mixed(self) -> Prediction:
+    def mixed(self, most_passes: int) -> Prediction:
         """Decode tokens and prompts in one pass."""
         load = self._request.scaled(self._rate)
         cost = self._model.cost(load)
         if not self._rate:
             return self._prediction(math.inf, math.inf, 0.0, cost, load)
         steady = self._rate * self._workload.generated / self._workload.requests / cost.seconds
-        passes, seconds = self._simulate(cost)
+        passes, seconds = self._simulate(cost, most_passes)
         return self._prediction(passes, seconds, steady, cost, load)
 
     def by_block(self) -> Prediction:
@@ -191,11 +192,11 @@ class _Run:
         attended = sum(number * each.attended / each.decode_steps for number, each in zip(numbers, runs, strict=True))
         return PassLoad(decode_tokens=tokens, attended=attended, logits_rows=tokens)
 
-    def _simulate(self, steady: PassCost) -> tuple[float, float]:
+    def _simulate(self, steady: PassCost, most_passes: int) -> tuple[float, float]:
         """Passes and seconds, as the scheduler fills passes and as balance is learned from them."""
         simulation = Simulation(self._workload, self._plan, self._token_bytes)
         balance = Balance()
-        last = MAX_SIMULATED_PASSES + max(each.decode_steps for each in self._workload.lengths)
+        last = most_passes + max(each.decode_steps for each in self._workload.lengths)
         passes, seconds = 0.0, 0.0
         while not simulation.is_done:
             if passes == last and simulation.num_waiting > self._rate:

@@ -42,6 +42,10 @@ SLOWER = 0.8
 """Optima of this share of a known plan's rate are rounded, too: they may need less time to fill and to drain."""
 MOST_SIMULATED, LEAST_SIMULATED = 120, 32
 """How many plans are simulated from the first pass to the last, the best estimate first; all, for blocks."""
+SCREENED_PASSES, SCREENED_LIVES, FINALISTS = 200, 4, 8
+"""Passes, and lives of the longest request, that are simulated to find the best plans by; and how many of these are
+then predicted as carefully as can be. The steady rate, by which a short simulation goes on, is too good for plans whose
+passes come in waves."""
 PASSES_A_SECOND = 200
 """Passes that are simulated for each second that the workload will take: which takes about a fiftieth of that time."""
 STEPS = (16, 4, 1)
@@ -87,7 +91,9 @@ class _Rounding:
         return bool(self.plan.kv_bytes[TierName.DISK] or self.plan.num_layers_in(TierName.DISK))
 
 
-def search(given: PlanInput, hardware: Hardware, overlap: Overlap = OVERLAPPED) -> Found:
+def search(
+    given: PlanInput, hardware: Hardware, overlap: Overlap = OVERLAPPED, most_simulated: int = MOST_SIMULATED
+) -> Found:
     """The plan under which the workload ends soonest.
 
     Whatever a person fixed stays. Host attention is tried both ways where ``overlap`` has it.
@@ -101,7 +107,7 @@ def search(given: PlanInput, hardware: Hardware, overlap: Overlap = OVERLAPPED) 
         raise ValueError("a plan is searched for a workload, and none is given")
     _check_lengths(given.shape, given.workload)
     fixed = replace(given.options, dtype=given.dtype, disk_dir=given.options.disk_dir or given.disk_dir)
-    return _Search(given.asking(fixed).within(given.budgets), hardware, given.workload, overlap).best()
+    return _Search(given.asking(fixed).within(given.budgets), hardware, given.workload, overlap).best(most_simulated)
 
 
 class _Search:
@@ -110,10 +116,12 @@ class _Search:
         self._relaxation = Relaxation(given, hardware, workload, overlap)
         self._fixed = given.options
         self._num_layers = given.shape.num_layers
+        lives = SCREENED_LIVES * max(each.decode_steps for each in workload.lengths)
+        self._screened_passes = min(max(SCREENED_PASSES, lives), MAX_SIMULATED_PASSES)
         self._needed = 0
         """KV tokens that some tier must have room for."""
 
-    def best(self) -> Found:
+    def best(self, most_simulated: int) -> Found:
         """Bound, round, predict."""
         steady = self._rounded()
         if not steady:
@@ -129,23 +137,27 @@ class _Search:
         best: Prediction | None = None
         simulated: list[tuple[_Rounding, Prediction]] = []
         passes = 0.0
-        for number, each in enumerate(steady if by_block else steady[:MOST_SIMULATED]):
+        for number, each in enumerate(steady if by_block else steady[:most_simulated]):
             if best is not None and not by_block:
                 if number >= LEAST_SIMULATED and passes > PASSES_A_SECOND * best.seconds:
                     break
                 if each.rate * per_request * AHEAD < best.generated_per_s:
                     continue
-            prediction = predict(
-                self._hardware, self._given.shape, self._given.stored, each.plan, self._workload, each.overlap
-            )
+            prediction = self._predicted(each, self._screened_passes)
             simulated.append((each, prediction))
-            passes += min(prediction.passes, MAX_SIMULATED_PASSES)
+            passes += min(prediction.passes, self._screened_passes)
             if best is None or prediction.seconds < best.seconds:
                 best = prediction
-        assert best is not None
-        ties = [pair for pair in simulated if pair[1].seconds <= best.seconds * (1 + TIE / 4)]
+        simulated.sort(key=lambda pair: pair[1].seconds)
+        finalists = [(each, self._predicted(each, MAX_SIMULATED_PASSES)) for each, _ in simulated[:FINALISTS]]
+        soonest = min(prediction.seconds for _, prediction in finalists)
+        ties = [pair for pair in finalists if pair[1].seconds <= soonest * (1 + TIE / 4)]
         chosen, prediction = min(ties, key=lambda pair: (pair[0].on_disk, pair[1].seconds))
         return Found(options=chosen.options, plan=chosen.plan, prediction=prediction)
+
+    def _predicted(self, each: "_Rounding", most_passes: int) -> Prediction:
+        given = self._given
+        return predict(self._hardware, given.shape, given.stored, each.plan, self._workload, each.overlap, most_passes)
 
     def _rounded(self) -> "list[_Rounding]":
         """Plans near the optima of the linear programs, each once, with their steady rates."""

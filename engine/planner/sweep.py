@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from engine.errors import PlanDoesNotFit
 from engine.planner.hardware import Hardware
 from engine.planner.plan_input import PlanInput
-from engine.planner.search import Found, search
+from engine.planner.search import LEAST_SIMULATED, Found, search
 from engine.tiers import TierName
 
 FACTORS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -29,7 +29,7 @@ def sweep(given: PlanInput, hardware: Hardware, tier: TierName) -> Iterator[Poin
     for factor in FACTORS:
         room = {**budgets, tier: int(budgets[tier] * factor)}
         try:
-            found = search(given.within(room), hardware)
+            found = search(given.within(room), hardware, most_simulated=LEAST_SIMULATED)
         except PlanDoesNotFit:
             found = None
         if found is not None and (best is None or found.prediction.seconds < best.prediction.seconds):

@@ -22,11 +22,11 @@ from engine.planner.known_models import KNOWN_MODELS, KnownModel, known_model
 from engine.planner.load import PassLoad, mean_request_load
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.plan_input import PlanInput
-from engine.planner.predict import Prediction, compute_ceiling_per_s, predict
+from engine.planner.predict import MAX_SIMULATED_PASSES, Prediction, compute_ceiling_per_s, predict
 from engine.planner.profiles import load_hardware, preset_names, profile_json
 from engine.planner.rates import Figure, Rate
 from engine.planner.resolve import resolve_plan
-from engine.planner.search import Found, search
+from engine.planner.search import SCREENED_PASSES, Found, search
 from engine.planner.workload import Lengths, Workload
 from engine.tiers import Shares, TierName
 from engine.units import GIB, MIB
@@ -357,6 +357,18 @@ def found_within(device: int, host: int, disk: int, prompt: int, generated: int)
         assert 0 <= best.plan.used_bytes[tier] <= budgets[tier]
     assert 0 < best.prediction.generated_per_s < inf
     return True
+
+
+def test_a_found_plan_is_predicted_as_carefully_as_any() -> None:
+    """Not by the short simulation by which plans are compared, which is too good for some."""
+    known, hardware, work = model("facebook/opt-6.7b"), load_hardware("l4"), Workload.uniform(512, 32, 1000)
+    asked = input_for_machine(hardware, shape=known.shape, stored=known.stored(), options=PlanOptions(), workload=work)
+    found = search(asked, hardware)
+    short, long = (
+        predict(hardware, known.shape, known.stored(), found.plan, work, most_passes=most).seconds
+        for most in (SCREENED_PASSES, MAX_SIMULATED_PASSES)
+    )
+    assert short != long == found.prediction.seconds
 
 
 @settings(max_examples=15, deadline=None)
