@@ -68,10 +68,9 @@ def has_products(dtype: torch.dtype) -> bool:
         return True
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    onednn = torch.ops.mkldnn
     if dtype == torch.bfloat16:
-        return hasattr(onednn, "_linear_pointwise") and bool(onednn._is_mkldnn_bf16_supported())
-    return bool(onednn._is_mkldnn_fp16_supported())
+        return hasattr(torch.ops.mkldnn, "_linear_pointwise") and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def _is_cast(x_TI: Tensor) -> bool:
@@ -81,11 +80,9 @@ def _is_cast(x_TI: Tensor) -> bool:
 def _by_float32(
     x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype, *, relu: bool = False
 ) -> Tensor:
-    """The product in float32, for processors without products in 16 bits; only its result is rounded, to ``dtype``.
+    """The product in float32, for processors that are slow in 16 bits; only its result is rounded, to ``dtype``.
 
-    Without AVX-512 (desktops, most of AMD's servers before 2022) PyTorch multiplies in bfloat16 at a sixth of the speed
-    of float32. All in float32 would take twice the memory, so a few are cast at a time: no more for more rows, and
-    hardly slower.
+    All weights in float32 would take twice the memory, so a few are cast at a time, and no more for more rows.
     """
     bias_O = None if bias_O is None else bias_O.float()
     out_TO = torch.empty(x_TI.shape[0], weight_OI.shape[0], dtype=dtype)
