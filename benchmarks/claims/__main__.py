@@ -98,6 +98,8 @@ def kind_of(about: Mapping[str, object]) -> Machine:
     """Which lines hold for a machine."""
     if about["gpu"]:
         return Machine.CUDA
+    if about["compared_in"] == "float32":
+        return Machine.FLOAT32
     units = about["matrix_units"]
     return Machine.AMX if isinstance(units, list) and "amx_bf16" in units else Machine.CPU
 
@@ -106,9 +108,11 @@ def title_of(about: Mapping[str, object], machine: Machine) -> str:
     """A machine in a line."""
     memory = about["memory_bytes"]
     assert isinstance(memory, int)
-    units = {Machine.AMX: " with AMX", Machine.CPU: " without AMX"}.get(machine, "")
-    if about["compared_in"] == "float32":
-        units = " without products in bfloat16 (compared in float32)"
+    units = {
+        Machine.AMX: " with AMX",
+        Machine.CPU: " without AMX",
+        Machine.FLOAT32: " without products in bfloat16 (compared in float32)",
+    }.get(machine, "")
     return f"{about['cores']} cores of {about['cpu']}{units}, {memory / GIB:.0f} GiB, {about['gpu'] or 'no GPU'}"
 
 

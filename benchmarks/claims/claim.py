@@ -15,6 +15,8 @@ class Machine(StrEnum):
     """A CPU with matrix units, no GPU."""
     CPU = "cpu"
     """A CPU without, no GPU."""
+    FLOAT32 = "float32"
+    """A CPU that is slow in bfloat16, no GPU: systems are compared in float32."""
 
 
 class Need(StrEnum):

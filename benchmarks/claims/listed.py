@@ -6,7 +6,7 @@ _CAP = frozenset({Need.MEMORY_CAP})
 _AGREES: dict[str, object] = {"tokens_agree": True}
 _CAPPED: dict[str, object] = {"cap_missing": None}
 _DONE: dict[str, object] = {"all_done": True, "workers_that_computed": 2}
-_AMX, _CPU = Machine.AMX, Machine.CPU
+_AMX, _CPU, _FLOAT32 = Machine.AMX, Machine.CPU, Machine.FLOAT32
 
 
 def _generate(shape: str, requests: int, prompt: str, out: str, *more: str) -> tuple[str, ...]:
@@ -38,6 +38,26 @@ _LONG_PATH = Missed(
     "imports; closing what fails half-way, spill files that are claimed and several families are what grew",
     yet=AtMost(4750),
 )
+
+_HALF_AS_FAST = (
+    "seconds on a processor that takes twice as long over the interpreter's own loops as those that the line is for"
+)
+_SAME_CORES = (
+    "the threads that copy share two slow cores with the products that they should run beside; on faster ones passes "
+    "take 1.02 to 1.08 times their busiest lane"
+)
+
+
+def _slow(yet: float) -> dict[Machine, Missed]:
+    return {_FLOAT32: Missed(why=_HALF_AS_FAST, yet=AtMost(yet))}
+
+
+_MILLION_MISSED = {
+    "status": _slow(0.8),
+    "million-status": _slow(1.2),
+    "million-enqueue": _slow(160),
+    "million-cancel": _slow(12),
+}
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
@@ -89,7 +109,7 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="times as fast as transformers, opt-1.3b in memory, 512 → 32",
         command=_MEMORY_1_3B,
         figure="ratio.transformers",
-        line={_AMX: AtLeast(1.5), _CPU: AtLeast(1.15)},
+        line={_AMX: AtLeast(1.5), _CPU: AtLeast(1.15), _FLOAT32: AtLeast(1.15)},
         requires=_AGREES,
     ),
     Claim(
@@ -97,7 +117,7 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="of the matrix peak measured in the same run, opt-1.3b in memory, 512 → 32",
         command=_MEMORY_1_3B,
         figure="ours.peak_fraction",
-        line={_AMX: AtLeast(0.5), _CPU: AtLeast(0.6)},
+        line={_AMX: AtLeast(0.5), _CPU: AtLeast(0.6), _FLOAT32: AtLeast(0.6)},
         requires=_AGREES,
     ),
     Claim(
@@ -120,7 +140,7 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="times as fast as accelerate, opt-1.3b from disk under a cap of 3 GiB, 512 → 32",
         command=_FROM_DISK,
         figure="ratio.accelerate",
-        line={_AMX: AtLeast(3.0), _CPU: AtLeast(1.5)},
+        line={_AMX: AtLeast(3.0), _CPU: AtLeast(1.5), _FLOAT32: AtLeast(1.5)},
         needs=_CAP,
         requires=_AGREES | _CAPPED,
     ),
@@ -147,7 +167,7 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="times as fast as two phases (FlexGen's schedule), opt-1.3b from disk under a cap of 3 GiB, 512 → 12",
         command=("benchmarks.schedules",),
         figure="ratio",
-        line={_AMX: AtLeast(1.3), _CPU: AtLeast(0.95)},
+        line={_AMX: AtLeast(1.3), _CPU: AtLeast(0.95), _FLOAT32: AtLeast(0.95)},
         needs=_CAP,
         requires=_CAPPED,
     ),
@@ -178,6 +198,7 @@ CLAIMS: tuple[Claim, ...] = (
         command=("benchmarks.overlap", "--json"),
         figure="worst",
         line=AtMost(1.15),
+        missed={_FLOAT32: Missed(why=_SAME_CORES, yet=AtMost(1.25))},
     ),
     Claim(
         name="prediction-median",
@@ -215,7 +236,14 @@ CLAIMS: tuple[Claim, ...] = (
         line=AtLeast(0.95),
     ),
     *(
-        Claim(name=name, sentence=sentence, command=_MILLION, figure=f"{figure}.measured", line=line)
+        Claim(
+            name=name,
+            sentence=sentence,
+            command=_MILLION,
+            figure=f"{figure}.measured",
+            line=line,
+            missed=_MILLION_MISSED.get(name, {}),
+        )
         for name, sentence, figure, line in (
             ("status", "seconds for `status` on a small database", "small_status_s", AtMost(0.4)),
             ("million-status", "seconds for `status` while a million rows are worked off", "status_s", AtMost(0.6)),

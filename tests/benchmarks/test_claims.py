@@ -54,6 +54,30 @@ def run_claims(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunClaims:
     return run
 
 
+@pytest.mark.parametrize(
+    ("gpu", "units", "compared_in", "kind"),
+    [
+        ("NVIDIA L4", ["avx2"], "bfloat16", Machine.CUDA),
+        (None, ["amx_bf16", "avx2"], "bfloat16", Machine.AMX),
+        (None, ["avx512_bf16", "avx2"], "bfloat16", Machine.CPU),
+        (None, ["avx2"], "float32", Machine.FLOAT32),
+    ],
+)
+def test_each_machine_has_its_lines_and_says_what_it_is(
+    gpu: str | None, units: list[str], compared_in: str, kind: Machine
+) -> None:
+    about = {
+        "gpu": gpu,
+        "matrix_units": units,
+        "compared_in": compared_in,
+        "cores": 2,
+        "cpu": "X",
+        "memory_bytes": 2**34,
+    }
+    assert runner.kind_of(about) is kind
+    assert ("float32" in runner.title_of(about, kind)) == (compared_in == "float32")
+
+
 def test_every_claim_has_a_name_a_command_that_exists_and_a_line() -> None:
     names = [claim.name for claim in CLAIMS]
     assert len(set(names)) == len(names)
