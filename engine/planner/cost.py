@@ -72,6 +72,7 @@ class PassModel:
         self._item = plan.dtype.num_bytes
         self._matmul = hardware.matmul_rate(plan.dtype, shape.hidden_size)
         self._busy_shares = _busy_shares(hardware, self._matmul)
+        self._contends = min(self._busy_shares.values()) < 1
         self._head = hardware.head_rate(plan.dtype, shape.hidden_size)
         self._prompt_attention = hardware.prompt_rate(shape.hidden_size)
         self._decode_attention = hardware.decode_rate(shape.hidden_size)
@@ -103,17 +104,19 @@ class PassModel:
 
     def cost(self, load: PassLoad) -> PassCost:
         """Seconds of one pass, lane by lane."""
-        compute_s, host_s = self._compute_seconds(load)
-        kv, activations = self._link_bytes(load)
+        tokens = load.tokens
+        batches = max(1, math.ceil(tokens / self._plan.micro_batch - 1e-9))
+        compute_s, host_s = self._compute_seconds(load, tokens, batches)
+        kv, activations = self._link_bytes(load, tokens)
         lane_bytes: dict[LaneName, float] = {}
         lane_seconds: dict[LaneName, float] = {LaneName.DEVICE_COMPUTE: compute_s, LaneName.HOST_COMPUTE: host_s}
-        batch_bytes = self._hidden_bytes * load.tokens / self._batches(load.tokens)
+        batch_bytes = self._hidden_bytes * tokens / batches
         waits_s = 0.0
         # One micro-batch alone is written back before it can be fetched again.
-        overlaps = self._overlap.activations and self._batches(load.tokens) > 1
+        overlaps = self._overlap.activations and batches > 1
         for lane in LINKS:
             rate = self._hardware.lanes[lane]
-            kv_s = self._kv_seconds(lane, kv[lane], load)
+            kv_s = self._kv_seconds(lane, kv[lane], load, tokens)
             activations_s = rate.seconds(activations[lane], batch_bytes)
             lane_bytes[lane] = self._weight_bytes[lane] + kv[lane] + activations[lane]
             lane_seconds[lane] = self._weight_seconds[lane] + kv_s + activations_s
@@ -123,9 +126,9 @@ class PassModel:
         seconds = self._longest(lane_seconds, compute_s + waits_s)
         if self._host_attends:
             # One micro-batch's host attention runs beside another's products: with one alone, nothing does.
-            seconds = max(seconds, (compute_s + host_s) / self._batches(load.tokens))
+            seconds = max(seconds, (compute_s + host_s) / batches)
         seconds += self._hardware.pass_overhead.value
-        bound_by = max(lane_seconds, key=lambda lane: lane_seconds[lane])
+        bound_by = max(lane_seconds, key=lane_seconds.__getitem__)
         return PassCost(
             seconds=seconds,
             lane_seconds=lane_seconds,
@@ -134,20 +137,16 @@ class PassModel:
             bound_by=bound_by,
         )
 
-    def _batches(self, tokens: float) -> int:
-        return max(1, math.ceil(tokens / self._plan.micro_batch - 1e-9))
-
     @staticmethod
     def _in_parts(rate: Rate, flops: float, number: float, most: int) -> float:
         """Seconds of ``number`` tokens or rows of ``flops`` each, in parts of at most ``most`` and a last one."""
         full, rest = divmod(number, most)
         return rate.seconds(full * most * flops, most) + rate.seconds(rest * flops, rest)
 
-    def _compute_seconds(self, load: PassLoad) -> tuple[float, float]:
+    def _compute_seconds(self, load: PassLoad, tokens: float, batches: int) -> tuple[float, float]:
         """Busy seconds of the device and of the host."""
         hardware, layers = self._hardware, self._shape.num_layers
-        batches = self._batches(load.tokens)
-        compute_s = self._in_parts(self._matmul, self._layer_flops, load.tokens, self._plan.micro_batch)
+        compute_s = self._in_parts(self._matmul, self._layer_flops, tokens, self._plan.micro_batch)
         compute_s += self._in_parts(self._head, self._head_flops, load.logits_rows, self._plan.logits_rows)
         pair_flops = 4 * self._shape.num_heads * self._shape.head_size * layers
         prompt_length = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 0.0
@@ -167,13 +166,13 @@ class PassModel:
         host_s = hardware.host_attention.seconds(read * on_host, size) if hardware.host_attention and on_host else 0.0
         return compute_s, host_s
 
-    def _link_bytes(self, load: PassLoad) -> tuple[dict[LaneName, float], dict[LaneName, float]]:
+    def _link_bytes(self, load: PassLoad, tokens: float) -> tuple[dict[LaneName, float], dict[LaneName, float]]:
         """Bytes of keys and values, and of activations that each lane moves."""
         kv, activations = dict.fromkeys(LINKS, 0.0), dict.fromkeys(LINKS, 0.0)
         copies = not self._shares_host
         on_disk, on_host = self._kv_share[TierName.DISK], self._kv_share[TierName.HOST]
         below = on_disk + on_host
-        new, moved = load.tokens * self._token_bytes, (load.attended + load.reattended) * self._token_bytes
+        new, moved = tokens * self._token_bytes, (load.attended + load.reattended) * self._token_bytes
         kv[LaneName.DISK_READ] = moved * on_disk
         kv[LaneName.DISK_WRITE] = new * on_disk
         if copies:
@@ -187,23 +186,23 @@ class PassModel:
                 kv[LaneName.HOST_TO_DEVICE] = moved * below
         if self._plan.activations is not TierName.DEVICE:
             # Stored after the embedding and after each layer, loaded before each layer and before the head.
-            num_bytes = load.tokens * self._hidden_bytes * (self._shape.num_layers + 1)
+            num_bytes = tokens * self._hidden_bytes * (self._shape.num_layers + 1)
             if copies:
                 activations[LaneName.HOST_TO_DEVICE] = activations[LaneName.DEVICE_TO_HOST] = num_bytes
             if self._plan.activations is TierName.DISK:
                 activations[LaneName.DISK_READ] = activations[LaneName.DISK_WRITE] = num_bytes
         return kv, activations
 
-    def _kv_seconds(self, lane: LaneName, num_bytes: float, load: PassLoad) -> float:
+    def _kv_seconds(self, lane: LaneName, num_bytes: float, load: PassLoad, tokens: float) -> float:
         """For keys and values on a lane: read extent by extent, written as they are computed, layer by layer."""
         if not num_bytes:
             return 0.0
         rate = self._hardware.kv_rate(lane)
         if lane in (LaneName.DISK_READ, LaneName.HOST_TO_DEVICE):
             segments = load.decode_tokens or load.prompt_segments
-            tokens = (load.attended if load.decode_tokens else load.prompt_tokens) / segments if segments else 0.0
-            return rate.seconds(num_bytes, max(1.0, min(tokens, self._plan.extent_tokens) * self._layer_token_bytes))
-        decoded = num_bytes * load.decode_tokens / load.tokens
+            each = (load.attended if load.decode_tokens else load.prompt_tokens) / segments if segments else 0.0
+            return rate.seconds(num_bytes, max(1.0, min(each, self._plan.extent_tokens) * self._layer_token_bytes))
+        decoded = num_bytes * load.decode_tokens / tokens
         prompt = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 1.0
         size = min(max(1.0, prompt), self._plan.extent_tokens) * self._layer_token_bytes
         return rate.seconds(decoded, self._layer_token_bytes) + rate.seconds(num_bytes - decoded, size)
@@ -211,6 +210,8 @@ class PassModel:
     def _longest(self, lane_seconds: Mapping[LaneName, float], compute_s: float) -> float:
         """Seconds until the last lane ends. While others work, each runs at what contention leaves it of its rate."""
         alone = {**lane_seconds, LaneName.DEVICE_COMPUTE: compute_s}
+        if not self._contends:
+            return max(alone.values())
         busy = {lane: seconds / self._busy_shares[lane] for lane, seconds in alone.items()}
         second, first = sorted(busy.values())[-2:]
         longest = 0.0

@@ -157,7 +157,7 @@ class _Run:
         lane_seconds = {
             lane: sum(times * cost.lane_seconds[lane] for times, cost in costs) / passes for lane in LaneName
         }
-        bound_by = max(lane_seconds, key=lambda lane: lane_seconds[lane])
+        bound_by = max(lane_seconds, key=lane_seconds.__getitem__)
         mean = PassCost(
             seconds=seconds / passes,
             lane_seconds=lane_seconds,

@@ -88,9 +88,13 @@ class Relaxation:
             TierName.HOST: max(given.stored.unit_bytes[layer] for layer in layers),
             TierName.DISK: 0,
         }
+        self._rooms: dict[Choice, Mapping[TierName, float] | None] = {}
 
     def solve(self, choice: Choice, shares: Sequence[float]) -> dict[float, Optimum]:
-        """The optimum for each share of the layers that may stay on the device; none where nothing fits."""
+        """The optimum for each share of the layers that may stay on the device; none where nothing fits.
+
+        ``shares``: the largest first.
+        """
         room = self._room(choice)
         if room is None:
             return {}
@@ -108,9 +112,13 @@ class Relaxation:
         self._limit_batches(program, sample, per_request)
         self._place_layers(program, choice)
         self._fix_shares(program)
-        found = {}
+        found: dict[float, Optimum] = {}
+        optimum: Optimum | None = None
         for share in shares:
             if share < 1 and not choice.streams:
+                continue
+            if optimum is not None and optimum.layers[TierName.DEVICE] <= share * self._num_layers:
+                found[share] = optimum  # a limit that it keeps anyway changes nothing
                 continue
             limited = program.copy()
             limited.at_most({_LAYERS[0]: 1.0, _PASSES: -share * self._num_layers})
@@ -120,7 +128,7 @@ class Relaxation:
             served = sum(values[name] for name in _REQUESTS)
             if served > 0:
                 layers = (min(self._num_layers, values[name] / values[_PASSES]) for name in _LAYERS)
-                found[share] = Optimum(
+                found[share] = optimum = Optimum(
                     choice,
                     served / unit,
                     dict(zip(_TIERS, layers, strict=True)),
@@ -184,8 +192,15 @@ class Relaxation:
                 share = options.kv.of(tier) / 100
                 program.equal({name: float(i == index) - share for i, name in enumerate(_REQUESTS)})
 
-    def _room(self, choice: Choice) -> dict[TierName, float] | None:
+    def _room(self, choice: Choice) -> Mapping[TierName, float] | None:
         """Bytes left for layers and cache: the budgets less what ``resolve_plan`` takes for everything else."""
+        # Where decode tokens are attended to takes no memory from any of it.
+        sizes = replace(choice, host_attention=False)
+        if sizes not in self._rooms:
+            self._rooms[sizes] = self._sized_room(sizes)
+        return self._rooms[sizes]
+
+    def _sized_room(self, choice: Choice) -> dict[TierName, float] | None:
         lowest = next(tier for tier in reversed(_TIERS) if tier is TierName.DEVICE or tier in choice.streams)
         probe = self._endless(choice, Shares(*(100 if tier is lowest else 0 for tier in _TIERS)))
         if fitting_plan(probe) is None:

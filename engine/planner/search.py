@@ -121,6 +121,8 @@ class _Search:
         self._screened_passes = min(max(SCREENED_PASSES, lives), MAX_SIMULATED_PASSES)
         self._needed = 0
         """KV tokens that some tier must have room for."""
+        self._sized: dict[tuple[PlanOptions, Overlap], _Rounding | None] = {}
+        """What was tried: optima of different shares, and moves from different starts, lead to the same plans."""
 
     def best(self, most_simulated: int) -> Found:
         """Bound, round, predict."""
@@ -183,11 +185,18 @@ class _Search:
 
     def _rounding(self, options: PlanOptions, overlap: Overlap) -> "_Rounding | None":
         """The plan and its steady rate; ``None`` if it does not fit or no sequence finds room."""
+        key = options, overlap
+        if key not in self._sized:
+            self._sized[key] = self._size(options, overlap)
+        rounding = self._sized[key]
+        return rounding if rounding is not None and rounding.room >= self._needed else None
+
+    def _size(self, options: PlanOptions, overlap: Overlap) -> "_Rounding | None":
         plan = fitting_plan(self._given.asking(options))
         if plan is None:
             return None
         room = plan.largest_sequence(self._given.shape)
-        if room < max(self._needed, min(each.reserved for each in self._workload.lengths)):
+        if room < min(each.reserved for each in self._workload.lengths):
             return None
         rate, seconds = self._estimate(plan, overlap)
         return _Rounding(rate, seconds, room, options, plan, overlap) if rate > 0 else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from engine.dtypes import DType
 from engine.formats.sizes import Plain, TensorFormat
@@ -19,7 +20,7 @@ class StoredTensor:
     num_values: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StoredWeights:
     """Bytes of each unit as stored, in which formats, and what they cost to compute with."""
 
@@ -37,9 +38,14 @@ class StoredWeights:
         tensors = {name: (StoredTensor(Plain(dtype), size // dtype.num_bytes),) for name, size in unit_bytes.items()}
         return cls(dtype, unit_bytes, tensors, {})
 
+    @cached_property
+    def _unit_formats(self) -> Mapping[str, frozenset[TensorFormat]]:
+        """Planning asks for them a million times."""
+        return {unit: frozenset(each.format for each in tensors) for unit, tensors in self.unit_tensors.items()}
+
     def is_ready(self, unit: str, dtype: DType) -> bool:
         """Whether a unit's stored bytes are what is computed with in ``dtype``: nothing must be unpacked."""
-        return all(tensor.format.is_ready(dtype) for tensor in self.unit_tensors[unit])
+        return all(each.is_ready(dtype) for each in self._unit_formats[unit])
 
     def computed_bytes(self, unit: str, dtype: DType) -> int:
         """Bytes of a unit as it is computed with: as stored, or each tensor unpacked to the compute dtype."""
