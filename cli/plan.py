@@ -51,11 +51,14 @@ def _tokens() -> Number:
     help=f"With --dataset: Jinja2 template over a row's fields. [default: {templates.DEFAULT}]",
 )
 @click.option("--sweep", type=click.Choice(_SWEEPS), help="Show the speed with less and with more of this memory.")
+@click.option("--no-advice", is_flag=True, help="Do not look for what would help most: it takes most of the time.")
 @json_option
 @partial(placement_options, least_device_memory=0)  # the answer says what the least would be
 @settings_options
 @click.pass_obj
-def command(app: App, /, model: str, hardware: str | None, sweep: str | None, as_json: bool, **values: Any) -> None:
+def command(
+    app: App, /, model: str, hardware: str | None, sweep: str | None, no_advice: bool, as_json: bool, **values: Any
+) -> None:
     """Show the plan that a worker would choose, what it predicts, what bounds it and what would help most.
 
     \b
@@ -74,11 +77,12 @@ def command(app: App, /, model: str, hardware: str | None, sweep: str | None, as
     from engine.planner.explain import document
 
     found = best_plan(given, machine)
-    advice = advise(given, machine, found)
     if as_json:
-        emit_json(document(given, machine, found, advice))
-    else:
-        _explain(given, machine, found, advice, model)
+        emit_json(document(given, machine, found, [] if no_advice else advise(given, machine, found)))
+        return
+    _explain(given, machine, found, model)
+    if not no_advice:
+        _emit_advice(advise(given, machine, found))
 
 
 def _emit_sweep(given: "PlanInput", machine: "Hardware", sweep_of: str, as_json: bool) -> None:
@@ -120,8 +124,8 @@ def _emit_sweep(given: "PlanInput", machine: "Hardware", sweep_of: str, as_json:
     emit_table((sweep_of.upper(), "GENERATED", "WITH PROMPTS", "BOUND BY"), rows)
 
 
-def _explain(given: "PlanInput", machine: "Hardware", found: "Found", advice: "list[Advice]", model: str) -> None:
-    """For people: what is where, how fast that is, why not faster, and what would help."""
+def _explain(given: "PlanInput", machine: "Hardware", found: "Found", model: str) -> None:
+    """For people: what is where, how fast that is, and why not faster."""
     from engine.planner.explain import flags_of, product_ceiling_per_s
     from engine.tiers import TierName
     from engine.units import format_bytes
@@ -159,6 +163,9 @@ def _explain(given: "PlanInput", machine: "Hardware", found: "Found", advice: "l
         f"bound by  {prediction.bound_by}, which alone would allow {format_rate(prediction.lane_ceiling_per_s)}; "
         f"products alone {format_rate(product_ceiling_per_s(given, machine))}"
     )
+
+
+def _emit_advice(advice: "list[Advice]") -> None:
     for index, each in enumerate(advice):
         label = "advice" if index == 0 else ""
         emit(f"{label:<9} +{100 * each.gain:.0f}%: {each.change} ({format_rate(each.generated_per_s)})")

@@ -17,7 +17,8 @@ from worker.settings import KEYS
 FROZEN = {
     "import": "--dtype",
     "models": "--json",
-    "plan": "--model --hardware --prompt-len --gen-len --requests --dataset --prompt --sweep --json PLACEMENT",
+    "plan": "--model --hardware --prompt-len --gen-len --requests --dataset --prompt --sweep --no-advice --json "
+    "PLACEMENT",
     "worker": "--model --queue PLACEMENT",
     "enqueue": "JOB-OPTIONS --queue --json",
     "status": "--watch --json",

@@ -12,7 +12,8 @@ from engine.planner.profiles import load_hardware, profile_json
 from engine.planner.rates import Figure
 from tests.cli.conftest import CONFIG, Command, Run, write_rows
 
-T4 = ("plan", "--hardware", "t4-gcp", "--requests", "300")
+ADVISED = ("plan", "--hardware", "t4-gcp", "--requests", "300")
+T4 = (*ADVISED, "--no-advice")
 
 
 def planned(done: Result) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def one_sentence(done: Result, exit_code: int) -> str:
 
 
 def test_a_machine_and_a_model_that_are_not_here(run: Run) -> None:
-    document = planned(run(*T4, "--model", "facebook/opt-30b", "--json"))
+    document = planned(run(*ADVISED, "--model", "facebook/opt-30b", "--json"))
     assert {"plan", "predicted", "memory", "advice"} <= set(document)
     predicted = document["predicted"]
     assert {"generated_per_s", "total_per_s", "bound_by"} <= set(predicted)
@@ -43,7 +44,7 @@ def test_a_machine_and_a_model_that_are_not_here(run: Run) -> None:
 
 
 def test_advice_helps_and_the_best_comes_first(run: Run) -> None:
-    document = planned(run(*T4, "--model", "opt-30b", "--json"))
+    document = planned(run(*ADVISED, "--model", "opt-30b", "--json"))
     gains = [each["gain"] for each in document["advice"]]
     assert 1 <= len(gains) <= 3
     assert gains == sorted(gains, reverse=True)
@@ -51,14 +52,19 @@ def test_advice_helps_and_the_best_comes_first(run: Run) -> None:
     now = document["predicted"]["generated_per_s"]
     for each in document["advice"]:
         assert each["generated_per_s"] == pytest.approx(now * (1 + each["gain"]))
+    plain = planned(run(*T4, "--model", "opt-30b", "--json"))
+    assert plain == document | {"advice": []}
 
 
 def test_for_people_the_placement_the_lane_and_the_time_are_told(run: Run) -> None:
-    done = run(*T4, "--model", "opt-6.7b")
+    done = run(*ADVISED, "--model", "opt-6.7b")
     assert done.exit_code == 0
     assert done.stderr == ""
     for word in ("device", "host", "disk", "BUDGET", "bound by", "300 requests in", "products alone", "advice"):
         assert word in done.stdout, word
+    without = run(*T4, "--model", "opt-6.7b").stdout
+    assert done.stdout.startswith(without)
+    assert "advice" not in without
 
 
 def test_the_flags_that_are_told_give_the_same_plan(run: Run) -> None:
@@ -84,7 +90,10 @@ def test_a_block_is_slower_than_mixed_passes(run: Run) -> None:
     assert block["predicted"]["generated_per_s"] < mixed["predicted"]["generated_per_s"]
 
 
-@pytest.mark.parametrize(("tier", "model"), [("device-memory", "opt-6.7b"), ("host-memory", "opt-30b")])
+@pytest.mark.parametrize(
+    ("tier", "model"),
+    [("device-memory", "opt-6.7b"), pytest.param("host-memory", "opt-30b", marks=pytest.mark.soak)],
+)
 def test_a_sweep_never_falls(run: Run, tier: str, model: str) -> None:
     document = planned(run(*T4, "--model", model, "--sweep", tier, "--json"))
     points = document["points"]
@@ -250,7 +259,9 @@ def test_on_this_machine_budgets_are_of_what_is_free_now(home: Path, run: Run) -
         "host_attention": None,
     }
     (home / "profile.json").write_text(json.dumps(profile))
-    document = planned(run("plan", "--model", "opt-125m", "--json", "--prompt-len", "20", "--gen-len", "4"))
+    document = planned(
+        run("plan", "--model", "opt-125m", "--no-advice", "--json", "--prompt-len", "20", "--gen-len", "4")
+    )
     # Not more than is installed; what is free may be another figure by now.
     assert document["memory"]["device"]["budget"] <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert document["memory"]["host"]["budget"] == 0

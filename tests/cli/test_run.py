@@ -192,7 +192,9 @@ def test_a_worker_loads_the_plan_that_was_told(fixed: list[str], home: Path, com
     store_profile(home, machine)
     dataset = write_rows(Path("d.jsonl"), *({"prompt": "ab" * i} for i in range(1, 20)))
     placement = ("--device", "cpu", "--device-memory", "256MiB", *fixed)
-    told = command("plan", "--model", model, "--dataset", dataset, "--gen-len", "5", *placement, "--json")
+    told = command(
+        "plan", "--model", model, "--dataset", dataset, "--gen-len", "5", *placement, "--no-advice", "--json"
+    )
     assert told.returncode == 0, told.stderr
     words = ("--task", "generate", "--max-new-tokens", "5", *placement, "-o", "out.jsonl")
     done = command("run", dataset, "--model", model, *words)
