@@ -14,7 +14,7 @@ CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
 PARALLEL ?= -n logical --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test lint claims core-lines format coverage
+.PHONY: help venv demo test soak lint claims core-lines format coverage
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: venv ## label 500 movie reviews with the shipped model, through the real q
 
 test: lint ## lint, then the whole test suite
 	@$(BIN)/python -m pytest -q $(PARALLEL)
+
+soak: lint ## the whole test suite with the cases that `make test` leaves out for their time
+	@$(BIN)/python -m pytest -q $(PARALLEL) -m "soak or not soak"
 
 lint: venv ## style, types, import arrows
 	@$(BIN)/ruff check .

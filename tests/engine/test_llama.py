@@ -2,11 +2,13 @@
 
 import string
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from engine import Engine, Generate, Generation, PlanOptions, Request, SamplingParams, Score, Scoring
 from engine.devices.host import HostDevice
@@ -70,9 +72,20 @@ def check(engine: Engine, imported: Imported) -> None:
         np.testing.assert_allclose([token.logprob for token in scored.tokens], wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["cpu", "simulated"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_tokens_and_scores_are_transformers(placement: str, kind: str, imported: Imported, tmp_path: Path) -> None:
+def every_pair() -> list[ParameterSet]:
+    """Each variant with each placement, on the devices in turn; the other half of all threes is for ``make soak``."""
+    return [
+        pytest.param(variant, placement, kind, marks=[pytest.mark.soak] if sum(places) % 2 else [])
+        for (places, (variant, placement, kind)) in zip(
+            product(range(len(VARIANTS)), range(len(PLACEMENTS)), range(2)),
+            product(VARIANTS, PLACEMENTS, ("cpu", "simulated")),
+            strict=True,
+        )
+    ]
+
+
+@pytest.mark.parametrize(("imported", "placement", "kind"), every_pair(), indirect=["imported"])
+def test_tokens_and_scores_are_transformers(imported: Imported, placement: str, kind: str, tmp_path: Path) -> None:
     device = HostDevice() if kind == "cpu" else SimulatedDevice()
     with load_engine(imported.model_dir, options_of(placement, **scattered(tmp_path)), device=device) as engine:
         check(engine, imported)
