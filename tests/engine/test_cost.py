@@ -306,6 +306,18 @@ def test_a_pass_is_at_least_as_long_as_each_lane(
     assert one.seconds >= overlapped.seconds * (1 - 1e-9)
 
 
+def test_two_lanes_at_half_their_rates_take_as_long_as_one_after_the_other() -> None:
+    load = mean_request_load(MANY, small_plan()).scaled(0.5)
+    alone, shared = (
+        PassModel(hardware, SMALL.shape, SMALL.stored(), small_plan(HOST, DEVICE)).cost(load)
+        for hardware in (T4, contended(T4, 0.5))
+    )
+    assert shared.lane_seconds == alone.lane_seconds
+    second = sorted(alone.lane_seconds.values())[-2]
+    assert second > 0
+    assert shared.seconds == pytest.approx(alone.seconds + second)
+
+
 @settings(max_examples=100, deadline=None)
 @given(loads(), placements, placements)
 def test_a_pass_is_bound_by_the_lane_that_makes_it_shorter(load: PassLoad, weights: Shares, kv: Shares) -> None:
