@@ -110,7 +110,9 @@ class Ring:
         self._free: deque[_Slot] = deque()
         try:
             for _ in range(num_slots):
-                self._slots.append(_Slot(memory.allocate(TierName.DEVICE, slot_bytes, what), None))
+                buffer = memory.allocate(TierName.DEVICE, slot_bytes, what)
+                # The memory was perhaps compute's a moment ago.
+                self._slots.append(_Slot(buffer, None, left=device.compute_mark()))
                 if from_files and not device.shares_host_memory:
                     self._slots[-1].host = memory.allocate(TierName.HOST, slot_bytes, what)
         except BaseException:
