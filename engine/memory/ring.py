@@ -66,7 +66,7 @@ class _Slot:
     """One buffer on the device and, between a file and a device with its own memory, one on the host."""
 
     device: Block
-    host: Block | None
+    host: Block | None = None
     item: Item | None = None
     """The last that it was begun for."""
     filled: LaneEvent | None = None
@@ -110,9 +110,7 @@ class Ring:
         self._free: deque[_Slot] = deque()
         try:
             for _ in range(num_slots):
-                buffer = memory.allocate(TierName.DEVICE, slot_bytes, what)
-                # The memory was perhaps compute's a moment ago.
-                self._slots.append(_Slot(buffer, None, left=device.compute_mark()))
+                self._slots += [_Slot(memory.allocate(TierName.DEVICE, slot_bytes, what), left=device.compute_mark())]
                 if from_files and not device.shares_host_memory:
                     self._slots[-1].host = memory.allocate(TierName.HOST, slot_bytes, what)
         except BaseException:

@@ -219,7 +219,6 @@ class WeightStream:
             self._files.read_unit(name, out)
 
     def _copy_in(self, name: str, destination: Tensor, source: Tensor) -> Event:
-        # Memory that was allocated just now was perhaps compute's a moment ago.
         copied = self._device.copy(LaneName.HOST_TO_DEVICE, destination, source, self._device.compute_mark())
         num_bytes = source.numel() * source.element_size()
         self._traffic.follow(LaneName.HOST_TO_DEVICE, copied, num_bytes, name, weights=True)
