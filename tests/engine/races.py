@@ -20,7 +20,6 @@ from itertools import chain
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -38,7 +37,7 @@ FILE = 1 << 62
 """Bytes of a spill file have addresses from here on."""
 
 Position = tuple[str, int, int]
-"""Of a call: file, and where it ends, line and column."""
+"""The file of a call, and the line and column where it ends."""
 Clock = dict[str, int]
 
 
@@ -336,7 +335,7 @@ class CheckedDevice(SimulatedDevice):
             after.before(stream, position)
         self._trace.access(stream, source, "copies from here", writes=False)
         self._trace.access(stream, destination, "copies to here", writes=True)
-        with _disable_current_modes(), torch.inference_mode(torch.is_inference_mode_enabled()):
+        with _disable_current_modes():
             destination.copy_(source)
         copied = _Point(self._trace, stream)
         self._trace.add(_Issue(stream, copied.point, copied.known))

@@ -133,11 +133,11 @@ def test_every_stage_asks_whether_to_go_on(tmp_path: Path) -> None:
 
     measure(HostDevice(), tmp_path, effort=QUICK, stop=stop, say=stages.append)
     assert set(asked) == set(stages)
-    # How often a figure is repeated, time decides; each stage has more than this many pieces.
-    assert min(asked.values()) > 5, asked
+    # How often a figure is repeated, time decides; seven times at least, in the shortest stage.
+    assert min(asked.values()) >= 7, asked
 
 
-@pytest.mark.parametrize("at", [1, 100, 200])
+@pytest.mark.parametrize("at", [1, 100, 240])
 def test_an_end_leaves_nothing(at: int, tmp_path: Path) -> None:
     stop = Stop(at)
     with pytest.raises(Interrupted):
