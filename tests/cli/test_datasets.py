@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.datasets import BadLine, Dataset, Row
@@ -18,6 +18,7 @@ from worker.limits import Limits
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
 )
 
 
@@ -31,6 +32,7 @@ def only_fault(path: Path, content: bytes) -> BadLine:
     return fault
 
 
+@settings(max_examples=50)
 @given(st.lists(st.dictionaries(st.text(), JSON_VALUES), min_size=1, max_size=5))
 def test_every_json_object_comes_back_as_it_was_written(rows: list[dict[str, object]]) -> None:
     stream = io.TextIOWrapper(io.BytesIO("".join(json.dumps(row) + "\n" for row in rows).encode()))

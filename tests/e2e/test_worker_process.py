@@ -96,7 +96,7 @@ def test_a_polite_stop_in_the_middle_gives_back_what_is_not_done(
 def test_a_killed_workers_job_is_finished_with_one_output_a_row_equal_to_an_undisturbed_run(
     station: Station, tiny_model: Path
 ) -> None:
-    num_rows, new_tokens = 2000, 20
+    num_rows, new_tokens = 800, 20
     job_id = station.enqueue(tiny_model, num_rows, max_new_tokens=new_tokens)
     victim = station.start_worker(*SLOW, lease_s=3600)
     with station.caught_in_the_middle(job_id):

@@ -96,8 +96,8 @@ def test_labels_the_sample_well_under_transformers(
         width = max(map(len, encoded))
         ids = torch.tensor([tokens + [PAD] * (width - len(tokens)) for tokens in encoded])
         mask = torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens in encoded])
-        logits = model(input_ids=ids, attention_mask=mask).logits
         last = torch.tensor([len(tokens) - 1 for tokens in encoded])
-        found = logits[torch.arange(len(rows)), last].float().log_softmax(-1)[:, answers].argmax(-1)
+        hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[torch.arange(len(rows)), last]
+        found = model.lm_head(hidden).float().log_softmax(-1)[:, answers].argmax(-1)
         right += sum(CHOICES[index] == row["label"] for index, row in zip(found.tolist(), rows, strict=True))
     assert right / len(sample) >= 0.74
