@@ -41,7 +41,7 @@ PATIENCE_S = 240.0
 """Of a busy machine: what has not come by then will not come. pytest ends a test after 300 s in any case."""
 GENERATE = ("--task", "generate", "--device", "cpu", "--device-memory", "256MiB")
 SLOW = ("--max-new-tokens", "120", "--micro-batch", "1", "--micro-batches", "1")
-"""Passes of one token each: more of them for 300 rows than can be computed between two looks at the job."""
+"""Passes of one token each: more of them for 60 rows than can be computed between two looks at the job."""
 
 
 @pytest.fixture

@@ -75,27 +75,27 @@ def test_what_waits_behind_all_of_it_drains(station: Station, tiny_model: Path, 
 
 
 def test_cancel_and_retry_at_once_hang_nothing(station: Station, tiny_model: Path) -> None:
-    job_id = station.enqueue(tiny_model, 160, max_new_tokens=80)
-    undisturbed = station.enqueue(tiny_model, 160, max_new_tokens=80)
+    job_id = station.enqueue(tiny_model, 240, max_new_tokens=100)
+    undisturbed = station.enqueue(tiny_model, 240, max_new_tokens=100)
     worker = station.start_worker(scan_s=0.2)
     for _ in range(3):
         with station.stopped_in_the_middle(worker, job_id):
             assert station.cli("cancel", job_id).returncode == 0
             assert station.cli("retry", job_id).returncode == 0
-    assert station.wait_done(job_id).num_done == 160
-    assert station.wait_done(undisturbed).num_done == 160
+    assert station.wait_done(job_id).num_done == 240
+    assert station.wait_done(undisturbed).num_done == 240
     assert station.texts(job_id) == station.texts(undisturbed)
     assert worker.signal(signal.SIGTERM) == 0
 
 
 def test_a_database_that_is_locked_for_long_is_waited_for(station: Station, tiny_model: Path) -> None:
     """For longer than one statement waits, and than the worker's lease."""
-    job_id = station.enqueue(tiny_model, 240, max_new_tokens=60)
+    job_id = station.enqueue(tiny_model, 400, max_new_tokens=60)
     worker = station.start_worker(scan_s=0.2, lease_s=2)
     with station.caught_in_the_middle(job_id):
         wait_until("the worker to wait", lambda: "waiting for the database" in worker.log)
     job = station.wait_done(job_id)
-    assert (job.num_done, job.num_failed) == (240, 0)
+    assert (job.num_done, job.num_failed) == (400, 0)
     assert worker.process.poll() is None
     assert worker.signal(signal.SIGTERM) == 0
 

@@ -66,7 +66,8 @@ def waits() -> dict[str, list[Position]]:
 
 
 def options(name: str) -> PlanOptions:
-    more = {"micro_batch": 24, "micro_batches": 2, "extent_tokens": 16}
+    # More micro-batches than a ring has buffers, so that each buffer is used again within a pass.
+    more = {"micro_batch": 24, "micro_batches": 4, "extent_tokens": 16}
     return options_of("all-device", dtype="float32", **more) if name == NARROW else options_of(name, **more)
 
 
