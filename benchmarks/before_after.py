@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.checkpoints import default_cache
 from benchmarks.machine import default_dtype
 from benchmarks.outputs import differences
 from benchmarks.turns import RunFailed, in_turn, run_module
@@ -66,16 +67,21 @@ def compare_outputs(trees: tuple[Path, Path]) -> list[str]:
 
 
 def compare_speed(trees: tuple[Path, Path], repeat: int) -> dict[str, float]:
-    """Tokens per second after, over before: medians of runs in turn."""
+    """Tokens per second after, over before: medians of runs in turn.
+
+    Each tree has models of its own, made by itself: neither need read what the other writes.
+    """
     ratios: dict[str, float] = {}
-    for name, words in RUNS.items():
-        speeds: tuple[list[float], list[float]] = ([], [])
-        for side in in_turn((0, 1), repeat):
-            more = ("--dtype", default_dtype(), "--peers", "none", "--json")
-            report = json.loads(run_module(trees[side], "benchmarks.generate", *words, *more))
-            speeds[side].append(report["ours"]["tok_s"])
-        ratios[name] = median(speeds[1]) / median(speeds[0])
-        print(f"{name}: {ratios[name]:.3f} ({speeds[0]} before, {speeds[1]} after)", file=sys.stderr, flush=True)
+    default_cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=default_cache()) as folder:
+        for name, words in RUNS.items():
+            speeds: tuple[list[float], list[float]] = ([], [])
+            for side in in_turn((0, 1), repeat):
+                more = ("--dtype", default_dtype(), "--peers", "none", "--json", "--cache-dir", f"{folder}/{side}")
+                report = json.loads(run_module(trees[side], "benchmarks.generate", *words, *more))
+                speeds[side].append(report["ours"]["tok_s"])
+            ratios[name] = median(speeds[1]) / median(speeds[0])
+            print(f"{name}: {ratios[name]:.3f} ({speeds[0]} before, {speeds[1]} after)", file=sys.stderr, flush=True)
     return ratios
 
 
