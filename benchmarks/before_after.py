@@ -1,7 +1,7 @@
 """``python -m benchmarks.before_after BEFORE``: two commits side by side, each in a tree of its own.
 
 Their outputs (`benchmarks.outputs`) must be equal: ids, texts, labels, finish reasons and usage to the byte,
-log-probabilities to 1e-5. With ``--speed`` they are timed in turn, too (`benchmarks.generate`), as ratios of medians.
+log-probabilities to 1e-5. With ``--speed`` they are timed in turn, too (`benchmarks.generate`), as medians of ratios.
 """
 
 import argparse
@@ -29,7 +29,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         *("--shape", "opt-125m", "--requests", "32", "--prompt-len", "512", "--gen-len", "32", "--weights", "device"),
     ),
     "opt-1.3b from disk, 512 → 12": (
-        *("--shape", "opt-1.3b", "--requests", "32", "--prompt-len", "512", "--gen-len", "12", "--weights", "disk"),
+        *("--shape", "opt-1.3b", "--requests", "8", "--prompt-len", "512", "--gen-len", "12", "--weights", "disk"),
         *("--device-memory", "2GiB"),
     ),
     "opt-125m in memory, scoring 512 + 4": (
@@ -67,9 +67,10 @@ def compare_outputs(trees: tuple[Path, Path]) -> list[str]:
 
 
 def compare_speed(trees: tuple[Path, Path], repeat: int) -> dict[str, float]:
-    """Tokens per second after, over before: medians of runs in turn.
+    """Tokens per second after, over before: of each pair of neighbouring runs, and the median of these.
 
-    Each tree has models of its own, made by itself: neither need read what the other writes.
+    A machine that others use is slower at one time than at another, for both of a pair alike. Each tree has models of
+    its own, made by itself: neither need read what the other writes.
     """
     ratios: dict[str, float] = {}
     default_cache().mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ def compare_speed(trees: tuple[Path, Path], repeat: int) -> dict[str, float]:
                 more = ("--dtype", default_dtype(), "--peers", "none", "--json", "--cache-dir", f"{folder}/{side}")
                 report = json.loads(run_module(trees[side], "benchmarks.generate", *words, *more))
                 speeds[side].append(report["ours"]["tok_s"])
-            ratios[name] = median(speeds[1]) / median(speeds[0])
+            ratios[name] = median(after / before for before, after in zip(*speeds, strict=True))
             print(f"{name}: {ratios[name]:.3f} ({speeds[0]} before, {speeds[1]} after)", file=sys.stderr, flush=True)
     return ratios
 
