@@ -33,7 +33,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         *("--device-memory", "2GiB"),
     ),
     "opt-125m in memory, scoring 512 + 4": (
-        *("--shape", "opt-125m", "--requests", "48", "--prompt-len", "512", "--gen-len", "4", "--weights", "device"),
+        *("--shape", "opt-125m", "--requests", "16", "--prompt-len", "512", "--gen-len", "4", "--weights", "device"),
         *("--task", "score"),
     ),
 }
@@ -66,8 +66,10 @@ def compare_outputs(trees: tuple[Path, Path]) -> list[str]:
     return list(differences(*records))
 
 
-def compare_speed(trees: tuple[Path, Path], repeat: int) -> dict[str, float]:
+def compare_speed(trees: tuple[Path, Path], repeat: int, only: str = "") -> dict[str, float]:
     """Tokens per second after, over before: of each pair of neighbouring runs, and the median of these.
+
+    ``only``: of runs with this in their name.
 
     A machine that others use is slower at one time than at another, for both of a pair alike. Each tree has models of
     its own, made by itself: neither need read what the other writes.
@@ -75,7 +77,7 @@ def compare_speed(trees: tuple[Path, Path], repeat: int) -> dict[str, float]:
     ratios: dict[str, float] = {}
     default_cache().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=default_cache()) as folder:
-        for name, words in RUNS.items():
+        for name, words in ((name, words) for name, words in RUNS.items() if only in name):
             speeds: tuple[list[float], list[float]] = ([], [])
             for side in in_turn((0, 1), repeat):
                 more = ("--dtype", default_dtype(), "--peers", "none", "--json", "--cache-dir", f"{folder}/{side}")
@@ -98,12 +100,13 @@ def main() -> int:
     parser.add_argument("after", nargs="?", default="HEAD")
     parser.add_argument("--speed", action="store_true", help="time both, too")
     parser.add_argument("--repeat", type=int, default=5, help="of each timing (default: %(default)s)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="time runs with this in their name alone")
     parser.add_argument("--no-outputs", action="store_true", help="time alone")
     asked = parser.parse_args()
     try:
         with tree_of(asked.before) as before, tree_of(asked.after) as after:
             found = [] if asked.no_outputs else compare_outputs((before, after))
-            ratios = compare_speed((before, after), asked.repeat) if asked.speed else {}
+            ratios = compare_speed((before, after), asked.repeat, asked.only) if asked.speed else {}
     except RunFailed as error:
         print(f"benchmarks: {error}; commits before {FIRST} cannot be compared", file=sys.stderr)
         return 2
