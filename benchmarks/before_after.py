@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -66,10 +66,8 @@ def compare_outputs(trees: tuple[Path, Path]) -> list[str]:
     return list(differences(*records))
 
 
-def compare_speed(trees: tuple[Path, Path], repeat: int, only: str = "") -> dict[str, float]:
-    """Tokens per second after, over before: of each pair of neighbouring runs, and the median of these.
-
-    ``only``: of runs with this in their name.
+def compare_speed(trees: tuple[Path, Path], names: Sequence[str], repeat: int) -> dict[str, float]:
+    """Tokens per second after, over before, of these ``RUNS``: the median over pairs of neighbouring runs.
 
     A machine that others use is slower at one time than at another, for both of a pair alike. Each tree has models of
     its own, made by itself: neither need read what the other writes.
@@ -77,14 +75,16 @@ def compare_speed(trees: tuple[Path, Path], repeat: int, only: str = "") -> dict
     ratios: dict[str, float] = {}
     default_cache().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=default_cache()) as folder:
-        for name, words in ((name, words) for name, words in RUNS.items() if only in name):
+        for name in names:
             speeds: tuple[list[float], list[float]] = ([], [])
             for side in in_turn((0, 1), repeat):
                 more = ("--dtype", default_dtype(), "--peers", "none", "--json", "--cache-dir", f"{folder}/{side}")
-                report = json.loads(run_module(trees[side], "benchmarks.generate", *words, *more))
+                report = json.loads(run_module(trees[side], "benchmarks.generate", *RUNS[name], *more))
                 speeds[side].append(report["ours"]["tok_s"])
             ratios[name] = median(after / before for before, after in zip(*speeds, strict=True))
-            print(f"{name}: {ratios[name]:.3f} ({speeds[0]} before, {speeds[1]} after)", file=sys.stderr, flush=True)
+            of_medians = median(speeds[1]) / median(speeds[0])  # far from it: too few runs, or a restless machine
+            said = f"{name}: {ratios[name]:.3f}, of medians {of_medians:.3f} ({speeds[0]} before, {speeds[1]} after)"
+            print(said, file=sys.stderr, flush=True)
     return ratios
 
 
@@ -103,10 +103,15 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="time runs with this in their name alone")
     parser.add_argument("--no-outputs", action="store_true", help="time alone")
     asked = parser.parse_args()
+    names = [name for name in RUNS if asked.only in name]
+    if not names:
+        parser.error(f"no run has {asked.only!r} in its name; there are: {'; '.join(RUNS)}")
+    if not asked.speed and (asked.only or asked.no_outputs):
+        parser.error("--only and --no-outputs are for --speed: without it, there would be nothing to compare")
     try:
         with tree_of(asked.before) as before, tree_of(asked.after) as after:
             found = [] if asked.no_outputs else compare_outputs((before, after))
-            ratios = compare_speed((before, after), asked.repeat, asked.only) if asked.speed else {}
+            ratios = compare_speed((before, after), names, asked.repeat) if asked.speed else {}
     except RunFailed as error:
         print(f"benchmarks: {error}; commits before {FIRST} cannot be compared", file=sys.stderr)
         return 2
