@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.checkpoints import default_cache
 from benchmarks.machine import default_dtype
 from benchmarks.outputs import differences
-from benchmarks.turns import RunFailed, in_turn, run_module
+from benchmarks.turns import RunFailed, in_turn, positive, run_module
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = "the one that added benchmarks/outputs.py"
@@ -99,7 +99,7 @@ def main() -> int:
     parser.add_argument("before", help="a commit")
     parser.add_argument("after", nargs="?", default="HEAD")
     parser.add_argument("--speed", action="store_true", help="time both, too")
-    parser.add_argument("--repeat", type=int, default=5, help="of each timing (default: %(default)s)")
+    parser.add_argument("--repeat", type=positive, default=5, help="of each timing (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="TEXT", help="time runs with this in their name alone")
     parser.add_argument("--no-outputs", action="store_true", help="time alone")
     asked = parser.parse_args()

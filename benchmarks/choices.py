@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.inprocess import generated, measured_here
+from benchmarks.turns import positive
 from benchmarks.workload import Item, Range
 from benchmarks.workload import Workload as Texts
 from engine.errors import EngineError
@@ -69,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.choices", description=__doc__)
     parser.add_argument("--profile", type=Path, metavar="FILE", help="default: the machine is measured now")
-    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of the best and of the chosen plan")
+    parser.add_argument(
+        "--repeat", type=positive, default=3, metavar="N", help="runs of the best and of the chosen plan"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--cache-dir", type=Path, default=default_cache())
     asked = parser.parse_args(arguments)

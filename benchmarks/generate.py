@@ -15,6 +15,7 @@ from benchmarks.machine import default_dtype, describe_machine
 from benchmarks.peers import PEERS
 from benchmarks.report import to_json, to_text
 from benchmarks.shapes import SHAPES, shape_of
+from benchmarks.turns import positive
 from benchmarks.workload import Range, Workload
 from engine.errors import EngineError
 from engine.units import parse_bytes
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generate", description=__doc__)
     add = parser.add_argument
     add("--shape", required=True, help=", ".join(SHAPES))
-    add("--requests", type=_positive, required=True, metavar="N")
+    add("--requests", type=positive, required=True, metavar="N")
     add("--prompt-len", type=_as(Range.parse), required=True, metavar="N|LO-HI", help="tokens, the BOS among them")
     add("--gen-len", type=_as(Range.parse), required=True, metavar="N|LO-HI", help="tokens generated (or scored)")
     add("--weights", choices=("device", "host", "disk"), required=True, help="where the layers live")
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N,…",
         help="a peer is timed at its best of these",
     )
-    add("--repeat", type=_positive, default=1, metavar="N", help="time all in turn N times; medians are given")
+    add("--repeat", type=positive, default=1, metavar="N", help="time all in turn N times; medians are given")
     add("--schedule", choices=("mixed", "block"), help="ours: mixed passes, or FlexGen's two phases")
     add("--task", choices=("generate", "score"), default="generate")
     add("--json", action="store_true", help="one JSON document on standard output")
@@ -112,10 +113,10 @@ def _parser() -> argparse.ArgumentParser:
         help="of all that are compared: bfloat16, or float32 on a CPU that is slow in it (default here: %(default)s)",
     )
     add("--device-memory", type=_as(parse_bytes), metavar="SIZE", help="ours: by default what the cap leaves")
-    add("--micro-batch", type=_positive, metavar="N", help="ours: tokens computed together")
-    add("--micro-batches", type=_positive, metavar="N", help="ours: of a pass, at most")
+    add("--micro-batch", type=positive, metavar="N", help="ours: tokens computed together")
+    add("--micro-batches", type=positive, metavar="N", help="ours: of a pass, at most")
     add("--seed", type=int, default=0)
-    add("--timeout", type=_positive, default=3600, metavar="SECONDS", help="for each process")
+    add("--timeout", type=positive, default=3600, metavar="SECONDS", help="for each process")
     add("--cache-dir", type=Path, default=default_cache(), help="where checkpoints are kept (default: %(default)s)")
     return parser
 
@@ -126,12 +127,6 @@ def _default_device() -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
 def _peers(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split(",")))
     if names != ("none",) and not set(names) <= set(PEERS):
@@ -140,7 +135,7 @@ def _peers(text: str) -> tuple[str, ...]:
 
 
 def _batches(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_positive(part) for part in text.split(",")}))
+    return tuple(sorted({positive(part) for part in text.split(",")}))
 
 
 def _as(parse: Callable[[str], T]) -> Callable[[str], T]:

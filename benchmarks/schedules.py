@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from benchmarks.turns import RunFailed, in_turn, run_module
+from benchmarks.turns import RunFailed, in_turn, positive, run_module
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = (
@@ -18,7 +18,7 @@ RUN = (
 def main() -> int:
     """Print the speeds and their ratio."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.schedules", description=__doc__)
-    parser.add_argument("--repeat", type=int, default=2, help="of each (default: %(default)s)")
+    parser.add_argument("--repeat", type=positive, default=2, help="of each (default: %(default)s)")
     asked = parser.parse_args()
     speeds: dict[str, list[float]] = {"mixed": [], "block": []}
     cap_missing: str | None = None

@@ -1,5 +1,6 @@
 """Two things timed in turn, each by modules that run in processes of their own."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -12,6 +13,17 @@ T = TypeVar("T")
 
 class RunFailed(Exception):
     """A process that had to succeed did not; the text says which, for people. What it said is on standard error."""
+
+
+def positive(text: str) -> int:
+    """How often, or how many, as a command line gives it.
+
+    Raises:
+        ArgumentTypeError: less than once is no figure.
+    """
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def in_turn(sides: Sequence[T], repeat: int) -> Iterator[T]:

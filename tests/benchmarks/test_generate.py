@@ -1,12 +1,14 @@
 """One real call on a small shape: ours and a peer in processes of their own."""
 
 import json
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 
 from benchmarks.generate import main
 from benchmarks.memory import allowed_bytes
+from benchmarks.turns import positive
 from engine.units import GIB
 
 SMALL = ["--shape", "tiny", "--prompt-len", "5-20", "--gen-len", "3-6", "--dtype", "float32", "--peer-batches", "2"]
@@ -70,3 +72,10 @@ def test_wrong_arguments_are_explained(arguments: list[str], sentence: str, caps
 
 def test_an_all_disk_placement_may_hold_a_third_of_the_model() -> None:
     assert allowed_bytes(2 * GIB) == pytest.approx(GIB, rel=0.001)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "²", "", "x"])
+def test_nothing_is_timed_less_than_once(text: str) -> None:
+    assert positive("3") == 3
+    with pytest.raises(ArgumentTypeError, match="is not a positive whole number"):
+        positive(text)
