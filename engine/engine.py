@@ -1,5 +1,6 @@
 """The engine's public face: load a model once, run requests through it, close it."""
 
+import math
 from collections.abc import Callable, Container, Generator, Hashable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -8,9 +9,9 @@ from types import TracebackType
 from typing import Self
 
 from engine.devices.open import open_device
+from engine.dtypes import DType
 from engine.errors import EngineError
 from engine.executor import Executor
-from engine.kvcache.cache import KVCache
 from engine.memory.closing import run_all
 from engine.memory.device import Device
 from engine.memory.memory import Memory
@@ -18,6 +19,7 @@ from engine.memory.tier import Tier
 from engine.memory.traffic import Span
 from engine.model.family import EMBED
 from engine.model.registry import family_for
+from engine.model.sampling import NOT_FINITE
 from engine.planner.cost import PassModel
 from engine.planner.load import load_of
 from engine.planner.plan import Plan
@@ -32,7 +34,7 @@ from engine.tiers import TierName
 from engine.tokenizer import Tokenizer
 from engine.trace import Recorder
 from engine.units import format_bytes
-from engine.weights.checks import check_tokens, check_units
+from engine.weights.checks import check_dtype, check_tokens, check_units
 from engine.weights.files import WeightFiles
 from engine.weights.manifest import TOKENIZER_NAME, read_manifest
 
@@ -51,18 +53,14 @@ class Engine:
         self._memory = stage.memory
         self._closers: list[Callable[[], None]] = [self._memory.close, stage.close]
         self._executor = Executor(stage)
-        self._kv = KVCache(
-            stage.attention.tokens,
-            extent_tokens=self.plan.extent_tokens,
-            fills_together=self.plan.kv_fills_together,
-            claim=stage.attention.claim,
-        )
+        self._kv = stage.attention.cache(fills_together=self.plan.kv_fills_together)
         self._scheduler = Scheduler(
             self._kv,
             micro_batch=self.plan.micro_batch,
             micro_batches=self.plan.micro_batches,
             prefill_chunk=self.plan.prefill_chunk,
             by_block=self.plan.schedule == "block",
+            host_attends=self.plan.host_attention,
         )
         self._balance = Balance()
         self._running: dict[Sequence, InProgress] = {}
@@ -100,9 +98,11 @@ class Engine:
         try:
             manifest = read_manifest(model_dir)
             check_units(manifest, model_dir)
+            check_dtype(manifest, plan.dtype, model_dir)
             family = family_for(manifest.config)
             tokenizer = Tokenizer.of_model(model_dir / TOKENIZER_NAME, family.shape)
             check_tokens(tokenizer, family.shape, model_dir)
+            device.limit_memory(plan.budgets[TierName.DEVICE])
             memory = Memory(device, plan.budgets, plan.disk_dir, recorder)
             closers = [memory.close]
             stage = Stage(WeightFiles(model_dir, manifest), family, plan, memory)
@@ -228,6 +228,10 @@ class Engine:
             progress = self._running.get(sequence)
             if progress is None:  # dropped while it was computed
                 continue
+            if result.next_token == NOT_FINITE or not all(math.isfinite(logprob) for logprob, _ in result.scores):
+                self._retire_all(progress)
+                outputs.append(self._not_finite(progress.request))
+                continue
             progress.advance(sequence, result.next_token, result.scores)
             if sequence.finished:
                 self._scheduler.retire(sequence)
@@ -248,6 +252,15 @@ class Engine:
             f"a sequence of up to {sequence.max_tokens} tokens does not fit into the KV cache, which holds "
             f"{self._kv.largest_sequence} ({format_bytes(sum(self.plan.kv_bytes.values()))}); "
             "give the worker more memory (--device-memory, --host-memory) or ask for fewer new tokens",
+        )
+
+    def _not_finite(self, request: Request) -> Output:
+        return rejected(
+            request,
+            "not_finite",
+            f"the model's logits are not finite numbers in {self.plan.dtype}; give the worker --dtype "
+            f"{'bfloat16 or float32' if self.plan.dtype is DType.FLOAT16 else 'float32'}, or import the model anew if "
+            "they are not in float32, either",
         )
 
     def _retire_all(self, progress: InProgress) -> None:

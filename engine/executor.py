@@ -1,15 +1,18 @@
 """Runs one pass over the layers: the one loop. Weights are streamed once, whatever the pass carries."""
 
+from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.formats.linear import padded_rows
 from engine.kvcache.segments import MicroBatch, Segment
+from engine.memory.device import Device
 from engine.memory.tensors import torch_dtype
+from engine.model.family import Layer, resume_layer
 from engine.model.sampling import next_tokens, score_tokens, uniform
 from engine.schedule.passes import Pass
 from engine.stage import Stage
@@ -31,7 +34,7 @@ class StageOutput:
     """What a stage found out, or hands on."""
 
     results: list[SegmentResult]
-    """Behind the head: in the order of the pass's segments, of those with rows that were wanted."""
+    """Behind the head: of the segments with rows that were wanted."""
     hidden: list[Tensor]
     """Without it: each micro-batch's hidden states on the device, ``[tokens, D]``, for the next stage."""
 
@@ -65,7 +68,7 @@ class Executor:
     def _run(self, this_pass: Pass, arriving: Sequence[Tensor]) -> StageOutput:
         stage, batches = self._stage, this_pass.micro_batches
         wanted = [not stage.has_head or any(segment.rows for segment in batch.segments) for batch in batches]
-        self._attention.begin(batches)
+        self._attention.begin(batches, this_pass.moves)
         self._activations.begin([self._num_rows(batch) for batch in batches], len(stage.layers), wanted)
         positions = [self._positions(batch) for batch in batches]
         for index, batch in enumerate(batches):
@@ -75,23 +78,52 @@ class Executor:
                 else:
                     hidden_TD[: batch.num_tokens].copy_(arriving[index])
                     hidden_TD[batch.num_tokens :] = 0
-        for layer, number in enumerate(stage.layers):
-            with self._weights.layer(number) as weights:
-                for index in range(len(batches)):
-                    attend = partial(self._attention.attend, layer, index)
-                    with self._activations.enter(index) as hidden_TD:
-                        after_TD = self._family.layer(weights, hidden_TD, positions[index], attend)
-                        if after_TD.data_ptr() != hidden_TD.data_ptr():
-                            hidden_TD.copy_(after_TD)
-        output = StageOutput([], [])
+        prepared = [self._family.prepare(positions_T, self._dtype) for positions_T in positions]
+        self._run_layers(prepared)
+        found, hidden = _Found(), list[Tensor]()
         for index, batch in enumerate(batches):
             if wanted[index]:
                 with self._activations.enter(index) as hidden_TD:
                     if stage.has_head:
-                        output.results.extend(self._finish(batch, hidden_TD))
+                        self._finish(batch, hidden_TD, found)
                     else:
-                        output.hidden.append(hidden_TD[: batch.num_tokens].clone())
-        return output
+                        hidden.append(hidden_TD[: batch.num_tokens].clone())
+        return StageOutput(found.results(self._device) if found.owners else [], hidden)
+
+    def _run_layers(self, prepared: Sequence[Tensor]) -> None:
+        """Layer after layer, each micro-batch in turn. Where attention asks for it, the next one is started before one
+        is finished, across the border of a layer, too: it has something to compute beside the host's part.
+        """
+        ahead = self._attention.ahead if len(prepared) > 1 else 0
+        paused: deque[_Paused] = deque()
+        try:
+            for layer, number in enumerate(self._stage.layers):
+                if not self._weights.opens_two:
+                    self._finish_layers(paused, 0)
+                opened = ExitStack()
+                weights = opened.enter_context(self._weights.layer(number))
+                for index, each in enumerate(prepared):
+                    entered = ExitStack()
+                    hidden_TD = entered.enter_context(self._activations.enter(index))
+                    at_work = self._family.layer(weights, hidden_TD, each)
+                    self._attention.start(layer, index, next(at_work))
+                    if index == len(prepared) - 1:
+                        entered.push(opened)  # its layer is over with it
+                    paused.append(_Paused(at_work, hidden_TD, entered))
+                    self._finish_layers(paused, ahead)
+            self._finish_layers(paused, 0)
+        finally:
+            for one in paused:
+                one.at_work.close()
+
+    def _finish_layers(self, paused: "deque[_Paused]", most: int) -> None:
+        """Go on with what was started first, until so many are left."""
+        while len(paused) > most:
+            one = paused.popleft()
+            after_TD = resume_layer(one.at_work, [self._attention.finish()])
+            if after_TD.data_ptr() != one.hidden_TD.data_ptr():
+                one.hidden_TD.copy_(after_TD)
+            one.entered.close()
 
     def _embed(self, batch: MicroBatch, positions_T: Tensor) -> Tensor:
         token_ids: list[int] = []
@@ -117,7 +149,7 @@ class Executor:
     def _padded(self, num_rows: int, most: int) -> int:
         return min(padded_rows(num_rows, self._dtype, self._device.torch_device), most)
 
-    def _finish(self, batch: MicroBatch, hidden_TD: Tensor) -> list[SegmentResult]:
+    def _finish(self, batch: MicroBatch, hidden_TD: Tensor, found: "_Found") -> None:
         """Head and selection, in chunks of rows so that logits stay within the workspace."""
         wanted: list[int] = []
         owners: list[tuple[Segment, int]] = []
@@ -129,36 +161,21 @@ class Executor:
             begin += segment.length
         most = self._stage.plan.logits_rows
         embedding = self._weights.embedding() if self._family.head_needs_embedding() else None
-        tokens: dict[Segment, int] = {}
-        scores: dict[Segment, list[tuple[float, bool]]] = {}
         for first in range(0, len(wanted), most):
             chunk = wanted[first : first + most]
             rows = chunk + [0] * (self._padded(len(chunk), most) - len(chunk))
             rows_RD = hidden_TD[self._device.upload(torch.tensor(rows, dtype=torch.int64))]
             logits_RV = self._family.head(self._weights.head(), embedding, rows_RD)[: len(chunk)]
-            self._select(logits_RV, owners[first : first + most], tokens, scores)
-        return [
-            SegmentResult(segment, tokens.get(segment), tuple(scores.get(segment, ())))
-            for segment in batch.segments
-            if segment in tokens or segment in scores
-        ]
+            self._select(logits_RV, owners[first : first + most], found)
 
-    def _select(
-        self,
-        logits_RV: Tensor,
-        owners: list[tuple[Segment, int]],
-        tokens: dict[Segment, int],
-        scores: dict[Segment, list[tuple[float, bool]]],
-    ) -> None:
+    def _select(self, logits_RV: Tensor, owners: list[tuple[Segment, int]], found: "_Found") -> None:
         """Sample the rows of generations, score those of given tokens."""
         scored = [row for row, (segment, _) in enumerate(owners) if segment.sequence.is_scored]
         sampled = [row for row, (segment, _) in enumerate(owners) if not segment.sequence.is_scored]
         if scored:
             targets = torch.tensor([owners[row][0].sequence.tokens[owners[row][1] + 1] for row in scored])
             logprobs, greedy = score_tokens(self._rows(logits_RV, scored), self._device.upload(targets))
-            found = zip(self._device.download(logprobs).tolist(), self._device.download(greedy).tolist(), strict=True)
-            for row, score in zip(scored, found, strict=True):
-                scores.setdefault(owners[row][0], []).append(score)
+            found.add([owners[row][0] for row in scored], logprobs, greedy)
         if sampled:
             params, numbers = [], []
             for row in sampled:
@@ -168,13 +185,50 @@ class Executor:
                 greedy_row = sequence.sampling.temperature == 0
                 numbers.append(0.0 if greedy_row else uniform(sequence.sampling.seed, sequence.sample_index, step))
                 params.append(sequence.sampling)
-            chosen = self._device.download(
-                next_tokens(self._rows(logits_RV, sampled), params, numbers, self._device.upload)
-            ).tolist()
-            for row, token in zip(sampled, chosen, strict=True):
-                tokens[owners[row][0]] = token
+            tokens = next_tokens(self._rows(logits_RV, sampled), params, numbers, self._device.upload)
+            found.add([owners[row][0] for row in sampled], tokens)
 
     def _rows(self, logits_RV: Tensor, rows: list[int]) -> Tensor:
         if len(rows) == logits_RV.shape[0]:
             return logits_RV
         return logits_RV[self._device.upload(torch.tensor(rows, dtype=torch.int64))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Paused:
+    """A micro-batch that waits in a layer for its attention."""
+
+    at_work: Layer
+    hidden_TD: Tensor
+    entered: ExitStack
+    """To be left when the layer is over for it."""
+
+
+class _Found:
+    """What a pass finds out, gathered on the device: the host waits for it once, when all is issued."""
+
+    def __init__(self) -> None:
+        self.owners: list[Segment] = []
+        """Whose each number is, in the order of the numbers."""
+        self._values: list[Tensor] = []
+
+    def add(self, owners: list[Segment], *columns: Tensor) -> None:
+        """A value of each column for each of these: a token, or a log-probability and whether it is the highest."""
+        self.owners += owners
+        # Tokens and float32 alike are exact in float64, so that one copy brings all.
+        self._values.append(torch.stack([column.double() for column in columns], 1).flatten())
+
+    def results(self, device: Device) -> list[SegmentResult]:
+        """In the order in which segments were first added."""
+        numbers = iter(device.download(torch.cat(self._values)).tolist())
+        tokens: dict[Segment, int] = {}
+        scores: dict[Segment, list[tuple[float, bool]]] = {}
+        for segment in self.owners:
+            if segment.sequence.is_scored:
+                scores.setdefault(segment, []).append((next(numbers), bool(next(numbers))))
+            else:
+                tokens[segment] = int(next(numbers))
+        return [
+            SegmentResult(segment, tokens.get(segment), tuple(scores.get(segment, ())))
+            for segment in dict.fromkeys(self.owners)
+        ]

@@ -9,7 +9,7 @@ from engine.model.registry import sizes_for
 from engine.planner.decide import decide
 from engine.planner.hardware import Hardware
 from engine.planner.plan import PlanOptions
-from engine.planner.plan_input import PlanInput
+from engine.planner.plan_input import PlanInput, check_asked
 from engine.planner.workload import Workload
 from engine.trace import Recorder
 from engine.weights.checks import check_units
@@ -22,14 +22,17 @@ def plan_input(model_dir: Path, options: PlanOptions, device: Device, workload: 
 
     Raises:
         CheckpointError: the model directory is absent, half-written or damaged.
+        PlanDoesNotFit: more memory is asked for than is free.
     """
     manifest = read_manifest(model_dir)
     check_units(manifest, model_dir)
+    facts = facts_of(device)
+    check_asked(options, facts)
     return PlanInput(
         shape=sizes_for(manifest.config).shape,
         stored=stored_in(manifest),
         device=device.name,
-        facts=facts_of(device),
+        facts=facts,
         options=options,
         disk_dir=model_dir,
         workload=workload,

@@ -19,6 +19,7 @@ _MOST_KEPT = GIB
 _SPIN_COUNT = "10000"
 """Rounds that an idle thread waits actively, some tens of microseconds: enough to be there for the next product of a
 layer, too little to take a core from the threads that attend to segments between the products."""
+_ALLOCATOR_SETTINGS = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 _KERNELS_KEPT = "64"
 """Compiled kernels: those that a few passes need."""
 
@@ -35,6 +36,8 @@ def tune(environ: MutableMapping[str, str] = os.environ, cpuinfo: Path = Path("/
       is read when torch is imported; after that this part changes nothing.
     - oneDNN (``ONEDNN_PRIMITIVE_CACHE_CAPACITY``), where the processor has AMX: kernels for it take 0.7 MB each, and by
       default a thousand are kept. Other kernels take so little that keeping all is right. Read at the first product.
+    - PyTorch's allocator on GPUs (``PYTORCH_CUDA_ALLOC_CONF``): blocks that grow, since each pass asks for other sizes,
+      and blocks of fixed sizes would leave gaps until a budget is used up by them. Read at the first allocation.
     - The C library (``MALLOC_*``, ``GLIBC_TUNABLES``): freed memory is used again, up to 1 GiB, instead of going back
       to the system. By default a layer's tensors are fresh pages each time; getting 25 MB of them took 10 to 40 ms on a
       virtual machine, and the product that fills them 21 ms. On the CPU, a plan's workspace has room for what is kept.
@@ -43,6 +46,8 @@ def tune(environ: MutableMapping[str, str] = os.environ, cpuinfo: Path = Path("/
     """
     if "OMP_WAIT_POLICY" not in environ:
         environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+    if not any(name in environ for name in _ALLOCATOR_SETTINGS):
+        environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
     if _has_amx(cpuinfo):
         environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
     _keep_freed_memory(environ)

@@ -65,8 +65,12 @@ class Stage:
                 plan.kv_format,
                 memory,
                 tokens=plan.kv_tokens(shape),
+                layouts=plan.kv_layouts,
+                extent_tokens=plan.extent_tokens,
                 num_slots=plan.kv_slots,
-                slot_tokens=plan.extent_tokens,
+                group_tokens=plan.group_tokens,
+                kept_rows=plan.micro_batch,
+                host_attends=plan.host_attention,
             )
             self._closers.append(self.attention.close)
         except BaseException:

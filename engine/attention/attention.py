@@ -1,40 +1,49 @@
-"""Attention of one engine: owns keys and values of all tiers, and attends by one call a micro-batch and layer.
-
-Shapes: T tokens of a micro-batch, N query heads, K key/value heads, H head size.
-"""
+"""Attention over keys and values that it owns, in all tiers: one call a micro-batch and layer, whatever the device."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from engine.attention.fetching import Fetching
-from engine.attention.kernels import decoder
-from engine.attention.pools import KV, FetchedKV, KVPools, MemoryKV
-from engine.attention.rows import Part, Rows
-from engine.attention.runners import Shares, runner_for
-from engine.attention.sizes import kv_layer_bytes
+from engine.attention.elsewhere import Elsewhere
+from engine.attention.host_attention import HostAttention
+from engine.attention.host_runner import HostRunner
+from engine.attention.packed_runner import PackedRunner
+from engine.attention.pools import KVPools
+from engine.attention.table import kernel_for
+from engine.errors import DeviceUnavailable
 from engine.formats.sizes import Plain
-from engine.kvcache.cache import Holding
+from engine.kvcache.cache import KVCache, Layout, Move, unit_tokens
 from engine.kvcache.segments import MicroBatch
 from engine.memory.closing import run_all
 from engine.memory.memory import Memory
-from engine.memory.ring import Ring
 from engine.shape import ModelShape
 from engine.tiers import TierName
 
 
-@dataclass(slots=True)
-class _Work:
-    """What a micro-batch attends to, the same in every layer."""
+class Runner(Protocol):
+    """A kind of device's way to attend."""
 
-    num_tokens: int
-    here: Shares
-    elsewhere: list[Part] = field(default_factory=list)
-    decode_rows: int = 0
-    """Rows up to the last segment of one token: schedulers put these first."""
+    def begin(self, batches: Sequence[MicroBatch], moves: Sequence[Move]) -> None:
+        """A pass over all layers begins, with these micro-batches in each; what lies elsewhere is fetched ahead.
+
+        Before, keys and values are moved, in this order.
+        """
+
+    def start(self, layer: int, index: int, qkv: Tensor) -> None:
+        """Store the keys and values of the pass's micro-batch ``index``, and begin to attend.
+
+        ``qkv``, ``[T, N + 2 K, H]``: queries, keys and values.
+        """
+
+    def finish(self) -> Tensor:
+        """What came of that which was started first, ``[T, N, H]``; of rows of padding, anything."""
+
+    def settle(self) -> None:
+        """After a pass: wait until everything that it added is where it is kept."""
+
+    def close(self) -> None:
+        """Free everything."""
 
 
 class Attention:
@@ -47,8 +56,12 @@ class Attention:
         memory: Memory,
         *,
         tokens: Mapping[TierName, int],
+        layouts: Mapping[TierName, Layout],
+        extent_tokens: int,
         num_slots: int,
-        slot_tokens: int,
+        group_tokens: int,
+        kept_rows: int,
+        host_attends: bool = False,
     ) -> None:
         """Take the memory.
 
@@ -57,77 +70,82 @@ class Attention:
             stored: the format of keys and values.
             memory: where compute is, and the budgets.
             tokens: how many each tier holds.
+            layouts: how a sequence lies in each.
+            extent_tokens: the longest extent, and no page is longer.
             num_slots: buffers for what compute cannot address; 0 where there is nothing of the kind.
-            slot_tokens: the longest extent.
+            group_tokens: of one of these.
+            kept_rows: rows of a micro-batch, at most.
+            host_attends: decode tokens are attended to where host memory has their keys, beside the device.
 
         Raises:
             TierFull: a budget would be exceeded.
+            DeviceUnavailable: the device has no kernel for this number type.
         """
-        self.tokens = tokens
-        self._num_kv_heads = shape.num_kv_heads
-        self._views: WeakKeyDictionary[Holding, MemoryKV | FetchedKV] = WeakKeyDictionary()
-        self._work: list[_Work] = []
-        self._pools = KVPools(shape, stored, tokens, memory)
-        self.claim = self._pools.claim
+        device = memory.device
+        kernel = None if device.shares_host_memory else kernel_for(stored.dtype, device.capability)
+        if kernel is None and not device.shares_host_memory:
+            raise DeviceUnavailable(f"{device.name} has no attention in {stored.dtype}")
+        self.tokens, self.layouts = tokens, layouts
+        self._extent_tokens = extent_tokens
+        page_tokens = unit_tokens(Layout.PAGES, extent_tokens)
+        pools = KVPools(shape, stored, tokens, page_tokens, memory)
+        self.claim = pools.claim
         try:
-            ring = Ring(
-                memory,
-                what=KV,
-                slot_bytes=kv_layer_bytes(shape, stored, slot_tokens),
-                num_slots=num_slots,
-                from_files=tokens[TierName.DISK] > 0,
-            )
+            elsewhere = Elsewhere(
+                shape, stored, memory, pools, group_tokens=group_tokens, num_slots=num_slots, kept_rows=kept_rows,
+                host_attends=host_attends,
+            )  # fmt: skip
         except BaseException:
-            self._pools.close()
+            pools.close()
             raise
-        self._fetching = Fetching(shape, stored, ring)
-        self._runner = runner_for(memory.device)
+        self._runner: Runner
+        if kernel is None:
+            self._runner = HostRunner(shape.num_kv_heads, pools, elsewhere)
+        else:
+            try:
+                on_host = (
+                    HostAttention(shape, stored, memory, pools, page_tokens=page_tokens, most_rows=kept_rows)
+                    if host_attends
+                    else None
+                )
+            except BaseException:
+                run_all([elsewhere.close, pools.close])
+                raise
+            self._runner = PackedRunner(shape, kernel, device, pools, elsewhere, on_host)
+        self.ahead = 1 if host_attends else 0
+        """How many micro-batches should be started before one is finished: what is computed meanwhile."""
 
-    def begin(self, batches: Sequence[MicroBatch]) -> None:
-        """A pass over all layers begins, with these micro-batches in each; what lies elsewhere is fetched ahead."""
-        self._work = [self._work_of(batch) for batch in batches]
-        self._fetching.begin([part for work in self._work for part in work.elsewhere])
+    def begin(self, batches: Sequence[MicroBatch], moves: Sequence[Move] = ()) -> None:
+        """A pass over all layers begins: see ``Runner``."""
+        self._runner.begin(batches, moves)
 
-    def attend(self, layer: int, index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """Store the keys and values of the pass's micro-batch ``index`` and attend: ``[T, N, H]``.
+    def start(self, layer: int, index: int, qkv: Tensor) -> None:
+        """Store a micro-batch's keys and values, and begin to attend: see ``Runner``."""
+        self._runner.start(layer, index, qkv)
 
-        Rows after the last segment's are padding: zeros come out.
-        """
-        work = self._work[index]
-        out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
-        if work.num_tokens < out_TNH.shape[0]:
-            out_TNH[work.num_tokens :] = 0
-        decode = decoder(work.decode_rows, q_TNH, k_TKH, v_TKH, out_TNH)
-        rows = Rows(layer, q_TNH, k_TKH, v_TKH, out_TNH, decode)
-        self._runner.run(rows, work.here)
-        for part in work.elsewhere:
-            self._fetching.attend(rows, part)
-        return out_TNH
+    def finish(self) -> Tensor:
+        """What came of that which was started first: see ``Runner``."""
+        return self._runner.finish()
+
+    def attend(self, layer: int, index: int, qkv: Tensor) -> Tensor:
+        """Both, one after the other."""
+        self.start(layer, index, qkv)
+        return self.finish()
 
     def settle(self) -> None:
         """After a pass: wait until everything that it added is where it is kept."""
-        self._fetching.settle()
+        self._runner.settle()
 
     def close(self) -> None:
         """Free everything."""
-        run_all([self._fetching.close, self._runner.close, self._work.clear, self._views.clear, self._pools.close])
+        self._runner.close()
 
-    def _work_of(self, batch: MicroBatch) -> _Work:
-        work = _Work(batch.num_tokens, [])
-        here: list[Part] = []
-        begin = 0
-        for segment in batch.segments:
-            kv = None if segment.holding is None else self._kv_of(segment.holding)
-            part = Part(begin, segment, kv, slice(0, self._num_kv_heads))
-            (work.elsewhere if isinstance(kv, FetchedKV) else here).append(part)
-            begin += segment.length
-            if segment.length == 1:
-                work.decode_rows = begin
-        work.here = self._runner.share(here)
-        return work
-
-    def _kv_of(self, holding: Holding) -> MemoryKV | FetchedKV:
-        kv = self._views.get(holding)
-        if kv is None:
-            kv = self._views[holding] = self._pools.of(holding)
-        return kv
+    def cache(self, *, fills_together: bool = False) -> KVCache:
+        """The books of an empty cache; see ``KVCache`` for ``fills_together``."""
+        return KVCache(
+            self.tokens,
+            extent_tokens=self._extent_tokens,
+            layouts=self.layouts,
+            fills_together=fills_together,
+            claim=self.claim,
+        )

@@ -1,4 +1,4 @@
-"""One attention primitive, and the exact merge of its results over pieces of one sequence's keys and values.
+"""One attention primitive on the CPU, and the exact merge of its results over pieces of one sequence's keys and values.
 
 ``attend`` also returns the log-sum-exp of the scores; with it, softmax over the union of several pieces is a weighted
 sum of the softmaxes over each (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao 2023, arXiv:2307.08691).
@@ -41,32 +41,10 @@ def attend(q_NtH: Tensor, k_KsH: Tensor, v_KsH: Tensor, *, causal: bool) -> tupl
             return out.view_as(q_KGtH).flatten(0, 1), lse.view(q_KGtH.shape[:3]).flatten(0, 1)
         outs, lses = zip(*(attend(q_KtH, k_KsH, v_KsH, causal=True) for q_KtH in q_KGtH.unbind(1)), strict=True)
         return torch.stack(outs, 1).flatten(0, 1), torch.stack(lses, 1).flatten(0, 1)
-    if q_NtH.device.type == "cpu":
-        return _attend_on_cpu(q_NtH, k_KsH, v_KsH, causal=causal)
-    past = k_KsH.shape[1] - q_NtH.shape[1]
-    if causal and past:
-        pieces = [(False, slice(0, past)), (True, slice(past, None))]
-        return merge([_attend_on_gpu(q_NtH, k_KsH[:, s], v_KsH[:, s], causal=own) for own, s in pieces])
-    return _attend_on_gpu(q_NtH, k_KsH, v_KsH, causal=causal)
+    return _attend(q_NtH, k_KsH, v_KsH, causal=causal)
 
 
-def _attend_on_gpu(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """With ``causal``, t = s: kernels differ in what they make of anything else."""
-    scale = q_NtH.shape[-1] ** -0.5
-    if q_NtH.shape[-1] % 8 or q_NtH.shape[-1] > 256:
-        return attend_plainly(q_NtH, k_NsH, v_NsH, causal=causal)
-    if q_NtH.dtype != torch.float32 and _has_flash(q_NtH.device):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
-            q_NtH[None], k_NsH[None], v_NsH[None], 0.0, causal, False, scale=scale
-        )[:2]
-        return out[0], lse[0]
-    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q_NtH[None], k_NsH[None], v_NsH[None], None, True, 0.0, causal, scale=scale
-    )[:2]
-    return out[0], lse[0, :, : q_NtH.shape[1]]  # its rows are padded to whole tiles
-
-
-def _attend_on_cpu(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+def _attend(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Causal attention in blocks of queries, each over the keys it sees: the kernel computes what it then masks."""
     num_queries, num_keys = q_NtH.shape[1], k_NsH.shape[1]
     if num_queries <= FEW_QUERIES and not causal and q_NtH.dtype == torch.bfloat16 and not flash_decodes():
@@ -74,9 +52,9 @@ def _attend_on_cpu(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool)
     if not causal:
         whole = num_keys // KERNEL_STEP * KERNEL_STEP
         if num_queries < KERNEL_STEP or whole in (0, num_keys):
-            return _flash_on_cpu(q_NtH, k_NsH, v_NsH, None)
+            return _flash(q_NtH, k_NsH, v_NsH, None)
         parts = [slice(0, whole), slice(whole, num_keys)]
-        return merge([_flash_on_cpu(q_NtH, k_NsH[:, part], v_NsH[:, part], None) for part in parts])
+        return merge([_flash(q_NtH, k_NsH[:, part], v_NsH[:, part], None) for part in parts])
     mask_tS = _mask(q_NtH.dtype)
     blocks = []
     for first, end in _causal_blocks(num_queries, num_keys):
@@ -84,11 +62,11 @@ def _attend_on_cpu(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool)
         # Keys before the mask's need none, since all of the block sees them.
         cut = 0 if seen <= MASK_KEYS else seen - rows
         q_NrH, parts = q_NtH[:, first:end], [slice(0, cut)] if cut else []
-        pieces = [_flash_on_cpu(q_NrH, k_NsH[:, part], v_NsH[:, part], None) for part in parts]
+        pieces = [_flash(q_NrH, k_NsH[:, part], v_NsH[:, part], None) for part in parts]
         # The mask's last columns are the triangle: from it to the left, all is seen.
         begin = mask_tS.shape[1] - CAUSAL_ROWS + rows - (seen - cut)
         mask_ts = mask_tS[:rows, begin : begin + seen - cut]
-        blocks.append(merge([*pieces, _flash_on_cpu(q_NrH, k_NsH[:, cut:seen], v_NsH[:, cut:seen], mask_ts)]))
+        blocks.append(merge([*pieces, _flash(q_NrH, k_NsH[:, cut:seen], v_NsH[:, cut:seen], mask_ts)]))
     if len(blocks) == 1:
         return blocks[0]
     return torch.cat([out for out, _ in blocks], 1), torch.cat([lse for _, lse in blocks], 1)
@@ -107,7 +85,7 @@ def _causal_blocks(num_queries: int, num_keys: int) -> Iterator[tuple[int, int]]
         first += rows
 
 
-def _flash_on_cpu(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, mask_ts: Tensor | None) -> tuple[Tensor, Tensor]:
+def _flash(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, mask_ts: Tensor | None) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_NtH[None], k_NsH[None], v_NsH[None], 0.0, False, attn_mask=mask_ts, scale=q_NtH.shape[-1] ** -0.5
     )
@@ -131,12 +109,6 @@ def flash_decodes() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-@cache
-def _has_flash(device: torch.device) -> bool:
-    """Ampere and later."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def _attend_few(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor) -> tuple[Tensor, Tensor]:
     """A decode token on the CPU: memory-bound, so each key and value is read once by a batched product.
 
@@ -157,15 +129,16 @@ def _weigh(weights_Nts: Tensor, v_NsH: Tensor, out_NtH: Tensor) -> None:
         out_NtH.copy_(torch.bmm(weights_Nts, v_NsH.float()))
 
 
-def decoder(
-    num_rows: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor
-) -> Callable[[int, Tensor, int], None] | None:
+Decoder = Callable[[int, Tensor, int], None]
+"""Attends to one token: given its row, its sequence's keys and values ``[k|v, K, c, H]``, and its position."""
+
+
+def decoder(num_rows: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor) -> Decoder | None:
     """On the CPU, what stores and attends to one token at one of the first ``num_rows``: see ``attend_decode``.
 
-    It takes the row, the sequence's keys and values ``[k|v, K, c, H]`` and the token's position. What can be done for
-    all rows together is done here.
+    What can be done for all rows together is done here.
     """
-    if not num_rows or q_TNH.device.type != "cpu":
+    if not num_rows:
         return None
     grouped = (num_rows, k_TKH.shape[1], -1, q_TNH.shape[2])
     q_TKGH, out_TKGH = q_TNH[:num_rows].view(grouped), out_TNH[:num_rows].view(grouped)
@@ -210,18 +183,6 @@ def attend_decode_by_flash(q_1KGH: Tensor, kv_2KH: Tensor, kv_2KcH: Tensor, posi
         q_1KGH, k_1KsH, v_1KsH, 0.0, False, attn_mask=None, scale=q_1KGH.shape[-1] ** -0.5
     )
     out_1KGH.copy_(out)
-
-
-def attend_plainly(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """The definition, in float32: the oracle of the kernels, and the way where no kernel fits."""
-    scores_Nts = (q_NtH.float() @ k_NsH.float().transpose(1, 2)) * q_NtH.shape[-1] ** -0.5
-    if causal:
-        past = k_NsH.shape[1] - q_NtH.shape[1]
-        hidden = torch.ones(scores_Nts.shape[1:], dtype=torch.bool, device=scores_Nts.device).triu(past + 1)
-        scores_Nts = scores_Nts.masked_fill(hidden, float("-inf"))
-    lse_Nt = scores_Nts.logsumexp(-1)
-    out_NtH = (scores_Nts - lse_Nt[..., None]).exp() @ v_NsH.float()
-    return out_NtH.to(q_NtH.dtype), lse_Nt
 
 
 def merge(pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

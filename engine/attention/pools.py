@@ -3,16 +3,21 @@
 Shapes: K key/value heads, t tokens of a segment, s key tokens, c tokens of an extent, H head size.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from engine.attention.groups import Group, Run
 from engine.attention.sizes import kv_bytes_per_token, kv_layer_bytes
+from engine.errors import EngineError
 from engine.formats.sizes import Plain
 from engine.kvcache.cache import Extent, Holding
 from engine.memory.closing import run_all
+from engine.memory.lane import REACHED, Event
 from engine.memory.memory import Memory
-from engine.memory.ring import HostPlace, Place
+from engine.memory.ring import Place, Scattered
 from engine.memory.spill import SpillRange
 from engine.memory.tensors import torch_dtype
 from engine.memory.tier import Block
@@ -55,31 +60,45 @@ class MemoryKV:
                 layers[layer][1, heads, there] = v_KtH[:, here]
 
 
-class FetchedKV:
-    """One sequence's keys and values elsewhere, ``[token][k|v][head][dim]`` in each layer of an extent.
+@dataclass(slots=True, eq=False)
+class _OnDisk:
+    """A group's keys and values of one layer in the spill file, for a ``Ring``: read into the buffer, never written."""
 
-    Tokens are contiguous, so that what is fetched is as long as what is there, and what is added is one piece.
-    """
+    pools: "KVPools"
+    layer: int
+    runs: tuple[Run, ...]
+    stored: Event = REACHED
 
-    def __init__(self, extents: tuple[Extent, ...], places: list[list[Place]]) -> None:
-        self.extents = extents
-        self.places = places
-        """For each extent, one place a layer."""
+    def read(self, into: Tensor) -> int:
+        """Fill the buffer, but for the room of tokens that the pass adds."""
+        return self.pools.read(self.layer, self.runs, into)
+
+    def write(self, offset: int, data: Tensor) -> None:
+        """Never."""
+        raise EngineError("what a pass adds is stored by itself")
 
 
 class KVPools:
-    """Owns the memory of all keys and values; closes it."""
+    """Owns the memory of all keys and values; closes it.
 
-    def __init__(self, shape: ModelShape, stored: Plain, tokens: Mapping[TierName, int], memory: Memory) -> None:
+    In memory where compute is the CPU, each extent is by itself, a head's keys one after another. Else a tier's room is
+    one pool a layer, ``[token, k|v, head, dim]``. In the spill file a page has all its layers, one after another, so
+    that the file grows with the pages that are used.
+    """
+
+    def __init__(
+        self, shape: ModelShape, stored: Plain, tokens: Mapping[TierName, int], page_tokens: int, memory: Memory
+    ) -> None:
         """Take room for as many ``tokens`` of each tier; that on disk is claimed from the file system by ``claim``.
 
         Raises:
             TierFull: a budget would be exceeded.
         """
         self._shape = shape
-        self._stored = stored
+        self._dtype = torch_dtype(stored.dtype)
+        self._page_tokens = page_tokens
+        self._layer_bytes = kv_layer_bytes(shape, stored)
         self._token_bytes = kv_bytes_per_token(shape, stored)
-        self._memory = memory
         self._blocks: dict[TierName, Block] = {}
         sizes = {tier: count * self._token_bytes for tier, count in tokens.items() if count}
         self._spilled: SpillRange | None = None
@@ -92,6 +111,10 @@ class KVPools:
             self.close()
             raise
 
+    def has(self, tier: TierName) -> bool:
+        """Whether there is any room in a tier."""
+        return tier in self._blocks or (tier is TierName.DISK and self._spilled is not None)
+
     def claim(self, tier: TierName, end: int) -> None:
         """Make sure that the first ``end`` tokens of a tier can be stored.
 
@@ -101,28 +124,67 @@ class KVPools:
         if tier is TierName.DISK and self._spilled is not None:
             self._spilled.claim(end * self._token_bytes)
 
-    def of(self, holding: Holding) -> MemoryKV | FetchedKV:
-        """The keys and values of one sequence, uninitialised at first."""
-        if self._memory.is_addressable(holding.tier):
-            return MemoryKV(holding.extents, [self._layers(holding.tier, extent) for extent in holding.extents])
-        return FetchedKV(holding.extents, [self._places(holding.tier, extent) for extent in holding.extents])
+    def by_heads(self, holding: Holding) -> MemoryKV:
+        """The keys and values of one sequence where compute is the CPU, uninitialised at first."""
+        return MemoryKV(holding.extents, [self._extent(holding.tier, extent) for extent in holding.extents])
+
+    def layers(self, tier: TierName) -> tuple[Tensor, ...]:
+        """A tier's pools, layer by layer; nothing where it has no room."""
+        if tier not in self._blocks:
+            return ()
+        shape = self._shape
+        values = self._blocks[tier].data.view(self._dtype)
+        return values.view(shape.num_layers, -1, 2, shape.num_kv_heads, shape.head_size).unbind()
+
+    def scattered(self, group: Group, layer: int) -> tuple[Place, int]:
+        """A group's keys and values of one layer, for an item of a ``Ring``, and how many bytes these are."""
+        runs = tuple(run for share in group.shares for run in share.runs)
+        size = self._layer_bytes
+        if group.tier is TierName.DISK:
+            return _OnDisk(self, layer, runs), max(run.at + run.num_tokens for run in runs) * size
+        pool = self._blocks[group.tier].data.view(self._shape.num_layers, -1)[layer]
+        pieces = [(run.at * size, pool[run.offset * size : (run.offset + run.num_tokens) * size]) for run in runs]
+        return Scattered(pieces), sum(piece.numel() for _, piece in pieces)
+
+    def read(self, layer: int, runs: Iterable[Run], into: Tensor) -> int:
+        """From the spill file into a buffer; how many bytes."""
+        count = 0
+        for begin, rows in self._on_disk(layer, runs):
+            self._disk.read(begin, into[rows])
+            count += rows.stop - rows.start
+        return count
+
+    def write(self, layer: int, runs: Iterable[Run], rows_T2KH: Tensor) -> None:
+        """Into the spill file; ``rows``: contiguous."""
+        raw = rows_T2KH.view(torch.uint8).view(-1)
+        for begin, rows in self._on_disk(layer, runs):
+            self._disk.write(begin, raw[rows])
 
     def close(self) -> None:
         """Give the memory back."""
         spilled = [self._spilled.release] if self._spilled is not None else []
         run_all([*(block.release for block in self._blocks.values()), *spilled])
 
-    def _layers(self, tier: TierName, extent: Extent) -> tuple[Tensor, ...]:
+    def _on_disk(self, layer: int, runs: Iterable[Run]) -> Iterator[tuple[int, slice]]:
+        """Where in the spill range each piece of a page is, and which bytes of a buffer it is."""
+        for run in runs:
+            offset, at, left = run.offset, run.at, run.num_tokens
+            while left:
+                page, within = divmod(offset, self._page_tokens)
+                count = min(left, self._page_tokens - within)
+                begin = page * self._page_tokens * self._token_bytes
+                begin += (layer * self._page_tokens + within) * self._layer_bytes
+                yield begin, slice(at * self._layer_bytes, (at + count) * self._layer_bytes)
+                offset, at, left = offset + count, at + count, left - count
+
+    @property
+    def _disk(self) -> SpillRange:
+        assert self._spilled is not None
+        return self._spilled
+
+    def _extent(self, tier: TierName, extent: Extent) -> tuple[Tensor, ...]:
         shape = self._shape
         begin = extent.offset * self._token_bytes
         raw = self._blocks[tier].data[begin : begin + extent.capacity * self._token_bytes]
         sizes = (shape.num_layers, 2, shape.num_kv_heads, extent.capacity, shape.head_size)
-        return raw.view(torch_dtype(self._stored.dtype)).view(sizes).unbind()
-
-    def _places(self, tier: TierName, extent: Extent) -> list[Place]:
-        size = kv_layer_bytes(self._shape, self._stored, extent.capacity)
-        first = extent.offset * self._token_bytes
-        begins = [first + layer * size for layer in range(self._shape.num_layers)]
-        if self._spilled is not None and tier is TierName.DISK:
-            return [self._spilled.place(begin) for begin in begins]
-        return [HostPlace(self._blocks[tier].data[begin : begin + size]) for begin in begins]
+        return raw.view(self._dtype).view(sizes).unbind()

@@ -3,13 +3,12 @@
 Shapes: T tokens of a micro-batch, t of one segment, N query heads, K key/value heads, H head size.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.attention.kernels import attend, merge
-from engine.attention.pools import FetchedKV, MemoryKV
+from engine.attention.kernels import Decoder, attend, merge
+from engine.attention.pools import MemoryKV
 from engine.kvcache.segments import Segment
 
 
@@ -20,7 +19,8 @@ class Part:
     begin: int
     """The segment's first row."""
     segment: Segment
-    kv: MemoryKV | FetchedKV | None
+    kv: MemoryKV | None
+    """Where its keys and values are kept, if compute can address that."""
     kv_heads: slice
     """The key/value heads, and with them the query heads that share them."""
 
@@ -41,9 +41,18 @@ class Rows:
     k_TKH: Tensor
     v_TKH: Tensor
     out_TNH: Tensor
-    decode: Callable[[int, Tensor, int], None] | None
-    """Where one token's attention has a faster way: computes it at a row, given its sequence's keys and values,
-    ``[k|v, K, c, H]``, and its position."""
+    decode: Decoder | None
+    """Where one token's attention has a faster way."""
+
+    def at(self, row: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """All heads of some rows: queries ``[N, t, H]``, keys and values ``[K, t, H]``."""
+        rows = slice(row, row + length)
+        return self.q_TNH[rows].transpose(0, 1), self.k_TKH[rows].transpose(0, 1), self.v_TKH[rows].transpose(0, 1)
+
+    def put(self, row: int, pieces: list[tuple[Tensor, Tensor]]) -> None:
+        """Set the output of rows, from the attention over pieces of their keys."""
+        out_NtH = merge(pieces)[0]
+        self.out_TNH[row : row + out_NtH.shape[1]] = out_NtH.transpose(0, 1)
 
     def of(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[N, t, H]``, keys and values ``[K, t, H]``."""
@@ -59,7 +68,6 @@ class Rows:
     def attend(self, part: Part) -> None:
         """Store a part's keys and values where compute can address them, if they are kept, and attend."""
         kv, start, length = part.kv, part.segment.start, part.segment.length
-        assert not isinstance(kv, FetchedKV)
         if kv is not None and length == 1 and self.decode is not None and (layers := kv.only_extent(start)) is not None:
             self.decode(part.begin, layers[self.layer], start)
             return

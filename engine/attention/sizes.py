@@ -3,6 +3,10 @@
 from engine.dtypes import DType
 from engine.formats.sizes import Plain, TensorFormat
 from engine.shape import ModelShape
+from engine.units import MIB
+
+STORE_BUFFERS = 2
+"""For what a micro-batch adds elsewhere: one is filled while the other is emptied into the pages that it is for."""
 
 
 def kv_bytes_per_token(shape: ModelShape, stored: TensorFormat) -> int:
@@ -18,3 +22,23 @@ def kv_layer_bytes(shape: ModelShape, stored: TensorFormat, num_tokens: int = 1)
 def decode_workspace_bytes(shape: ModelShape, extent_tokens: int, num_threads: int) -> int:
     """Bytes of the float32 copies of an extent's keys that decoding on the CPU makes, one a thread."""
     return num_threads * kv_layer_bytes(shape, Plain(DType.FLOAT32), extent_tokens) // 2
+
+
+HOST_SLOTS = 2
+"""Micro-batches that are attended to on the host and not yet finished."""
+BLOCK_BYTES = 32 * MIB
+"""Of keys in float32 that the host multiplies together, at most: enough for all cores, and not much more."""
+
+
+def host_block_pages(shape: ModelShape, pages: int, page_tokens: int) -> int:
+    """Pages of such a block, of a pool of so many."""
+    return max(1, min(pages, BLOCK_BYTES // (4 * shape.num_kv_heads * shape.head_size * page_tokens)))
+
+
+def host_attention_bytes(shape: ModelShape, stored: TensorFormat, most_rows: int, pages: int, page_tokens: int) -> int:
+    """Host bytes that attention on the host takes: queries and results of micro-batches of ``most_rows``; in float32, a
+    block of keys or values, what comes of each page of the pool, and of each row."""
+    size = shape.num_heads * shape.head_size
+    slots = HOST_SLOTS * 2 * most_rows * shape.num_heads * stored.num_bytes((shape.head_size,))
+    block = host_block_pages(shape, pages, page_tokens) * 4 * shape.num_kv_heads * shape.head_size * page_tokens
+    return slots + block + 4 * pages * (size + 2 * shape.num_heads) + 4 * most_rows * size

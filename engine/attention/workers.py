@@ -7,23 +7,11 @@ over all cores and end in a barrier, which costs more than it saves; so each cor
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from heapq import heappop, heappush
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
-
-
-def balanced(costs: Sequence[int], num_groups: int) -> list[list[int]]:
-    """Indexes in at most ``num_groups`` groups of nearly equal cost: the costliest first, to the lightest group."""
-    loads = [(0, group) for group in range(num_groups)]
-    groups: list[list[int]] = [[] for _ in range(num_groups)]
-    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        load, group = heappop(loads)
-        groups[group].append(index)
-        heappush(loads, (load + costs[index], group))
-    return [group for group in groups if group]
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """An NVIDIA GPU: streams for lanes, events for order, pinned host memory."""
 
-import mmap
+import ctypes
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import get_ident
 from time import perf_counter
 
@@ -11,11 +11,23 @@ import torch
 from torch import Tensor
 
 from engine.devices.gpu_errors import gpu_errors
+from engine.devices.pinned import cpus_near, pinned_empty
 from engine.errors import DeviceUnavailable
+from engine.memory.device import Pieces
 from engine.memory.lane import Event, LaneName
+from engine.units import MIB
 
 _Zero = tuple[torch.cuda.Event, float]
 """A point that the GPU has passed, and ``perf_counter`` at it."""
+
+
+_ZERO_HOLDS_S = 10.0
+"""Seconds after which spans are counted from a new point: the GPU tells them as single-precision milliseconds, which
+are 8 ms apart after a day."""
+
+
+_ROUNDED_UP = 256 * MIB
+"""Bytes that the allocator may hold beyond what was asked of it: it hands out whole blocks."""
 
 
 def timed_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
@@ -42,27 +54,16 @@ class CudaEvent:
         Raises:
             DeviceFailed: the GPU failed before.
         """
-        with gpu_errors(self._name):
+        with gpu_errors(self._name), torch.cuda.device(self._name):
             self.event.synchronize()
 
     def span(self) -> tuple[float, float] | None:
         """Never blocks."""
         event, seconds = self._zero
-        with gpu_errors(self._name):
+        with gpu_errors(self._name), torch.cuda.device(self._name):
             if not self.event.query():  # type: ignore[no-untyped-call]
                 return None
             return seconds + event.elapsed_time(self._began) / 1000, seconds + event.elapsed_time(self.event) / 1000
-
-
-class _Pinned(mmap.mmap):
-    """Pages locked for the GPU until their last view is gone; PyTorch's own pinned memory is rounded up to a power of
-    two, and kept."""
-
-    address = 0
-
-    def __del__(self) -> None:
-        if self.address:
-            torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[no-untyped-call]
 
 
 class CudaDevice:
@@ -78,13 +79,21 @@ class CudaDevice:
             raise DeviceUnavailable(f"there is no cuda:{index}; this machine has {count} CUDA device(s)")
         self.name = f"cuda:{index}"
         self.torch_device = torch.device("cuda", index)
+        with gpu_errors(self.name):
+            self.capability: tuple[int, int] | None = torch.cuda.get_device_capability(self.torch_device)
+            self._cpus = cpus_near(_pci_address(index))
         self._streams: defaultdict[tuple[LaneName, int], torch.cuda.Stream] = defaultdict(
             lambda: torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         )
-        self._compute = self._streams[LaneName.DEVICE_COMPUTE, 0]
-        zero = timed_event(self._compute)
-        zero.synchronize()
-        self._zero: _Zero = zero, perf_counter()
+        with gpu_errors(self.name):
+            self._compute = self._streams[LaneName.DEVICE_COMPUTE, 0]
+            self._zero = self._now()
+
+    def limit_memory(self, num_bytes: int) -> None:
+        """Held by PyTorch's allocator, which counts whole blocks of its own."""
+        with gpu_errors(self.name):
+            _, total = torch.cuda.mem_get_info(self.torch_device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (num_bytes + _ROUNDED_UP) / total), self.torch_device)
 
     def allocate(self, num_bytes: int) -> Tensor:
         """Memory from PyTorch's caching allocator, which hands memory out in the order of the compute stream."""
@@ -93,17 +102,18 @@ class CudaDevice:
 
     def allocate_host(self, num_bytes: int) -> Tensor:
         """Pinned, so that copies are asynchronous and at full link speed, and page-aligned for direct reads."""
-        pages = _Pinned(-1, max(num_bytes, 1))
-        memory = torch.frombuffer(pages, dtype=torch.uint8)
-        with torch.cuda.device(self.torch_device):
+        with gpu_errors(self.name), torch.cuda.device(self.torch_device):
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            failed = int(runtime.cudaHostRegister(memory.data_ptr(), len(pages), 0))
-        if failed:
-            raise MemoryError(f"CUDA could not pin {num_bytes} bytes (error {failed})")
-        pages.address = memory.data_ptr()
-        return memory[:num_bytes]
 
-    def copy(self, lane: LaneName, destination: Tensor, source: Tensor, after: Event) -> Event:
+            def register(address: int, size: int) -> int:
+                error = int(runtime.cudaHostRegister(address, size, 0))
+                if error:
+                    _forget_error()  # else the next kernel would be told of it
+                return error
+
+            return pinned_empty(num_bytes, self.name, self._cpus, register, runtime.cudaHostUnregister)
+
+    def copy(self, lane: LaneName, pieces: Pieces, after: Event) -> Event:
         """Asynchronous, on a stream of the lane's. Threads have streams of their own: a layer's weights that wait for
         a free buffer hold up no keys and values that compute needs first."""
         with gpu_errors(self.name):
@@ -111,9 +121,11 @@ class CudaDevice:
             self._order(stream, after)
             began = timed_event(stream)
             with torch.cuda.stream(stream):
-                destination.copy_(source, non_blocking=True)
+                for destination, source in pieces:
+                    destination.copy_(source, non_blocking=True)
             # The allocator must not hand the memory to compute again before this stream is done with it.
-            (destination if destination.is_cuda else source).record_stream(stream)
+            for destination, source in pieces:
+                (destination if destination.is_cuda else source).record_stream(stream)
             return CudaEvent(self.name, stream, self._zero, began)
 
     def compute_after(self, event: Event) -> None:
@@ -136,7 +148,15 @@ class CudaDevice:
     def computing(self) -> Iterator[None]:
         """The thread's operations go to the compute stream; failures of the GPU become errors for people."""
         with gpu_errors(self.name), torch.cuda.stream(self._compute):
+            if perf_counter() - self._zero[1] > _ZERO_HOLDS_S:
+                self._zero = self._now()
             yield
+
+    def _now(self) -> _Zero:
+        """A point on the compute stream, and when it was reached."""
+        event = timed_event(self._compute)
+        event.synchronize()
+        return event, perf_counter()
 
     def upload(self, values: Tensor) -> Tensor:
         """Through pinned memory, in order with compute."""
@@ -144,7 +164,8 @@ class CudaDevice:
             return values.pin_memory().to(self.torch_device, non_blocking=True)
 
     def download(self, values: Tensor) -> Tensor:
-        """Blocks the host until compute has made the values."""
+        """Blocks the host until compute has made the values: on an event, since a copy's own wait takes a core."""
+        self.compute_mark().wait()
         with gpu_errors(self.name), torch.cuda.stream(self._compute):
             return values.cpu()
 
@@ -161,4 +182,23 @@ class CudaDevice:
         """Wait for what is under way, and give what is free back to whoever uses the GPU next."""
         self.synchronize()
         with gpu_errors(self.name), torch.cuda.device(self.torch_device):
+            torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
+            # Products keep workspaces for each stream they ever ran on, up to 32 MiB each.
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
+
+
+def _pci_address(index: int) -> str:
+    """``0000:3b:00.0``; empty where this PyTorch does not tell."""
+    found = torch.cuda.get_device_properties(index)
+    parts = [getattr(found, f"pci_{name}_id", None) for name in ("domain", "bus", "device")]
+    if None in parts:
+        return ""
+    domain, bus, device = map(int, parts)  # type: ignore[arg-type]
+    return f"{domain:04x}:{bus:02x}:{device:02x}.0"
+
+
+def _forget_error() -> None:
+    """The runtime keeps its last error until somebody asks for it, and PyTorch asks after each kernel."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).partition('.')[0]}").cudaGetLastError()

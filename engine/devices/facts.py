@@ -5,11 +5,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.dtypes import DType
 from engine.units import KIB
 
 _UNLIMITED = 1 << 60
-_BFLOAT16_FROM = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +21,8 @@ class MachineFacts:
     """Threads that attend to segments side by side, each with keys of its own in float32; 0: none does."""
     capability: tuple[int, int] | None = None
     """CUDA's compute capability; ``None``: no GPU, or none that is known."""
-
-    def computes(self, dtype: DType) -> bool:
-        """Whether there are kernels for a dtype. PyTorch has attention in bfloat16 from Ampere on."""
-        return dtype != DType.BFLOAT16 or self.capability is None or self.capability >= _BFLOAT16_FROM
+    gpus: int = 1
+    """GPUs that share the host's memory, each with a worker of its own."""
 
 
 def free_host_memory() -> int:

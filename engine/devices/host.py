@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.memory.aligned import aligned_empty
+from engine.memory.device import Pieces
 from engine.memory.lane import Event, LaneName, Reached
 
 
@@ -13,10 +14,14 @@ class HostDevice:
     """Implements ``engine.memory.device.Device`` on the CPU; the calling thread is the compute lane."""
 
     name = "cpu"
+    capability: tuple[int, int] | None = None
     shares_host_memory = True
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
+
+    def limit_memory(self, num_bytes: int) -> None:
+        """The system's memory has no such limit."""
 
     def allocate(self, num_bytes: int) -> Tensor:
         """Page-aligned, so that disk reads can land in it."""
@@ -26,10 +31,11 @@ class HostDevice:
         """The same memory under its other name."""
         return aligned_empty(num_bytes)
 
-    def copy(self, lane: LaneName, destination: Tensor, source: Tensor, after: Event) -> Event:
+    def copy(self, lane: LaneName, pieces: Pieces, after: Event) -> Event:
         """Only ever between two tensors that are distinct for a reason, so at once."""
         after.wait()
-        destination.copy_(source)
+        for destination, source in pieces:
+            destination.copy_(source)
         return Reached()
 
     def compute_after(self, event: Event) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.memory.aligned import aligned_empty
+from engine.memory.device import Pieces
 from engine.memory.lane import Event, LaneName, Reached, ThreadLane
 
 POISON = 0xFF
@@ -22,10 +23,16 @@ def poison(memory: Tensor) -> None:
     memory.view(torch.uint8).fill_(POISON) if memory.is_contiguous() else memory.fill_(float("nan"))
 
 
+def _poison_all(pieces: Pieces) -> None:
+    for destination, _ in pieces:
+        poison(destination)
+
+
 class SimulatedDevice:
     """Implements ``engine.memory.device.Device``; links run at ``bytes_per_second``, each copy is ``delay_s`` late."""
 
     name = "simulated"
+    capability: tuple[int, int] | None = None
     shares_host_memory = False
 
     def __init__(self, *, bytes_per_second: float = float("inf"), delay_s: float = 0.0) -> None:
@@ -33,6 +40,9 @@ class SimulatedDevice:
         self._bytes_per_second = bytes_per_second
         self._delay_s = delay_s
         self._lanes = {name: ThreadLane(name) for name in (LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)}
+
+    def limit_memory(self, num_bytes: int) -> None:
+        """The system's memory has no such limit."""
 
     def allocate(self, num_bytes: int) -> Tensor:
         """Poisoned, as it is before anything was copied to it."""
@@ -42,21 +52,23 @@ class SimulatedDevice:
         """Poisoned too: what was never read from disk must not look like data."""
         return aligned_empty(num_bytes).fill_(POISON)
 
-    def copy(self, lane: LaneName, destination: Tensor, source: Tensor, after: Event) -> Event:
-        """Poison as soon as the destination is free, copy later; in the calling thread's mode, as a GPU would."""
+    def copy(self, lane: LaneName, pieces: Pieces, after: Event) -> Event:
+        """Poison as soon as the destinations are free, copy later; in the calling thread's mode, as a GPU would."""
         inference = torch.is_inference_mode_enabled()
-        seconds = self._delay_s + source.numel() * source.element_size() / self._bytes_per_second
+        num_bytes = sum(source.numel() * source.element_size() for _, source in pieces)
+        seconds = self._delay_s + num_bytes / self._bytes_per_second
         if isinstance(after, Reached):
-            poison(destination)
+            _poison_all(pieces)
 
         def work() -> None:
             with torch.inference_mode(inference):
                 if not isinstance(after, Reached):
                     after.wait()
-                    poison(destination)
+                    _poison_all(pieces)
                 if seconds:
                     time.sleep(seconds)
-                destination.copy_(source)
+                for destination, source in pieces:
+                    destination.copy_(source)
 
         return self._lanes[lane].submit(work)
 

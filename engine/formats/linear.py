@@ -18,6 +18,7 @@ _FEWEST_CAST = 16
 """Rows from which casting weights costs less than it saves."""
 _STEPS = 16, 32
 """Few rows are padded to a multiple of the first, the height of a matrix unit's tile; more, to one of the second."""
+_GPU_STEP = 64
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, relu: bool = False) -> Tensor:
@@ -41,21 +42,26 @@ def logits(x_TI: Tensor, table_VI: Tensor) -> Tensor:
     return F.linear(x_TI, table_VI).float()
 
 
-def row_parts(num_rows: int, widest_bytes: int) -> int:
-    """In how many equal parts rows should go through a block whose widest tensor has ``widest_bytes`` a row.
+def row_parts(x_TI: Tensor, widest: int) -> int:
+    """In how many equal parts rows should go through a block whose widest tensor has ``widest`` values a row.
 
-    So that this tensor is memory that was used a moment ago, not fresh pages; and no more parts than that takes, since
-    small products run at less speed.
+    On the CPU, so that this tensor is memory that was used a moment ago, not fresh pages; and no more parts than that
+    takes, since small products run at less speed. A GPU's memory is always there.
     """
-    return max(1, div_ceil(num_rows * widest_bytes, WIDEST_BYTES))
+    if x_TI.device.type != "cpu":
+        return 1
+    return max(1, div_ceil(x_TI.shape[0] * widest * x_TI.element_size(), WIDEST_BYTES))
 
 
 def padded_rows(num_rows: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many rows a product should have that needs ``num_rows``.
 
     oneDNN compiles a kernel for each number of rows it meets, which took 8 ms with AMX and keeps 0.7 MB; packed passes
-    would meet a thousand of them. Elsewhere every number is as good.
+    would meet a thousand of them. A GPU's allocator finds memory again that has the same size. Elsewhere every number
+    is as good.
     """
+    if device.type == "cuda":
+        return align_up(num_rows, _GPU_STEP)
     if dtype != torch.bfloat16 or device.type != "cpu" or not has_products(dtype):
         return num_rows
     return align_up(num_rows, _STEPS[0] if num_rows <= _FEW_ROWS else _STEPS[1])

@@ -9,6 +9,7 @@ from statistics import median
 
 import torch
 
+from engine.attention.table import kernel_for
 from engine.devices.facts import MachineFacts, free_disk_space
 from engine.devices.open import facts_of
 from engine.dtypes import DType
@@ -117,7 +118,7 @@ def _dtypes(device: Device, facts: MachineFacts) -> tuple[DType, ...]:
     """Those that the device computes in, the best first."""
     of_gpus = (DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32)
     dtypes = of_gpus if device.torch_device.type == "cuda" else (DType.BFLOAT16, DType.FLOAT32)
-    return tuple(dtype for dtype in dtypes if facts.computes(dtype))
+    return tuple(dtype for dtype in dtypes if kernel_for(dtype, facts.capability) is not None)
 
 
 __all__ = ["FULL", "QUICK", "Effort", "identity_of", "measure"]

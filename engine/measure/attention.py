@@ -18,7 +18,7 @@ from engine.devices.facts import MachineFacts
 from engine.devices.open import facts_of
 from engine.dtypes import DType
 from engine.formats.sizes import Plain
-from engine.kvcache.cache import KVCache
+from engine.kvcache.cache import PAGE_TOKENS, KVCache
 from engine.kvcache.segments import MicroBatch, Segment
 from engine.measure.effort import Effort, Points, timed
 from engine.measure.overheads import Overheads
@@ -31,11 +31,12 @@ from engine.memory.traffic import Moved, Traffic
 from engine.model.family import EMBED, HEAD, Attend, layer_name
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.plan_input import PlanInput
-from engine.planner.resolve import resolve_plan
+from engine.planner.resolve import EXTENT_TOKENS, resolve_plan
 from engine.request import SamplingParams
 from engine.sequence import Sequence as TokenSequence
 from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
+from engine.units import align_up
 from engine.weights.manifest import PAGE_BYTES
 from engine.weights.stored import StoredWeights
 
@@ -131,9 +132,8 @@ class Cache:
         self.effort = effort
         self._traffic = traffic
         tokens = qkv_tokens(effort)
-        self._qkv_T3NH = torch.randn(
-            tokens, 3, shape.num_heads, shape.head_size, dtype=torch_dtype(dtype), device=device.torch_device
-        )
+        heads = shape.num_heads + 2 * shape.num_kv_heads
+        self._qkv = torch.randn(tokens, heads, shape.head_size, dtype=torch_dtype(dtype), device=device.torch_device)
         self._layers = cycle(range(shape.num_layers))
 
     @property
@@ -164,7 +164,7 @@ class Cache:
     def attend(self, batch: Sequence[Segment]) -> Attend:
         """Attention for a layer; each call takes the next layer's keys and values."""
         self.attention.begin([MicroBatch(tuple(batch))])
-        return lambda q, k, v: self.attention.attend(next(self._layers), 0, q, k, v)
+        return lambda qkv: self.attention.attend(next(self._layers), 0, qkv)
 
     def seconds(self, batch: Sequence[Segment]) -> float:
         """Seconds of one layer; layers take turns, so that the processor's caches help no more than in a model."""
@@ -186,8 +186,7 @@ class Cache:
 
     def _attend(self, layer: int, batch: Sequence[Segment]) -> None:
         tokens = sum(segment.length for segment in batch)
-        q, k, v = (self._qkv_T3NH[:tokens, index] for index in range(3))
-        self.attention.attend(layer, 0, q, k, v)
+        self.attention.attend(layer, 0, self._qkv[:tokens])
 
 
 def cached_shape(hidden_size: int, effort: Effort) -> ModelShape:
@@ -199,14 +198,16 @@ def cache_plan(
     tier: TierName, device: str, dtype: DType, shape: ModelShape, facts: MachineFacts, effort: Effort
 ) -> Plan:
     """A cache in one tier for as many tokens as are ever in it."""
-    tokens = max(effort.cached_tokens, 2 * max(effort.lengths), _SPILLED * (max(effort.spilled) + 1), *effort.tokens)
+    spilled_tokens = _SPILLED * align_up(max(effort.spilled) + 1, PAGE_TOKENS)
+    tokens = max(effort.cached_tokens, 2 * max(effort.lengths), spilled_tokens, *effort.tokens)
     if tier is TierName.DISK:
-        tokens = _SPILLED * (max(effort.spilled) + 1)
+        tokens = spilled_tokens
     units = dict.fromkeys((EMBED, HEAD, *(layer_name(index) for index in range(shape.num_layers))), PAGE_BYTES)
     shares = Shares(*(100 if each is tier else 0 for each in TierName))
     options = PlanOptions(
         device=device, dtype=dtype, kv=shares, device_memory=_ENDLESS, host_memory=_ENDLESS, disk_space=_ENDLESS,
-        weights=Shares(100, 0, 0), micro_batch=max(effort.lengths),
+        weights=Shares(100, 0, 0), micro_batch=qkv_tokens(effort),
+        extent_tokens=min(EXTENT_TOKENS, align_up(max(effort.lengths) + 1, PAGE_TOKENS)),
     )  # fmt: skip
     plan = resolve_plan(
         PlanInput(
@@ -233,8 +234,9 @@ def cache_in(
     tokens = plan.kv_tokens(shape)
     cache = Cache(device, dtype, shape, effort, memory.traffic)
     opened = Attention(
-        shape, plan.kv_format, memory, tokens=tokens, num_slots=plan.kv_slots, slot_tokens=plan.extent_tokens
-    )
+        shape, plan.kv_format, memory, tokens=tokens, layouts=plan.kv_layouts, extent_tokens=plan.extent_tokens,
+        num_slots=plan.kv_slots, group_tokens=plan.group_tokens, kept_rows=plan.micro_batch,
+    )  # fmt: skip
     with closing(memory.disk), closing(opened) as cache.attention:
-        cache.books = KVCache(tokens, extent_tokens=plan.extent_tokens, claim=cache.attention.claim)
+        cache.books = cache.attention.cache()
         yield cache

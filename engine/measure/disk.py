@@ -139,4 +139,4 @@ def copies(device: Device, lane: LaneName, effort: Effort) -> Points:
 
 
 def _copy(device: Device, lane: LaneName, into: Tensor, source: Tensor) -> Callable[[], None]:
-    return lambda: device.copy(lane, into, source, device.compute_mark()).wait()
+    return lambda: device.copy(lane, [(into, source)], device.compute_mark()).wait()

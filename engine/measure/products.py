@@ -14,7 +14,7 @@ from engine.formats.linear import padded_rows
 from engine.measure.effort import Effort, Points, timed
 from engine.memory.device import Device
 from engine.memory.tensors import torch_dtype
-from engine.model.family import EMBED, HEAD, Attend, Family, NamedWeights, layer_name
+from engine.model.family import EMBED, HEAD, Attend, Family, NamedWeights, layer_name, run_layer
 from engine.model.registry import family_for, reference_config
 from engine.model.sampling import next_tokens
 from engine.request import SamplingParams
@@ -59,8 +59,14 @@ class Layers:
         kind = torch_dtype(self.dtype)
         rows = padded_rows(tokens, kind, self.device.torch_device)
         hidden_TD = torch.randn(rows, self.family.shape.hidden_size, dtype=kind, device=self.device.torch_device)
-        positions_T = torch.arange(rows, device=self.device.torch_device)
-        return lambda weights: self.family.layer(weights, hidden_TD, positions_T, attend or _first)
+        prepared = self.family.prepare(torch.arange(rows, device=self.device.torch_device), kind)
+        num_heads = self.family.shape.num_heads
+
+        def queries(qkv: Tensor) -> Tensor:
+            """Instead of attention, which is measured by itself."""
+            return qkv[:, :num_heads].contiguous()
+
+        return lambda weights: run_layer(self.family.layer(weights, hidden_TD, prepared), attend or queries)
 
     def seconds(self, tokens: int, attend: Attend | None = None) -> float:
         """Seconds of one layer, measured over all layers in turn."""
@@ -97,8 +103,3 @@ def head_points(device: Device, hidden_size: int, dtype: DType, rows: Sequence[i
         return timed(device, choose, effort)
 
     return curve([(count, row_flops * count, seconds(count)) for count in rows])
-
-
-def _first(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001
-    """Instead of attention, which is measured by itself."""
-    return query

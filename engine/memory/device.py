@@ -1,5 +1,6 @@
 """What the engine asks of a device. Compute is ordered as it is issued; copies run on lanes beside it."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -8,15 +9,23 @@ from torch import Tensor
 
 from engine.memory.lane import Event, LaneName
 
+Pieces = Sequence[tuple[Tensor, Tensor]]
+"""Where bytes go, and where they come from."""
+
 
 class Device(Protocol):
     """One compute device and the links to it; ``close`` when done."""
 
     name: str
     torch_device: torch.device
+    capability: tuple[int, int] | None
+    """CUDA's compute capability; ``None``: no GPU, or one as new as any."""
     shares_host_memory: bool
     """Host memory is device memory: no copy is ever needed, and the bytes are charged to the tier that owns them.
     Its compute is the calling thread's: done when it returns."""
+
+    def limit_memory(self, num_bytes: int) -> None:
+        """Compute's own temporaries, too, are to find room within so many bytes, until the device is closed."""
 
     def allocate(self, num_bytes: int) -> Tensor:
         """Device memory, ``uint8 [num_bytes]``, uninitialised."""
@@ -24,12 +33,12 @@ class Device(Protocol):
     def allocate_host(self, num_bytes: int) -> Tensor:
         """Host memory that copies to and from the device may use: page-aligned, pinned where that matters."""
 
-    def copy(self, lane: LaneName, destination: Tensor, source: Tensor, after: Event) -> Event:
-        """Begin a copy between host and device on its lane, once ``after`` has happened; does not block.
+    def copy(self, lane: LaneName, pieces: Pieces, after: Event) -> Event:
+        """Begin copies between host and device on their lane, once ``after`` has happened; does not block.
 
-        ``after`` covers whatever compute still does with either side. Memory that was allocated just now was perhaps
-        compute's a moment ago, so it takes ``compute_mark()``, too. Both sides stay untouched by the caller until the
-        event has been waited for.
+        ``pieces``: destination and source of each. ``after`` covers whatever compute still does with either side.
+        Memory that was allocated just now was perhaps compute's a moment ago, so it takes ``compute_mark()``, too. Both
+        sides stay untouched by the caller until the event has been waited for.
         """
 
     def compute_after(self, event: Event) -> None:
@@ -63,4 +72,4 @@ class Device(Protocol):
         """End the lanes."""
 
 
-__all__ = ["Device", "Event", "LaneName"]
+__all__ = ["Device", "Event", "LaneName", "Pieces"]

@@ -1,6 +1,7 @@
 """Free ranges of a linear space: first fit, neighbours joined on release."""
 
 from bisect import bisect_left
+from collections.abc import Iterable
 
 from engine.errors import EngineError
 
@@ -10,6 +11,16 @@ class FreeRanges:
 
     def __init__(self, limit: int) -> None:
         self._ranges: list[tuple[int, int]] = [(0, limit)] if limit else []
+
+    @classmethod
+    def around(cls, limit: int, taken: Iterable[tuple[int, int]]) -> "FreeRanges":
+        """What is free beside these ``(offset, size)``."""
+        found, end = cls(0), 0
+        for offset, size in [*sorted(taken), (limit, 0)]:
+            if offset > end:
+                found._ranges.append((end, offset - end))
+            end = offset + size
+        return found
 
     def allocate(self, size: int) -> int | None:
         """The lowest offset where ``size`` fits, or ``None``."""
@@ -37,6 +48,16 @@ class FreeRanges:
         if after and offset + size == after[0]:
             size, stop = size + after[1], index + 1
         self._ranges[start:stop] = [(offset, size)]
+
+    @property
+    def first(self) -> int:
+        """Bytes of the range with the lowest offset."""
+        return self._ranges[0][1] if self._ranges else 0
+
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest range."""
+        return max((size for _, size in self._ranges), default=0)
 
     @property
     def free(self) -> int:

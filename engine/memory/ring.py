@@ -6,9 +6,10 @@ While compute is at one item, the next are fetched and those before are written 
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Protocol
 
 from torch import Tensor
@@ -19,6 +20,12 @@ from engine.memory.lane import REACHED, Event, LaneEvent, LaneName, ThreadLane
 from engine.memory.memory import Memory
 from engine.memory.tier import Block
 from engine.tiers import TierName
+from engine.units import MIB
+
+PACED_BYTES = 16 * MIB
+"""Bytes of a copy, at most: a millisecond or so of a link."""
+_GIVEN = 2
+"""Copies of one buffer that are under way at once: one, and the next, so that the link never waits for the thread."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,14 +44,22 @@ class FilePlace(Protocol):
     stored: Event
     """When all that was written back to it is there."""
 
-    def read(self, into: Tensor) -> None:
-        """Fill host bytes from the place's beginning."""
+    def read(self, into: Tensor) -> int:
+        """Fill host bytes from the place's beginning; how many were read, since some may be nobody's."""
 
     def write(self, offset: int, data: Tensor) -> None:
         """Write contiguous host bytes from ``offset`` on."""
 
 
-Place = HostPlace | FilePlace
+@dataclass(frozen=True, slots=True, eq=False)
+class Scattered:
+    """Bytes here and there in host memory that the device cannot address; nobody changes them through a ring."""
+
+    pieces: Sequence[tuple[int, Tensor]]
+    """Where in the buffer each goes, and the bytes."""
+
+
+Place = HostPlace | Scattered | FilePlace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +74,9 @@ class Item:
     changed: slice | None = None
     """Bytes that compute sets, to be written back."""
     is_weights: bool = False
+    after: Callable[[], Event | None] | None = None
+    """When all that is fetched is where it is fetched from, if somebody else than the ring writes there; ``None``:
+    nobody knows yet, and it is not fetched ahead."""
 
 
 @dataclass(slots=True)
@@ -77,6 +95,22 @@ class _Slot:
     file_left: Event = REACHED
     """Nor the one that files are read into and written from: the host's, or on a device without memory of its own the
     same."""
+
+
+def paced(pieces: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+    """Pieces (where each goes, and its bytes) as copies of at most ``PACED_BYTES`` together."""
+    together: list[tuple[int, Tensor]] = []
+    left = PACED_BYTES
+    for at, source in pieces:
+        for first in range(0, source.numel(), PACED_BYTES):
+            part = source[first : first + PACED_BYTES]
+            if part.numel() > left:
+                yield together
+                together, left = [], PACED_BYTES
+            together.append((at + first, part))
+            left -= part.numel()
+    if together:
+        yield together
 
 
 class Ring:
@@ -107,6 +141,7 @@ class Ring:
         self._order: Iterator[Item] = iter(())
         self._next: Item | None = None
         self._begun: deque[tuple[Item, _Slot]] = deque()
+        self._entered: list[Item] = []
         self._free: deque[_Slot] = deque()
         try:
             for _ in range(num_slots):
@@ -132,7 +167,8 @@ class Ring:
 
     @contextmanager
     def enter(self, place: Place, then: str | None = None) -> Iterator[tuple[Item, Tensor]]:
-        """The next item and its bytes on the device, ``uint8``: what was fetched, as long as the context lasts.
+        """The next item and its bytes on the device, ``uint8``: what was fetched, as long as the context lasts. Another
+        may be entered meanwhile.
 
         Args:
             place: where the item must be from.
@@ -142,8 +178,9 @@ class Ring:
             EngineError: the next item is of another place.
             LaneFailed: fetching it failed, or writing back what it consists of.
         """
+        self._run_ahead()
         if not self._begun:
-            self._begin_next()
+            raise EngineError("something is entered that nobody spoke of, or that is not there yet")
         item, slot = self._begun[0]
         if item.place is not place:
             raise EngineError(f"{item.what} is next, and something else is entered")
@@ -151,9 +188,11 @@ class Ring:
         with self._traffic.waiting(then):
             slot.filled.wait()
             self._device.compute_after(slot.ready)
+        self._begun.popleft()
+        self._entered.append(item)
         yield item, slot.device.data
         self._leave(item, slot)
-        self._begun.popleft()
+        self._entered.remove(item)
         self._free.append(slot)
         self._run_ahead()
 
@@ -187,46 +226,64 @@ class Ring:
         self._free.clear()
 
     def _run_ahead(self) -> None:
-        while self._free and self._next is not None and not self._is_to_change(self._next.place):
-            self._begin_next()
+        while self._free and self._next is not None and (stored := self._stored(self._next)) is not None:
+            self._begin_next(stored)
 
-    def _is_to_change(self, place: Place) -> bool:
-        """Whether an item that was begun changes a place: then nobody knows yet when it will be written back."""
-        return any(item.place is place and item.changed is not None for item, _ in self._begun)
+    def _stored(self, item: Item) -> Event | None:
+        """When what an item consists of is where it is kept; ``None``: nobody knows yet."""
+        if item.after is not None:
+            return item.after()
+        # An item that was begun and changes the place will be written back, nobody knows when.
+        ahead = [*self._entered, *(other for other, _ in self._begun)]
+        if any(other.place is item.place and other.changed is not None for other in ahead):
+            return None
+        return REACHED if isinstance(item.place, Scattered) else item.place.stored
 
-    def _begin_next(self) -> None:
+    def _begin_next(self, stored: Event) -> None:
         item = self._next
-        if item is None:
-            raise EngineError("something is entered that nobody spoke of")
+        assert item is not None
         self._next = next(self._order, None)
         slot = self._free.popleft()
         self._begun.append((item, slot))
         if slot.item is item and item.changed is None:
             return  # nothing else was in the buffer since
         slot.item = item
-        stored = item.place.stored
         slot.filled = self._fetching.submit(lambda: self._fill(item, slot, stored))
 
     def _fill(self, item: Item, slot: _Slot, stored: Event) -> None:
         """On the lane: fetch an item into its buffer."""
-        if not isinstance(item.place, HostPlace):
+        place = item.place
+        if not isinstance(place, HostPlace | Scattered):
             slot.file_left.wait()
         if not item.fetched:
             slot.ready = slot.left
             return
         stored.wait()
-        if isinstance(item.place, HostPlace):
-            slot.ready = self._copy_in(item, slot, item.place.data)
-            return
-        buffer = (slot.host or slot.device).data
-        with self._traffic.moving(LaneName.DISK_READ, item.fetched, item.what, weights=item.is_weights):
-            item.place.read(buffer[: item.fetched])
-        slot.ready = slot.file_left = REACHED if slot.host is None else self._copy_in(item, slot, buffer)
+        if isinstance(place, Scattered):
+            slot.ready = self._copy_in(item, slot, place.pieces)
+        elif isinstance(place, HostPlace):
+            slot.ready = self._copy_in(item, slot, [(0, place.data[: item.fetched])])
+        else:
+            buffer = (slot.host or slot.device).data[: item.fetched]
+            began = perf_counter()
+            count = place.read(buffer)
+            span = began, perf_counter()
+            self._traffic.add(LaneName.DISK_READ, count, span, item.what, weights=item.is_weights)
+            slot.ready = slot.file_left = REACHED if slot.host is None else self._copy_in(item, slot, [(0, buffer)])
 
-    def _copy_in(self, item: Item, slot: _Slot, source: Tensor) -> Event:
-        size = item.fetched
-        copied = self._device.copy(LaneName.HOST_TO_DEVICE, slot.device.data[:size], source[:size], slot.left)
-        self._traffic.follow(LaneName.HOST_TO_DEVICE, copied, size, item.what, weights=item.is_weights)
+    def _copy_in(self, item: Item, slot: _Slot, pieces: Iterable[tuple[int, Tensor]]) -> Event:
+        """A copy engine takes one copy after the other, whosever they are. What compute needs next must not wait behind
+        a whole layer, so no more than two pieces are ever given to it at once."""
+        copied: Event = slot.left
+        given: deque[Event] = deque()
+        for some in paced(pieces):
+            if len(given) == _GIVEN:
+                given.popleft().wait()
+            into = [(slot.device.data[at : at + source.numel()], source) for at, source in some]
+            copied = self._device.copy(LaneName.HOST_TO_DEVICE, into, slot.left)
+            given.append(copied)
+            size = sum(source.numel() for _, source in some)
+            self._traffic.follow(LaneName.HOST_TO_DEVICE, copied, size, item.what, weights=item.is_weights)
         return copied
 
     def _leave(self, item: Item, slot: _Slot) -> None:
@@ -235,6 +292,7 @@ class Ring:
         if item.changed is None:
             return
         place, data = item.place, slot.device.data[item.changed]
+        assert not isinstance(place, Scattered)
         if isinstance(place, HostPlace):
             place.stored = slot.left = self._copy_out(item, place.data[item.changed], data, slot.left)
         elif slot.host is None:
@@ -245,7 +303,7 @@ class Ring:
             place.stored = slot.file_left = self._write(item, place, on_host, slot.left)
 
     def _copy_out(self, item: Item, destination: Tensor, source: Tensor, after: Event) -> Event:
-        copied = self._device.copy(LaneName.DEVICE_TO_HOST, destination, source, after)
+        copied = self._device.copy(LaneName.DEVICE_TO_HOST, [(destination, source)], after)
         self._traffic.follow(LaneName.DEVICE_TO_HOST, copied, source.numel(), item.what)
         return copied
 

@@ -146,6 +146,14 @@ class SpillRange:
             self._tier.take(end - self._claimed, self._what)
             self._claimed = end
 
+    def read(self, begin: int, into: Tensor) -> None:
+        """Fill a contiguous ``uint8`` CPU tensor from ``begin`` on."""
+        self._tier.read(self.offset + begin, into)
+
+    def write(self, begin: int, data: Tensor) -> None:
+        """Write a contiguous ``uint8`` CPU tensor from ``begin`` on."""
+        self._tier.write(self.offset + begin, data)
+
     def place(self, begin: int) -> "SpilledPlace":
         """The bytes from ``begin`` on, for a ``Ring``."""
         return SpilledPlace(self._tier, self.offset + begin)
@@ -166,9 +174,10 @@ class SpilledPlace:
     offset: int
     stored: Event = REACHED
 
-    def read(self, into: Tensor) -> None:
+    def read(self, into: Tensor) -> int:
         """Fill host bytes from its beginning."""
         self.tier.read(self.offset, into)
+        return into.numel()
 
     def write(self, offset: int, data: Tensor) -> None:
         """Write contiguous host bytes from ``offset`` on."""

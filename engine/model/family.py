@@ -4,13 +4,14 @@ Shapes in this package: T tokens packed over sequences, D hidden size, N query h
 V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.shape import ModelShape
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 EMBED = "embed"
@@ -22,8 +23,29 @@ Config = Mapping[str, Any]
 NamedWeights = Mapping[str, "Tensor"]
 """The tensors of one unit (embedding, one layer, head) by the names of its ``UnitSpec``."""
 
-Attend = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
-"""``(q_TNH, k_TKH, v_TKH) -> out_TNH``: stores the new keys and values, attends per segment."""
+Layer = Generator["Tensor", list["Tensor"], "Tensor"]
+"""A layer at work, which pauses once, where its tokens attend to others: it yields ``qkv [T, N + 2 K, H]``, is sent
+what came of it, and returns the hidden states. Whoever drives it may compute something else meanwhile.
+
+What it is sent is a list of one, ``[T, N, H]``, which it empties: so nobody else keeps the memory."""
+
+Attend = Callable[["Tensor"], "Tensor"]
+"""``qkv [T, N + 2 K, H] -> out [T, N, H]``: stores the new keys and values, attends per segment."""
+
+
+def run_layer(layer: Layer, attend: Attend) -> "Tensor":
+    """Hidden states after a layer that waits for its attention at once."""
+    return resume_layer(layer, [attend(next(layer))])
+
+
+def resume_layer(layer: Layer, attended: list["Tensor"]) -> "Tensor":
+    """Hidden states after a layer that was paused, given what came of its attention."""
+    try:
+        layer.send(attended)
+    except StopIteration as end:
+        hidden_TD: Tensor = end.value
+        return hidden_TD
+    raise AssertionError("a layer pauses once")
 
 
 def layer_name(index: int) -> str:
@@ -78,8 +100,11 @@ class Family(Sizes, Protocol):
     def embed(self, weights: NamedWeights, token_ids_T: "Tensor", positions_T: "Tensor") -> "Tensor":
         """Hidden states ``[T, D]``."""
 
-    def layer(self, weights: NamedWeights, hidden_TD: "Tensor", positions_T: "Tensor", attend: Attend) -> "Tensor":
-        """One layer; ``hidden_TD`` may be overwritten. ``positions_T``: each token's place in its sequence, int64."""
+    def prepare(self, positions_T: "Tensor", dtype: "torch.dtype") -> "Tensor":
+        """What every layer needs of the tokens' places in their sequences (int64), made once a micro-batch."""
+
+    def layer(self, weights: NamedWeights, hidden_TD: "Tensor", prepared: "Tensor") -> Layer:
+        """One layer; ``hidden_TD`` may be overwritten. ``prepared``: by ``prepare``, of these tokens."""
 
     def head(self, weights: NamedWeights, embedding: NamedWeights | None, hidden_TD: "Tensor") -> "Tensor":
         """Float32 logits ``[T, V]``."""

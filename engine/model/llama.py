@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.formats.linear import linear, logits, row_parts
 from engine.model.activation_functions import ACTIVATION_FUNCTIONS
-from engine.model.family import Attend, Config, NamedWeights
+from engine.model.family import Config, Layer, NamedWeights
 from engine.model.llama_sizes import LlamaSizes, Rope
 
 
@@ -51,11 +51,16 @@ class Llama(LlamaSizes):
         del positions_T
         return F.embedding(token_ids_T, weights["tokens.weight"])
 
-    def layer(self, weights: NamedWeights, hidden_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+    def prepare(self, positions_T: Tensor, dtype: torch.dtype) -> Tensor:
+        """Cosines and sines of the rotary angles: see ``waves``."""
+        return waves(positions_T, self.rope, self.shape.head_size, dtype)
+
+    def layer(self, weights: NamedWeights, hidden_TD: Tensor, prepared: Tensor) -> Layer:
         """Attention and feed-forward block, each with its residual; ``hidden_TD`` is overwritten."""
-        hidden_TD.add_(self._attention(weights, self._norm(weights, "attention_norm", hidden_TD), positions_T, attend))
+        attended = yield self._qkv(weights, self._norm(weights, "attention_norm", hidden_TD), prepared)
+        hidden_TD.add_(linear(attended.pop().flatten(1), weights["out.weight"], weights.get("out.bias")))
         x_TD = self._norm(weights, "ffn_norm", hidden_TD)
-        parts = row_parts(x_TD.shape[0], 2 * self.shape.ffn_size * x_TD.element_size())
+        parts = row_parts(x_TD, 2 * self.shape.ffn_size)
         for rows_RD, x_RD in zip(torch.chunk(hidden_TD, parts), torch.chunk(x_TD, parts), strict=True):
             rows_RD.add_(self._feed_forward(weights, x_RD))
         return hidden_TD
@@ -64,17 +69,16 @@ class Llama(LlamaSizes):
         gate_RF, up_RF = linear(x_RD, weights["gate_up.weight"], weights.get("gate_up.bias")).chunk(2, dim=-1)
         return linear(self.activation(gate_RF).mul_(up_RF), weights["down.weight"], weights.get("down.bias"))
 
-    def _attention(self, weights: NamedWeights, x_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
-        shape = self.shape
-        counts = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
-        qkv = linear(x_TD, weights["qkv.weight"], weights.get("qkv.bias")).view(-1, sum(counts), shape.head_size)
-        q_TNH, k_TKH, v_TKH = torch.split(qkv, counts, dim=1)
+    def _qkv(self, weights: NamedWeights, x_TD: Tensor, waves_2T1H: Tensor) -> Tensor:
+        """Queries, keys and values, a head after the other, ``[T, N + 2 K, H]``; those turned that have positions."""
+        num_heads, num_kv_heads = self.shape.num_heads, self.shape.num_kv_heads
+        qkv = linear(x_TD, weights["qkv.weight"], weights.get("qkv.bias")).view(len(x_TD), -1, self.shape.head_size)
         if self.norms_heads:
+            q_TNH, k_TKH = qkv[:, :num_heads], qkv[:, num_heads:-num_kv_heads]
             q_TNH.copy_(self._norm(weights, "q_norm", q_TNH))
             k_TKH.copy_(self._norm(weights, "k_norm", k_TKH))
-        turn_(qkv[:, : -shape.num_kv_heads], positions_T, self.rope)
-        out_TNH = attend(q_TNH, k_TKH, v_TKH)
-        return linear(out_TNH.flatten(1), weights["out.weight"], weights.get("out.bias"))
+        turn_(qkv[:, :-num_kv_heads], waves_2T1H)
+        return qkv
 
     def head(self, weights: NamedWeights, embedding: NamedWeights | None, hidden_TD: Tensor) -> Tensor:
         """Final norm and token table; float32 logits ``[T, V]``."""
@@ -84,9 +88,7 @@ class Llama(LlamaSizes):
 
     def _norm(self, weights: NamedWeights, name: str, x: Tensor) -> Tensor:
         """RMSNorm over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467), computed in float32."""
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.norm_eps)
-        return scaled.to(x.dtype).mul_(weights[f"{name}.weight"])
+        return F.rms_norm(x, x.shape[-1:], eps=self.norm_eps).mul_(weights[f"{name}.weight"])
 
 
 def frequencies(rope: Rope, head_size: int, device: torch.device) -> Tensor:
@@ -104,15 +106,20 @@ def frequencies(rope: Rope, head_size: int, device: torch.device) -> Tensor:
     return turns_h * kept_h + turns_h / rope.factor * (1 - kept_h)
 
 
-def turn_(x_TNH: Tensor, positions_T: Tensor, rope: Rope) -> None:
-    """Turns each head's pairs of values, ``(i, i + h)``, by their positions' angles, in place.
+def waves(positions_T: Tensor, rope: Rope, head_size: int, dtype: torch.dtype) -> Tensor:
+    """Cosine and sine of each position's angles, ``[2, T, 1, H]``, the first half of the sines negative: for ``turn_``.
 
-    Angles are float32; their sine and cosine, and the products with them, have the values' type, as in transformers.
+    Angles are float32; their cosine and sine, and the products with them, have the values' type, as in transformers.
     """
-    angles_Th = positions_T[:, None] * frequencies(rope, x_TNH.shape[-1], x_TNH.device)
-    cos_T1H, sin_T1H = (
-        torch.cat((wave, wave), -1).to(x_TNH.dtype)[:, None] for wave in (angles_Th.cos(), angles_Th.sin())
-    )
+    angles_Th = positions_T[:, None] * frequencies(rope, head_size, positions_T.device)
+    cos_Th, sin_Th = angles_Th.cos(), angles_Th.sin()
+    halves = torch.stack((torch.cat((cos_Th, cos_Th), -1), torch.cat((-sin_Th, sin_Th), -1)))
+    return halves.to(dtype)[:, :, None]
+
+
+def turn_(x_TNH: Tensor, waves_2T1H: Tensor) -> None:
+    """Turns each head's pairs of values, ``(i, i + h)``, by their positions' angles, in place."""
+    cos_T1H, sin_T1H = waves_2T1H
     first_TNh, second_TNh = x_TNH.chunk(2, dim=-1)
-    turned_TNH = torch.cat((-second_TNh, first_TNh), -1).mul_(sin_T1H)
+    turned_TNH = torch.cat((second_TNh, first_TNh), -1).mul_(sin_T1H)
     x_TNH.mul_(cos_T1H).add_(turned_TNH)

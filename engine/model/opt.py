@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.formats.linear import linear, logits, row_parts
 from engine.model.activation_functions import ACTIVATION_FUNCTIONS
-from engine.model.family import Attend, Config, NamedWeights
+from engine.model.family import Config, Layer, NamedWeights
 from engine.model.opt_sizes import POSITION_OFFSET, OPTSizes
 
 
@@ -52,32 +52,33 @@ class OPT(OPTSizes):
             hidden_TE = F.linear(hidden_TE, weights["project_in.weight"])
         return hidden_TE + F.embedding(positions_T + POSITION_OFFSET, weights["positions.weight"])
 
-    def layer(self, weights: NamedWeights, hidden_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
-        """Attention and feed-forward block, each with its residual; ``hidden_TD`` is overwritten.
+    def prepare(self, positions_T: Tensor, dtype: torch.dtype) -> Tensor:
+        """Nothing: positions are part of the embedding."""
+        del dtype
+        return positions_T
 
-        Positions are part of the embedding.
-        """
-        del positions_T
+    def layer(self, weights: NamedWeights, hidden_TD: Tensor, prepared: Tensor) -> Layer:
+        """Attention and feed-forward block, each with its residual; ``hidden_TD`` is overwritten."""
+        del prepared
         x_TD = self._norm(weights, "attention_norm", hidden_TD) if self.norm_before else hidden_TD
-        hidden_TD = hidden_TD.add_(self._attention(weights, x_TD, attend))
+        attended = yield self._qkv(weights, x_TD)
+        hidden_TD = hidden_TD.add_(linear(attended.pop().flatten(1), weights["out.weight"], weights.get("out.bias")))
         if not self.norm_before:
             hidden_TD = self._norm(weights, "attention_norm", hidden_TD)
         x_TD = self._norm(weights, "ffn_norm", hidden_TD) if self.norm_before else hidden_TD
-        parts = row_parts(x_TD.shape[0], self.shape.ffn_size * x_TD.element_size())
+        parts = row_parts(x_TD, self.shape.ffn_size)
         for rows_RD, x_RD in zip(torch.chunk(hidden_TD, parts), torch.chunk(x_TD, parts), strict=True):
             rows_RD.add_(self._feed_forward(weights, x_RD))
         return hidden_TD if self.norm_before else self._norm(weights, "ffn_norm", hidden_TD)
+
+    def _qkv(self, weights: NamedWeights, x_TD: Tensor) -> Tensor:
+        """Queries, keys and values, a head after the other, ``[T, 3 N, H]``."""
+        return linear(x_TD, weights["qkv.weight"], weights.get("qkv.bias")).view(len(x_TD), -1, self.shape.head_size)
 
     def _feed_forward(self, weights: NamedWeights, x_RD: Tensor) -> Tensor:
         fuses = self.activation is torch.relu_
         x_RF = linear(x_RD, weights["fc1.weight"], weights.get("fc1.bias"), relu=fuses)
         return linear(x_RF if fuses else self.activation(x_RF), weights["fc2.weight"], weights.get("fc2.bias"))
-
-    def _attention(self, weights: NamedWeights, x_TD: Tensor, attend: Attend) -> Tensor:
-        qkv = linear(x_TD, weights["qkv.weight"], weights.get("qkv.bias"))
-        qkv_T3NH = qkv.view(x_TD.shape[0], 3, self.shape.num_heads, self.shape.head_size)
-        out_TNH = attend(qkv_T3NH[:, 0], qkv_T3NH[:, 1], qkv_T3NH[:, 2])
-        return linear(out_TNH.reshape(x_TD.shape), weights["out.weight"], weights.get("out.bias"))
 
     def _norm(self, weights: NamedWeights, name: str, x_TD: Tensor) -> Tensor:
         size = (self.shape.hidden_size,)

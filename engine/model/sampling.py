@@ -14,6 +14,8 @@ from torch import Tensor
 from engine.request import SamplingParams
 from engine.units import div_ceil
 
+NOT_FINITE = -1
+"""Instead of a token: the number type was too small for the model."""
 _MASK = (1 << 64) - 1
 DRAWN_IN = 16
 """Rows are drawn in this many parts, since a row being drawn takes 16 times the memory that the plan's workspace has
@@ -36,17 +38,20 @@ def next_tokens(
 ) -> Tensor:
     """The next token of each row, ``int64 [R]``; rows with temperature 0 take the likeliest (the first, if tied).
 
+    ``NOT_FINITE`` where the largest logit is no finite number.
+
     Args:
         logits_RV: on any device; nothing here waits for it.
         params: how each row is sampled.
         uniforms: the number in [0, 1) that draws each row's token; ignored where it is not drawn.
         upload: brings a small host tensor to the logits' device.
     """
-    tokens_R = logits_RV.argmax(-1)
+    tokens_R = logits_RV.argmax(-1)  # no number, if there is any
+    is_finite_R = logits_RV.gather(1, tokens_R[:, None])[:, 0].isfinite()
     pairs = enumerate(zip(params, uniforms, strict=True))
     drawn = {row: (sampling, number) for row, (sampling, number) in pairs if sampling.temperature > 0}
     if not drawn:
-        return tokens_R
+        return tokens_R.where(is_finite_R, NOT_FINITE)
     rules = [(one.temperature, one.top_k or math.inf, one.top_p, number) for one, number in drawn.values()]
     rules_D4 = upload(torch.tensor(rules, dtype=torch.float64))
     rows_D = upload(torch.tensor(list(drawn), dtype=torch.int64))
@@ -54,7 +59,7 @@ def next_tokens(
     for first in range(0, len(drawn), step):
         rows_d = rows_D[first : first + step]
         tokens_R.index_copy_(0, rows_d, _draw(logits_RV.index_select(0, rows_d), rules_D4[first : first + step]))
-    return tokens_R
+    return tokens_R.where(is_finite_R, NOT_FINITE)
 
 
 def _draw(logits_RV: Tensor, rules_R4: Tensor) -> Tensor:

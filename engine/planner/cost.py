@@ -31,9 +31,6 @@ class Overlap:
     """Keys and values that attention needs from another tier are fetched ahead of time."""
     activations: bool = True
     """So are the hidden states of other micro-batches that wait in host memory or on disk."""
-    host_attention: bool = False
-    """Decode tokens whose keys and values lie in host memory or on disk are attended to on the host, where the machine
-    can: beside the products of other micro-batches."""
 
 
 OVERLAPPED = Overlap()
@@ -100,12 +97,15 @@ class PassModel:
             0.0 if self._shares_host else self._kv_share[TierName.HOST]
         )
         can_attend = not self._shares_host and hardware.host_attention is not None
-        self._host_attends = overlap.host_attention and can_attend
+        self._host_attends = plan.host_attention and can_attend
+        """Decode tokens whose keys and values lie in host memory are attended to there."""
 
     def cost(self, load: PassLoad) -> PassCost:
         """Seconds of one pass, lane by lane."""
         tokens = load.tokens
         batches = max(1, math.ceil(tokens / self._plan.micro_batch - 1e-9))
+        if self._host_attends and self._plan.micro_batches > 1 and load.decode_tokens > 1:
+            batches = max(2, batches)  # dealt out, so that one's attention goes on beside another's products
         compute_s, host_s = self._compute_seconds(load, tokens, batches)
         kv, activations = self._link_bytes(load, tokens)
         lane_bytes: dict[LaneName, float] = {}
@@ -151,11 +151,11 @@ class PassModel:
         pair_flops = 4 * self._shape.num_heads * self._shape.head_size * layers
         prompt_length = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 0.0
         compute_s += self._prompt_attention.seconds(pair_flops * load.prompt_pairs, prompt_length)
-        on_host = self._kv_share[TierName.HOST] + self._kv_share[TierName.DISK] if self._host_attends else 0.0
+        on_host = self._kv_share[TierName.HOST] if self._host_attends else 0.0
         read = load.attended * self._token_bytes
         size = read / load.decode_tokens / layers if load.decode_tokens else 0.0
         scratch = hardware.scratch_attention
-        fetched = 0.0 if on_host or scratch is None else self._fetched_share
+        fetched = 0.0 if scratch is None else self._fetched_share - on_host
         if scratch is not None:
             compute_s += scratch.seconds(read * fetched, size)
         compute_s += self._decode_attention.seconds(read * (1 - on_host - fetched), size)
@@ -163,7 +163,10 @@ class PassModel:
         segments = load.prompt_segments + load.decode_tokens * (1 - on_host - fetched)
         compute_s += hardware.segment_overhead.value * layers * segments
         compute_s += hardware.sequence_overhead.value * (load.prompt_segments + load.decode_tokens)
-        host_s = hardware.host_attention.seconds(read * on_host, size) if hardware.host_attention and on_host else 0.0
+        host_s = 0.0
+        if hardware.host_attention is not None and on_host and load.decode_tokens:
+            host_s = hardware.host_attention.seconds(read * on_host, size)
+            host_s += hardware.host_overhead.value * layers * batches
         return compute_s, host_s
 
     def _link_bytes(self, load: PassLoad, tokens: float) -> tuple[dict[LaneName, float], dict[LaneName, float]]:
@@ -177,13 +180,12 @@ class PassModel:
         kv[LaneName.DISK_WRITE] = new * on_disk
         if copies:
             kv[LaneName.DEVICE_TO_HOST] = new * below
+            kv[LaneName.HOST_TO_DEVICE] = moved * below
             if self._host_attends:
                 # Queries go down, results come up; only prompt chunks fetch what they attend to.
-                queries = load.decode_tokens * below * self._query_bytes
+                queries = load.decode_tokens * on_host * self._query_bytes
                 kv[LaneName.DEVICE_TO_HOST] += queries
-                kv[LaneName.HOST_TO_DEVICE] = load.reattended * self._token_bytes * below + queries
-            else:
-                kv[LaneName.HOST_TO_DEVICE] = moved * below
+                kv[LaneName.HOST_TO_DEVICE] += queries - load.attended * self._token_bytes * on_host
         if self._plan.activations is not TierName.DEVICE:
             # Stored after the embedding and after each layer, loaded before each layer and before the head.
             num_bytes = tokens * self._hidden_bytes * (self._shape.num_layers + 1)
@@ -194,17 +196,23 @@ class PassModel:
         return kv, activations
 
     def _kv_seconds(self, lane: LaneName, num_bytes: float, load: PassLoad, tokens: float) -> float:
-        """For keys and values on a lane: read extent by extent, written as they are computed, layer by layer."""
+        """For keys and values on a lane: sequence by sequence, layer by layer; what a micro-batch adds comes in one
+        copy from a device with memory of its own."""
         if not num_bytes:
             return 0.0
         rate = self._hardware.kv_rate(lane)
+        # Measured by what a sequence has in a layer, however many pages that is; else each piece is a page.
+        is_measured = lane in self._hardware.kv_lanes
+        most = math.inf if is_measured or lane is LaneName.HOST_TO_DEVICE else self._plan.kv_unit(TierName.DISK)
         if lane in (LaneName.DISK_READ, LaneName.HOST_TO_DEVICE):
             segments = load.decode_tokens or load.prompt_segments
             each = (load.attended if load.decode_tokens else load.prompt_tokens) / segments if segments else 0.0
-            return rate.seconds(num_bytes, max(1.0, min(each, self._plan.extent_tokens) * self._layer_token_bytes))
+            return rate.seconds(num_bytes, max(1.0, min(each, most) * self._layer_token_bytes))
+        if lane is LaneName.DEVICE_TO_HOST:
+            return rate.seconds(num_bytes, min(tokens, self._plan.micro_batch) * self._layer_token_bytes)
         decoded = num_bytes * load.decode_tokens / tokens
         prompt = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 1.0
-        size = min(max(1.0, prompt), self._plan.extent_tokens) * self._layer_token_bytes
+        size = min(max(1.0, prompt), most) * self._layer_token_bytes
         return rate.seconds(decoded, self._layer_token_bytes) + rate.seconds(num_bytes - decoded, size)
 
     def _longest(self, lane_seconds: Mapping[LaneName, float], compute_s: float) -> float:

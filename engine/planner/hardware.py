@@ -61,6 +61,9 @@ class Hardware:
     """Seconds before and after the layers of a pass, beside which nothing else is done."""
     sequence_overhead: Figure = CONTAINED
     """Seconds that a sequence costs in each pass, beside its layers."""
+    host_overhead: Figure = CONTAINED
+    """Seconds that a micro-batch's attention on the host takes in a layer whatever it attends to: the queries' way
+    down, the results' way up, and what passes from thread to thread."""
     widths: tuple[Width, ...] = ()
     """By hidden size, ascending; empty: ``matmul`` holds for all, and for logits, too."""
     scratch_attention: Rate | None = None
@@ -130,7 +133,7 @@ class Hardware:
             rate = getattr(self, name)
             if rate is not None:
                 found[name] = rate
-        for name in ("layer_overhead", "segment_overhead", "pass_overhead", "sequence_overhead"):
+        for name in ("layer_overhead", "segment_overhead", "pass_overhead", "sequence_overhead", "host_overhead"):
             found[name] = getattr(self, name)
         for width in self.widths:
             found |= {f"widths.{width.hidden_size}.matmul.{dtype}": rate for dtype, rate in width.matmul.items()}

@@ -11,9 +11,11 @@ from typing import Literal
 from engine.attention.sizes import kv_bytes_per_token
 from engine.dtypes import DType
 from engine.formats.sizes import Plain
+from engine.kvcache.cache import Layout, unit_tokens
 from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 
+HOST_ATTENTION = ("auto", "on", "off")
 SCHEDULES = ("mixed", "block")
 """Every pass with decode and prefill tokens both; or FlexGen's two phases, a block of sequences after the other."""
 
@@ -44,8 +46,12 @@ class PlanOptions:
     """Prompt tokens of one sequence a pass, at most; ``None``: whatever fits."""
     extent_tokens: int | None = None
     """Tokens of one piece of KV cache, at most."""
+    group_tokens: int | None = None
+    """Tokens of KV cache that pass through a buffer at once; ``None``: by the device's budget, or two extents."""
     schedule: str | None = None
     """``mixed`` (the default) or ``block``."""
+    host_attention: str | None = None
+    """``on``, ``off``, or ``auto``: whichever is predicted to be faster."""
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -56,7 +62,9 @@ class PlanOptions:
             raise ValueError(f"activations must be device, host or disk, not {self.activations!r}")
         if self.schedule is not None and self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be {' or '.join(SCHEDULES)}, not {self.schedule!r}")
-        for name in ("micro_batch", "micro_batches", "prefill_chunk", "extent_tokens"):
+        if self.host_attention is not None and self.host_attention not in HOST_ATTENTION:
+            raise ValueError(f"host_attention must be {', '.join(HOST_ATTENTION)}, not {self.host_attention!r}")
+        for name in ("micro_batch", "micro_batches", "prefill_chunk", "extent_tokens", "group_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -98,6 +106,12 @@ FLAGS = {
         SCHEDULES,
         by_hand=True,
     ),
+    "host_attention": Flag(
+        "choice",
+        "Beside a GPU, attend on the CPU for tokens whose KV cache is in host memory. Default: auto, what is faster.",
+        HOST_ATTENTION,
+        by_hand=True,
+    ),
 }
 """Those fields of ``PlanOptions`` that have a flag, in the order in which ``--help`` shows them."""
 
@@ -128,12 +142,17 @@ class Plan:
     micro_batches: int
     prefill_chunk: int
     extent_tokens: int
+    kv_layouts: Mapping[TierName, Layout]
+    """How a sequence lies in each tier."""
+    group_tokens: int
+    """Tokens of keys and values that pass through a buffer at once, from where compute cannot address them."""
     logits_rows: int
     """Rows of logits computed together, at most."""
     staging_slots: int
     """Device buffers that streamed layers pass through; 0 where every layer is resident."""
     kv_slots: int
-    """Device buffers for a layer of an extent, through which KV cache from elsewhere passes; 0 where there is none."""
+    """Device buffers for a layer of ``group_tokens``, through which KV cache from elsewhere passes; 0 where there is
+    none."""
     activation_slots: int
     """Device buffers for a micro-batch's hidden states, through which they pass where they live elsewhere, else 0."""
     workspace_bytes: int
@@ -142,6 +161,8 @@ class Plan:
     """Bytes of each tier that everything but the KV cache takes."""
     schedule: str = SCHEDULES[0]
     """``mixed`` or ``block``."""
+    host_attention: bool = False
+    """Decode tokens whose keys lie in host memory are attended to there, beside the device."""
 
     @property
     def used_bytes(self) -> dict[TierName, int]:
@@ -156,7 +177,15 @@ class Plan:
     def kv_tokens(self, shape: ModelShape) -> dict[TierName, int]:
         """Tokens of KV cache each tier has room for."""
         token_bytes = kv_bytes_per_token(shape, self.kv_format)
-        return {tier: num_bytes // token_bytes for tier, num_bytes in self.kv_bytes.items()}
+        found = {}
+        for tier, num_bytes in self.kv_bytes.items():
+            tokens = num_bytes // token_bytes
+            found[tier] = tokens - tokens % self.kv_unit(tier)
+        return found
+
+    def kv_unit(self, tier: TierName) -> int:
+        """Tokens of which a sequence's room in a tier is a multiple."""
+        return unit_tokens(self.kv_layouts[tier], self.extent_tokens)
 
     def largest_sequence(self, shape: ModelShape) -> int:
         """KV tokens of the longest sequence that finds room: it lives in one tier."""

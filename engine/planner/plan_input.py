@@ -4,17 +4,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.attention.sizes import kv_bytes_per_token
+from engine.attention.table import kernel_for
 from engine.devices.facts import MachineFacts, free_disk_space
 from engine.dtypes import DType
+from engine.errors import PlanDoesNotFit
 from engine.formats.sizes import Plain
 from engine.planner.plan import PlanOptions
 from engine.planner.workload import Workload
 from engine.shape import ModelShape
 from engine.tiers import TierName
+from engine.units import GIB, format_bytes
 from engine.weights.stored import StoredWeights
 
 DEVICE_SHARE, HOST_SHARE = 0.8, 0.7
 """The share of free memory that a plan takes unasked: the rest is for the page cache and for other people."""
+GPU_SHARE, GPU_REST = 0.95, GIB
+"""Of a GPU's own memory, this share or all but so many bytes: nobody else needs it."""
 DISK_SHARE = 0.9
 
 
@@ -40,7 +45,8 @@ class PlanInput:
         """As asked, else as the weights are stored; float16 where the device cannot compute as they are stored."""
         if self.options.dtype is not None:
             return self.options.dtype
-        return self.stored.dtype if self.facts.computes(self.stored.dtype) else DType.FLOAT16
+        has_kernel = kernel_for(self.stored.dtype, self.facts.capability) is not None
+        return self.stored.dtype if has_kernel else DType.FLOAT16
 
     @property
     def token_bytes(self) -> int:
@@ -75,9 +81,9 @@ class PlanInput:
 
 def budgets_of(options: PlanOptions, facts: MachineFacts, disk_dir: Path) -> dict[TierName, int]:
     """Bytes that each tier may hold: as asked, else a share of what is free."""
-    device = options.device_memory if options.device_memory is not None else int(facts.device_free * DEVICE_SHARE)
+    device = options.device_memory if options.device_memory is not None else _unasked_device(facts)
     # Where device and host are one memory, a host tier would only be a second name for the same bytes.
-    unasked_host = 0 if facts.shares_host_memory else int(facts.host_free * HOST_SHARE)
+    unasked_host = 0 if facts.shares_host_memory else int(facts.host_free * HOST_SHARE) // facts.gpus
     wants_host = options.activations == "host" or any(s is not None and s.host for s in (options.weights, options.kv))
     if facts.shares_host_memory and wants_host:
         unasked_host = device
@@ -86,3 +92,21 @@ def budgets_of(options: PlanOptions, facts: MachineFacts, disk_dir: Path) -> dic
     unasked_disk = int(free_disk_space(disk_dir) * DISK_SHARE) if wants_disk else 0
     disk = options.disk_space if options.disk_space is not None else unasked_disk
     return {TierName.DEVICE: device, TierName.HOST: host, TierName.DISK: disk}
+
+
+def _unasked_device(facts: MachineFacts) -> int:
+    least = int(facts.device_free * DEVICE_SHARE)
+    if facts.shares_host_memory:
+        return least
+    return max(least, min(int(facts.device_free * GPU_SHARE), facts.device_free - GPU_REST))
+
+
+def check_asked(options: PlanOptions, facts: MachineFacts) -> None:
+    """Raise ``PlanDoesNotFit`` where more memory is asked for than is free."""
+    asked = {"device": (options.device_memory, facts.device_free), "host": (options.host_memory, facts.host_free)}
+    for tier, (wanted, free) in asked.items():
+        if wanted is not None and wanted > free:
+            raise PlanDoesNotFit(
+                f"--{tier}-memory asks for {format_bytes(wanted)}, and {format_bytes(free)} of {tier} memory are free "
+                "here; ask for less, or end what holds the rest"
+            )

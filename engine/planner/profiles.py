@@ -73,6 +73,7 @@ def profile_json(hardware: Hardware) -> dict[str, object]:
         "segment_overhead": _figure_json(hardware.segment_overhead),
         "pass_overhead": _figure_json(hardware.pass_overhead),
         "sequence_overhead": _figure_json(hardware.sequence_overhead),
+        "host_overhead": _figure_json(hardware.host_overhead),
         "widths": [
             {
                 "hidden_size": width.hidden_size,
@@ -121,6 +122,7 @@ def hardware_from_json(data: object, where: str = "hardware profile") -> Hardwar
             pass_overhead=top.figure("pass_overhead"),
             # The shipped presets, whose other figures contain these, have none of them.
             sequence_overhead=top.figure("sequence_overhead") if top.has("sequence_overhead") else CONTAINED,
+            host_overhead=top.figure("host_overhead") if top.has("host_overhead") else CONTAINED,
             widths=tuple(width.width() for width in top.items("widths")) if top.has("widths") else (),
             scratch_attention=top.rate("scratch_attention") if top.is_given("scratch_attention") else None,
             kv_lanes=_lanes(top.at("kv_lanes")) if top.has("kv_lanes") else {},

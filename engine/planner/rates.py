@@ -58,6 +58,11 @@ class Rate:
         weight = math.log(size / size_a) / math.log(size_b / size_a)
         return math.exp((1 - weight) * math.log(rate_a) + weight * math.log(rate_b))
 
+    @property
+    def fastest(self) -> float:
+        """Units per second at the size that is best."""
+        return max(rate for _, rate in self.points)
+
     def seconds(self, amount: float, size: float) -> float:
         """Time for ``amount`` units in pieces of ``size``; nothing takes none."""
         return amount / self.at(size) if amount > 0 else 0.0

@@ -19,7 +19,7 @@ from engine.planner.lp import LinearProgram
 from engine.planner.placing import whole_layers
 from engine.planner.plan import Plan
 from engine.planner.plan_input import PlanInput
-from engine.planner.resolve import fitting_plan, resolve_plan
+from engine.planner.resolve import fitting_plan, group_tokens_for, resolve_plan
 from engine.planner.workload import Workload
 from engine.tiers import Shares, TierName
 from engine.units import GIB
@@ -194,7 +194,7 @@ class Relaxation:
 
     def _room(self, choice: Choice) -> Mapping[TierName, float] | None:
         """Bytes left for layers and cache: the budgets less what ``resolve_plan`` takes for everything else."""
-        # Where decode tokens are attended to takes no memory from any of it.
+        # Where decode tokens are attended to takes next to no memory.
         sizes = replace(choice, host_attention=False)
         if sizes not in self._rooms:
             self._rooms[sizes] = self._sized_room(sizes)
@@ -236,6 +236,8 @@ class Relaxation:
             micro_batches=choice.micro_batches,
             weights=weights,
             kv=None,
+            host_attention=None,  # what it takes of the host is sized with the plan
+            group_tokens=group_tokens_for(self._given),  # by the budgets that there are
         )
         return self._given.asking(options).within(dict.fromkeys(TierName, _ENDLESS))
 
@@ -267,5 +269,5 @@ class Relaxation:
         return self._hardware.lanes[lane].busy_share if lane in LINKS else 1.0
 
     def _model(self, plan: Plan, choice: Choice) -> PassModel:
-        overlap = replace(self._overlap, host_attention=choice.host_attention)
-        return PassModel(self._hardware, self._given.shape, self._given.stored, plan, overlap)
+        plan = replace(plan, host_attention=choice.host_attention)
+        return PassModel(self._hardware, self._given.shape, self._given.stored, plan, self._overlap)

@@ -5,10 +5,18 @@ One function sizes everything, so that what is promised and what is allocated ca
 
 from collections.abc import Mapping
 
-from engine.attention.sizes import decode_workspace_bytes, kv_bytes_per_token, kv_layer_bytes
+from engine.attention.sizes import (
+    STORE_BUFFERS,
+    decode_workspace_bytes,
+    host_attention_bytes,
+    kv_bytes_per_token,
+    kv_layer_bytes,
+)
+from engine.attention.table import HEAD_STEP, LARGEST_HEAD, kernel_for, takes_heads
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
 from engine.formats.sizes import Plain
+from engine.kvcache.cache import Layout, layouts, unit_tokens
 from engine.model.family import EMBED, HEAD, layer_name
 from engine.planner.placing import BOUNCED_SLOTS, STAGING_SLOTS, STREAMED_MICRO_BATCHES, place_layers
 from engine.planner.plan import SCHEDULES, Plan, PlanOptions
@@ -20,8 +28,12 @@ from engine.units import KIB, MIB, align_up, format_bytes
 MICRO_BATCH_TOKENS = 2048
 """Tokens of a micro-batch. A sequence that is no longer fits whole, so that scoring it needs no KV cache."""
 EXTENT_TOKENS = 1024
-KV_SLOTS = 4
-"""One extent's layer is fetched while two wait or are attended to and one is written back."""
+KV_SLOTS = 3
+"""One group of keys and values is fetched while another is attended to and a third waits."""
+GROUP_BYTES, GROUP_BYTES_ON_CPU = 64 * MIB, 16 * MIB
+"""Of such a group in one layer. A GPU attends to a group in one call, which few sequences would not be worth."""
+GROUP_SHARE = 1 / 32
+"""Of the device's budget, at most."""
 ACTIVATION_SLOTS = 3
 """One micro-batch's hidden states are fetched while another's are computed and a third's are written back."""
 LOGITS_BYTES = 64 * MIB
@@ -35,30 +47,44 @@ def resolve_plan(given: PlanInput) -> Plan:
             cannot compute in the dtype that was asked for.
     """
     options, shape, stored, facts, dtype = given.options, given.shape, given.stored, given.facts, given.dtype
-    if not facts.computes(dtype):
-        assert facts.capability is not None
+    if facts.capability is not None and kernel_for(dtype, facts.capability) is None:
         raise PlanDoesNotFit(
             f"this GPU has no {dtype} kernels: its compute capability is {facts.capability[0]}.{facts.capability[1]}, "
             f"and they need 8.0; use --dtype float16"
         )
+    if not facts.shares_host_memory and not takes_heads(shape.head_size):
+        raise PlanDoesNotFit(
+            f"attention on a GPU takes heads of up to {LARGEST_HEAD} values, in steps of {HEAD_STEP}, and this model's "
+            f"have {shape.head_size}; use --device cpu"
+        )
     budgets = given.budgets
     micro_batch = options.micro_batch or MICRO_BATCH_TOKENS
     activations = TierName(options.activations or TierName.DEVICE)
-    extent_tokens = min(options.extent_tokens or EXTENT_TOKENS, shape.max_positions + 1)
+    extent_tokens = _extent_tokens(given)
     logits_rows = _logits_rows(shape, micro_batch)
     workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows)
-    workspace += decode_workspace_bytes(shape, extent_tokens, facts.attention_threads)
     kv_format = Plain(dtype)
-    slot_bytes = kv_layer_bytes(shape, kv_format, extent_tokens)
+    group_tokens = group_tokens_for(given)
+    slot_bytes = kv_layer_bytes(shape, kv_format, group_tokens)
+    store_bytes = STORE_BUFFERS * kv_layer_bytes(shape, kv_format, micro_batch)
+    at_once = extent_tokens
+    if options.kv is not None and options.kv.disk:
+        at_once = max(extent_tokens, min(group_tokens, shape.max_positions + 1))
+    workspace += decode_workspace_bytes(shape, at_once, facts.attention_threads)
+    # On the CPU, what is stored waits in the one memory that there is.
+    kept_here = store_bytes if facts.shares_host_memory else 0
     batch_bytes = micro_batch * shape.hidden_size * dtype.num_bytes
 
     is_addressable = activations is TierName.DEVICE or (activations is TierName.HOST and facts.shares_host_memory)
     activation_slots = 0 if is_addressable else ACTIVATION_SLOTS
 
+    def buffer_bytes(kv_slots: int) -> int:
+        return kv_slots * slot_bytes + kept_here if kv_slots else 0
+
     def placed(kv_slots: int) -> tuple[TierName, ...]:
         return place_layers(
             given,
-            taken=workspace + kv_slots * slot_bytes + activation_slots * batch_bytes,
+            taken=workspace + buffer_bytes(kv_slots) + activation_slots * batch_bytes,
             batch_bytes=batch_bytes if activations is TierName.DEVICE else 0,
         )
 
@@ -72,11 +98,14 @@ def resolve_plan(given: PlanInput) -> Plan:
     micro_batches = options.micro_batches or (STREAMED_MICRO_BATCHES if streamed else 1)
     staged = {TierName.DISK} if facts.shares_host_memory else {TierName.HOST, TierName.DISK}
     bounced = TierName.DISK in layers and not facts.shares_host_memory
-    slots = min(BOUNCED_SLOTS if bounced else STAGING_SLOTS, sum(tier in staged for tier in layers))
+    host_attends = _host_attends(given, activations, spills=spills)
+    slots = BOUNCED_SLOTS if bounced else STAGING_SLOTS
+    # With attention on the host, a layer is begun before the one in front of it is over.
+    slots = min(slots + 1 if host_attends else slots, sum(tier in staged for tier in layers))
     largest_layer = max(stored.unit_bytes[layer_name(index)] for index in range(shape.num_layers))
 
     fixed = dict.fromkeys(TierName, 0)
-    fixed[TierName.DEVICE] += workspace + slots * largest_layer + kv_slots * slot_bytes
+    fixed[TierName.DEVICE] += workspace + slots * largest_layer + buffer_bytes(kv_slots)
     fixed[TierName.DEVICE] += activation_slots * batch_bytes
     elsewhere = [layer_name(index) for index, tier in enumerate(layers) if tier is not TierName.DEVICE]
     to_unpack = [layer for layer in elsewhere if not stored.is_ready(layer, dtype)]
@@ -85,6 +114,8 @@ def resolve_plan(given: PlanInput) -> Plan:
     # Pieces of a spill file are whole pages.
     fixed[activations] += align_up(activation_bytes, 4 * KIB) if activations is TierName.DISK else activation_bytes
     if not facts.shares_host_memory:
+        if kv_slots:
+            fixed[TierName.HOST] += store_bytes
         if TierName.DISK in layers:
             fixed[TierName.HOST] += slots * largest_layer
         if options.kv is not None and options.kv.disk:
@@ -102,6 +133,11 @@ def resolve_plan(given: PlanInput) -> Plan:
         if fixed[tier] > budgets[tier]:
             raise PlanDoesNotFit(_too_small(tier, fixed[tier], budgets[tier]))
     room = {tier: budgets[tier] - fixed[tier] for tier in TierName}
+    if host_attends:
+        fixed[TierName.HOST] += _host_attention_bytes(given, kv_format, micro_batch, room[TierName.HOST], extent_tokens)
+        if fixed[TierName.HOST] > budgets[TierName.HOST]:
+            raise PlanDoesNotFit(_too_small(TierName.HOST, fixed[TierName.HOST], budgets[TierName.HOST]))
+        room[TierName.HOST] = budgets[TierName.HOST] - fixed[TierName.HOST]
     return Plan(
         device=given.device,
         dtype=dtype,
@@ -117,12 +153,15 @@ def resolve_plan(given: PlanInput) -> Plan:
         micro_batches=micro_batches,
         prefill_chunk=options.prefill_chunk or micro_batch * micro_batches,
         extent_tokens=extent_tokens,
+        kv_layouts=layouts(shares_host_memory=facts.shares_host_memory),
+        group_tokens=group_tokens,
         logits_rows=logits_rows,
         staging_slots=slots,
         kv_slots=kv_slots,
         activation_slots=activation_slots,
         workspace_bytes=workspace,
         schedule=options.schedule or SCHEDULES[0],
+        host_attention=host_attends,
         other_bytes=fixed,
     )
 
@@ -135,6 +174,23 @@ def fitting_plan(given: PlanInput) -> Plan | None:
         return None
 
 
+def group_tokens_for(given: PlanInput) -> int:
+    """Tokens of keys and values that pass through a buffer at once."""
+    options, extent_tokens = given.options, _extent_tokens(given)
+    if options.group_tokens is not None:
+        return options.group_tokens
+    if options.extent_tokens is not None:
+        return 2 * extent_tokens
+    most = GROUP_BYTES_ON_CPU if given.facts.shares_host_memory else GROUP_BYTES
+    most = min(most, int(given.budgets[TierName.DEVICE] * GROUP_SHARE))
+    token_bytes = kv_layer_bytes(given.shape, Plain(given.dtype))
+    return max(unit_tokens(Layout.PAGES, extent_tokens), most // token_bytes)
+
+
+def _extent_tokens(given: PlanInput) -> int:
+    return min(given.options.extent_tokens or EXTENT_TOKENS, given.shape.max_positions + 1)
+
+
 def _spills_kv(given: PlanInput, budgets: Mapping[TierName, int], *, streamed: bool) -> bool:
     """Whether sequences may live where compute cannot address them.
 
@@ -145,6 +201,28 @@ def _spills_kv(given: PlanInput, budgets: Mapping[TierName, int], *, streamed: b
     if kv is None:
         return streamed and not facts.shares_host_memory and budgets[TierName.HOST] > 0
     return bool(kv.disk or (kv.host and not facts.shares_host_memory))
+
+
+def _host_attends(given: PlanInput, activations: TierName, *, spills: bool) -> bool:
+    """Raises ``PlanDoesNotFit`` where it was asked for and cannot be."""
+    if given.options.host_attention != "on":
+        return False
+    kv = given.options.kv
+    if given.facts.shares_host_memory or not spills or (kv is not None and not kv.host):
+        raise PlanDoesNotFit(
+            "--host-attention on: nothing of the KV cache lies in host memory beside a GPU; give --kv a host share, or "
+            "leave it out"
+        )
+    if activations is not TierName.DEVICE:
+        raise PlanDoesNotFit("--host-attention on needs --activations device: hidden states must not wait elsewhere")
+    return True
+
+
+def _host_attention_bytes(given: PlanInput, kv_format: Plain, micro_batch: int, room: int, extent_tokens: int) -> int:
+    """For as many pages as the host has room for."""
+    page_tokens = unit_tokens(Layout.PAGES, extent_tokens)
+    pages = room // (kv_bytes_per_token(given.shape, kv_format) * page_tokens)
+    return host_attention_bytes(given.shape, kv_format, micro_batch, pages, page_tokens)
 
 
 def _logits_rows(shape: ModelShape, micro_batch: int) -> int:

@@ -77,13 +77,12 @@ class _Rounding:
     """KV tokens of the longest sequence that it holds."""
     options: PlanOptions
     plan: Plan
-    overlap: Overlap
 
     @property
     def key(self) -> object:
         """Equal for plans that are one."""
         plan = self.plan
-        return (plan.layers, *plan.kv_bytes.values(), plan.micro_batch, plan.micro_batches, self.overlap.host_attention)
+        return (plan.layers, *plan.kv_bytes.values(), plan.micro_batch, plan.micro_batches, plan.host_attention)
 
     @property
     def on_disk(self) -> bool:
@@ -96,8 +95,8 @@ def search(
 ) -> Found:
     """The plan under which the workload ends soonest.
 
-    Whatever a person fixed stays. Host attention is tried both ways where ``overlap`` has it. No more than
-    ``most_simulated`` plans are simulated: an answer from fewer comes sooner, and may be a few percent slower.
+    Whatever a person fixed stays. No more than ``most_simulated`` plans are simulated: an answer from fewer comes
+    sooner, and may be a few percent slower.
 
     Raises:
         PlanDoesNotFit: nothing fits; the sentence says what is short.
@@ -121,7 +120,7 @@ class _Search:
         self._screened_passes = min(max(SCREENED_PASSES, lives), MAX_SIMULATED_PASSES)
         self._needed = 0
         """KV tokens that some tier must have room for."""
-        self._sized: dict[tuple[PlanOptions, Overlap], _Rounding | None] = {}
+        self._sized: dict[PlanOptions, _Rounding | None] = {}
         """What was tried: optima of different shares, and moves from different starts, lead to the same plans."""
 
     def best(self, most_simulated: int) -> Found:
@@ -160,7 +159,7 @@ class _Search:
 
     def _predicted(self, each: "_Rounding", most_passes: int) -> Prediction:
         given = self._given
-        return predict(self._hardware, given.shape, given.stored, each.plan, self._workload, each.overlap, most_passes)
+        return predict(self._hardware, given.shape, given.stored, each.plan, self._workload, self._overlap, most_passes)
 
     def _rounded(self) -> "list[_Rounding]":
         """Plans near the optima of the linear programs, each once, with their steady rates."""
@@ -175,38 +174,36 @@ class _Search:
             for optimum in sorted(group, key=lambda each: -each.bound)[:ROUNDED]:
                 if optimum.bound < best * SLOWER:
                     break
-                overlap = replace(self._overlap, host_attention=optimum.choice.host_attention)
                 for options in self._roundings(optimum):
-                    rounding = self._rounding(options, overlap)
+                    rounding = self._rounding(options)
                     if rounding is not None:
                         best = max(best, rounding.rate)
                         found.setdefault(rounding.key, rounding)
         return list(found.values())
 
-    def _rounding(self, options: PlanOptions, overlap: Overlap) -> "_Rounding | None":
+    def _rounding(self, options: PlanOptions) -> "_Rounding | None":
         """The plan and its steady rate; ``None`` if it does not fit or no sequence finds room."""
-        key = options, overlap
-        if key not in self._sized:
-            self._sized[key] = self._size(options, overlap)
-        rounding = self._sized[key]
+        if options not in self._sized:
+            self._sized[options] = self._size(options)
+        rounding = self._sized[options]
         return rounding if rounding is not None and rounding.room >= self._needed else None
 
-    def _size(self, options: PlanOptions, overlap: Overlap) -> "_Rounding | None":
+    def _size(self, options: PlanOptions) -> "_Rounding | None":
         plan = fitting_plan(self._given.asking(options))
         if plan is None:
             return None
         room = plan.largest_sequence(self._given.shape)
         if room < min(each.reserved for each in self._workload.lengths):
             return None
-        rate, seconds = self._estimate(plan, overlap)
-        return _Rounding(rate, seconds, room, options, plan, overlap) if rate > 0 else None
+        rate, seconds = self._estimate(plan)
+        return _Rounding(rate, seconds, room, options, plan) if rate > 0 else None
 
     def _starts(self, steady: "Iterable[_Rounding]") -> "list[_Rounding]":
         """The best of each kind: attending here or there, with most layers on the device, some or none."""
         kinds: dict[tuple[bool, int], _Rounding] = {}
         for each in sorted(steady, key=lambda each: each.seconds):
             on_device = each.plan.num_layers_in(TierName.DEVICE)
-            kinds.setdefault((each.overlap.host_attention, ceil(2 * on_device / self._num_layers)), each)
+            kinds.setdefault((each.plan.host_attention, ceil(2 * on_device / self._num_layers)), each)
         return list(kinds.values())
 
     def _climbed(self, best: "_Rounding") -> "_Rounding":
@@ -216,7 +213,7 @@ class _Search:
             while better:
                 better = False
                 for options in self._moves(best, step):
-                    moved = self._rounding(options, best.overlap)
+                    moved = self._rounding(options)
                     if moved is not None and moved.seconds < best.seconds * (1 - TIE / 10):
                         best, better = moved, True
                         break
@@ -236,13 +233,19 @@ class _Search:
     def _choices(self) -> Iterator[Choice]:
         batches = (self._fixed.micro_batch,) if self._fixed.micro_batch else MICRO_BATCHES_TOKENS
         counts = (self._fixed.micro_batches,) if self._fixed.micro_batches else MICRO_BATCHES
-        can_attend = not self._hardware.shares_host_memory and self._hardware.host_attention is not None
-        attends = [False, True] if self._overlap.host_attention and can_attend else [False]
+        attends = [False, True] if self._can_attend_on_host() else [False]
+        if self._fixed.host_attention == "on":
+            attends = [True]
         streams = [frozenset[TierName](), frozenset({TierName.HOST}), frozenset({TierName.HOST, TierName.DISK})]
         for micro_batch, count, attend, below in product(batches, counts, attends, streams):
             yield Choice(micro_batch, count, attend, below)
 
-    def _estimate(self, plan: Plan, overlap: Overlap) -> tuple[float, float]:
+    def _can_attend_on_host(self) -> bool:
+        fixed, hardware = self._fixed, self._hardware
+        can = not hardware.shares_host_memory and hardware.host_attention is not None
+        return can and fixed.host_attention != "off" and fixed.activations in (None, TierName.DEVICE)
+
+    def _estimate(self, plan: Plan) -> tuple[float, float]:
         """Requests per second once steady, and seconds for the workload; zeros if none finds room."""
         workload = self._workload
         rate = steady_requests_per_pass(workload, plan, self._given.token_bytes)
@@ -250,7 +253,7 @@ class _Search:
             return 0.0, 0.0
         load = mean_request_load(workload, plan)
         filled = as_filled(workload, plan, self._given.token_bytes)
-        model = PassModel(self._hardware, self._given.shape, self._given.stored, filled, overlap)
+        model = PassModel(self._hardware, self._given.shape, self._given.stored, filled, self._overlap)
         pass_s = model.cost(load.scaled(rate)).seconds
         residency = workload.mean(lambda each: residency_passes(each, plan))
         at_once = usable_kv_tokens(workload, plan, self._given.token_bytes) / workload.mean(lambda each: each.reserved)
@@ -280,6 +283,7 @@ class _Search:
                 micro_batches=choice.micro_batches,
                 weights=shares,
                 kv=cache,
+                host_attention="on" if choice.host_attention else self._fixed.host_attention,
             )
 
     def _layer_shares(self, choice: Choice, layers: Mapping[TierName, float]) -> Iterator[Shares]:

@@ -13,7 +13,7 @@ from engine.planner.load import PassLoad, request_load
 from engine.planner.plan import Plan
 from engine.planner.workload import Lengths, Workload
 from engine.schedule.policy import most_prompt_tokens, sustaining_prompt_tokens
-from engine.units import div_ceil
+from engine.units import align_up, div_ceil
 
 RUNS = 64
 """The requests of each length are divided into this many runs of neighbours, at most, which are then mixed evenly."""
@@ -42,7 +42,11 @@ class Simulation:
             token_bytes: bytes of one token's keys and values over all layers.
         """
         self._plan = plan
-        self._free = [num_bytes // token_bytes for num_bytes in plan.kv_bytes.values()]
+        self._units = [plan.kv_unit(tier) for tier in plan.kv_bytes]
+        self._free = [
+            num_bytes // token_bytes // unit * unit
+            for num_bytes, unit in zip(plan.kv_bytes.values(), self._units, strict=True)
+        ]
         """KV tokens of each tier."""
         self._waiting = _mixed(workload)
         self._waiting_tokens = sum(each.reserved * number for each, number in self._waiting)
@@ -115,18 +119,19 @@ class Simulation:
             logits_rows=self._decoding + ended,
         )
 
-    def _admit(self, room: int) -> _Group | None:
+    def _admit(self, left: int) -> _Group | None:
         """As many of the first that wait as one tier has room for, and as can begin; ``None``: none of them, now."""
         if not self._waiting:
             return None
         lengths, waiting = self._waiting[0]
         # Everybody who runs has a token in this pass, so there are never more of them than it has tokens.
-        number = min(waiting, div_ceil(room, min(lengths.prompt, self._plan.prefill_chunk)))
+        number = min(waiting, div_ceil(left, min(lengths.prompt, self._plan.prefill_chunk)))
         for tier, free in enumerate(self._free):
-            fitting = min(number, free // lengths.reserved)
+            room = align_up(lengths.reserved, self._units[tier])
+            fitting = min(number, free // room)
             if fitting > 0:
                 self._leave_queue(fitting)
-                self._free[tier] -= fitting * lengths.reserved
+                self._free[tier] -= fitting * room
                 return _Group(lengths, tier, fitting, lengths.prompt)
         return None
 
@@ -172,7 +177,7 @@ class Simulation:
         self._passes += 1
 
     def _free_room(self, group: _Group) -> None:
-        self._free[group.tier] += group.number * group.lengths.reserved
+        self._free[group.tier] += group.number * align_up(group.lengths.reserved, self._units[group.tier])
 
 
 def _mixed(workload: Workload) -> deque[tuple[Lengths, int]]:

@@ -42,6 +42,8 @@ class Workload:
     """Requests by length, in the order of the dataset as far as anybody knows: well mixed."""
 
     lengths: tuple[Lengths, ...]
+    per_row: int = 1
+    """Requests that a row of the dataset is: one for each choice, where it is to choose."""
 
     def __post_init__(self) -> None:
         if not self.lengths:
@@ -72,7 +74,7 @@ class Workload:
     def of_at_most(self, tokens: int) -> "Workload | None":
         """Those of its requests that reserve no more tokens of KV cache than these; ``None``: there are none."""
         lengths = tuple(each for each in self.lengths if each.reserved <= tokens)
-        return Workload(lengths) if lengths else None
+        return replace(self, lengths=lengths) if lengths else None
 
     def is_like(self, other: "Workload") -> bool:
         """Whether a plan for the other is good for this one: lengths as before, and not many more requests."""
@@ -91,12 +93,17 @@ class Workload:
     def times(self, factor: float) -> "Workload":
         """So many times the requests, of the same lengths; at least one of each."""
         lengths = (replace(each, requests=max(1, round(factor * each.requests))) for each in self.lengths)
-        return Workload(tuple(lengths))
+        return replace(self, lengths=tuple(lengths))
 
     @property
     def requests(self) -> int:
         """How many in all."""
         return sum(each.requests for each in self.lengths)
+
+    @property
+    def rows(self) -> float:
+        """Rows of the dataset."""
+        return self.requests / self.per_row
 
     @property
     def generated(self) -> int:

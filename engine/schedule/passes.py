@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from engine.kvcache.cache import Move
 from engine.kvcache.segments import MicroBatch, Segment
 from engine.request import Output
 
@@ -15,6 +16,8 @@ class Pass:
     """One trip through all layers."""
 
     micro_batches: tuple[MicroBatch, ...]
+    moves: tuple[Move, ...] = ()
+    """Keys and values that go to other places before anything is computed."""
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -8,13 +8,16 @@ then decode it until its last sequence has ended, and only then admit the next.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
-from engine.kvcache.cache import Holding, KVCache
-from engine.kvcache.segments import MicroBatch, Segment
+from engine.attention.balanced import balanced
+from engine.kvcache.cache import Holding, KVCache, Move
+from engine.kvcache.segments import Segment, arrange
 from engine.schedule.passes import Pass
 from engine.schedule.policy import most_prompt_tokens, sustaining_prompt_tokens
 from engine.sequence import Sequence
+from engine.units import div_ceil
 
 LOOK_AHEAD = 64
 """Sequences that may wait for room while others, which need none, are looked for behind them: they are in memory, and
@@ -54,9 +57,9 @@ class _Packer:
         self._append(Segment(sequence, 0, length))
         return True
 
-    def finish(self) -> Pass:
-        """The pass as packed."""
-        return Pass(tuple(MicroBatch(tuple(batch)) for batch in self._batches if batch))
+    def finish(self) -> list[list[Segment]]:
+        """The micro-batches as packed."""
+        return [batch for batch in self._batches if batch]
 
     def _open_if_full(self) -> None:
         if self._room == 0:
@@ -67,6 +70,61 @@ class _Packer:
         self._batches[-1].append(segment)
         self._room -= segment.length
         self._left -= segment.length
+
+
+def dealt(batches: list[list[Segment]], most: int) -> list[list[Segment]]:
+    """The same segments, so that the host has a part in each of two or more micro-batches of about one size.
+
+    One's attention on the host goes on beside another's compute; if the first had all that the host does, half of that
+    would find nothing to go on beside. Nothing changes where the host has nothing to do.
+
+    Args:
+        batches: as packed.
+        most: tokens of a micro-batch.
+    """
+    on_host = [segment for batch in batches for segment in batch if segment.can_attend_on_host]
+    rest = _joined(segment for batch in batches for segment in batch if not segment.can_attend_on_host)
+    if len(on_host) < 2:
+        return batches
+    number = max(2, len(batches))
+    groups = balanced([segment.start + 1 for segment in on_host], number)
+    found = [[on_host[index] for index in group] for group in groups]
+    found += [[] for _ in range(number - len(found))]
+    sizes = [len(batch) for batch in found]
+    tokens = sum(sizes) + sum(segment.length for segment in rest)
+    each = div_ceil(tokens, number)
+    filled = 0
+    for segment in rest:
+        left: Segment | None = segment
+        while left is not None:
+            while filled < number - 1 and sizes[filled] >= each:
+                filled += 1
+            room = (each if filled < number - 1 else most) - sizes[filled]
+            is_whole = left.holding is None or left.length <= room
+            if is_whole and sizes[filled] + left.length > most:
+                return batches  # a sequence that must stay whole found no room
+            first, left = (left, None) if is_whole else _cut(left, max(1, room))
+            found[filled].append(first)
+            sizes[filled] += first.length
+    return found if max(sizes) <= most else batches
+
+
+def _joined(segments: Iterable[Segment]) -> list[Segment]:
+    """Parts of one sequence that were cut at the border of micro-batches as one again."""
+    found: list[Segment] = []
+    for segment in segments:
+        before = found[-1] if found else None
+        if before is not None and before.sequence is segment.sequence:
+            found[-1] = replace(before, length=before.length + segment.length)
+        else:
+            found.append(segment)
+    return found
+
+
+def _cut(segment: Segment, length: int) -> tuple[Segment, Segment]:
+    """A segment's first tokens, and the others."""
+    rest = replace(segment, start=segment.start + length, length=segment.length - length)
+    return replace(segment, length=length), rest
 
 
 class Scheduler:
@@ -83,8 +141,10 @@ class Scheduler:
         micro_batches: int,
         prefill_chunk: int,
         by_block: bool = False,
+        host_attends: bool = False,
     ) -> None:
         self._kv = kv
+        self._host_attends = host_attends
         self._by_block = by_block
         self._micro_batch = micro_batch
         self._micro_batches = micro_batches
@@ -92,6 +152,8 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: dict[Sequence, None] = {}
         self._in_flight: set[Sequence] = set()
+        self._moves: tuple[Move, ...] = ()
+        """For the next pass that computes anything."""
 
     @property
     def num_waiting(self) -> int:
@@ -113,12 +175,20 @@ class Scheduler:
         An empty pass means that nothing can be computed: either nothing is there, or the first waiting sequence does
         not fit although nothing runs (``stuck`` returns it).
         """
+        first = self._waiting[0] if self._waiting else None
+        if first is not None and self.needs_kv(first):
+            self._moves += self._kv.make_gap(first)  # before anybody's place is written into the pass
         packer = _Packer(self._micro_batch, self._micro_batches)
         if self._by_block:
             self._fill_by_block(packer, pull)
         else:
             self._fill_mixed(packer, pull, prompt_tokens)
-        this_pass = packer.finish()
+        batches = packer.finish()
+        if self._host_attends and self._micro_batches > 1:
+            batches = dealt(batches, self._micro_batch)
+        this_pass = Pass(tuple(arrange(batch) for batch in batches), self._moves)
+        if this_pass.micro_batches:
+            self._moves = ()
         self._in_flight.update(segment.sequence for segment in this_pass.segments)
         return this_pass
 

@@ -7,6 +7,7 @@ undamaged, their checksums show when they are read.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.dtypes import DType
 from engine.errors import CheckpointError
 from engine.model.family import Sizes, UnitSpec
 from engine.model.registry import sizes_for
@@ -62,6 +63,21 @@ def _check_unit(found: UnitEntry, wanted: UnitSpec, path: Path) -> None:
         raise CheckpointError(
             f"{path}: the {found.num_bytes} bytes of unit {wanted.name!r} are not laid out as tensors of these formats "
             f"are, in {layout.num_bytes} bytes; import the model again"
+        )
+
+
+def check_dtype(manifest: Manifest, dtype: DType, model_dir: Path) -> None:
+    """Every weight has a value in the number type that is computed in.
+
+    Raises:
+        CheckpointError: float16 is too small for one.
+    """
+    if dtype is DType.FLOAT16 and manifest.beyond_float16:
+        name, largest = max(manifest.beyond_float16.items(), key=lambda each: each[1])
+        unit, _, tensor = name.partition("/")
+        raise CheckpointError(
+            f"{model_dir}: tensor {tensor!r} of unit {unit!r} holds {largest:g}, too large for float16; compute in "
+            "another number type, with --dtype bfloat16 or --dtype float32"
         )
 
 

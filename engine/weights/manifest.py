@@ -7,7 +7,7 @@ import json
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,6 +77,8 @@ class Manifest:
     source: str
     """The name of the checkpoint it was imported from, for people."""
     created_by: str
+    beyond_float16: Mapping[str, float] = field(default_factory=dict)
+    """By unit and tensor (``layer.0/fc1.weight``), the largest absolute value of those that float16 cannot hold."""
 
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
@@ -115,6 +117,7 @@ class Manifest:
                 num_bytes=_typed(fields["num_bytes"], int),
                 source=_typed(fields["source"], str),
                 created_by=_typed(fields["created_by"], str),
+                beyond_float16=_typed(fields.get("beyond_float16", {}), dict),
             )
         except KeyError as error:
             raise ValueError(f"its field {error} is missing") from error

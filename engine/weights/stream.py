@@ -3,7 +3,8 @@
 The ring runs on across the end of a pass: while the last layers are computed, the first of the next pass are read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -26,6 +27,7 @@ from engine.weights.files import WeightFiles
 from engine.weights.stored import unpacked_bytes
 
 WEIGHTS = "weights"
+_LOADING_BUFFERS = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -36,9 +38,10 @@ class _UnitFile:
     name: str
     stored: Event = REACHED
 
-    def read(self, into: Tensor) -> None:
+    def read(self, into: Tensor) -> int:
         """The whole file."""
         self.files.read_unit(self.name, into)
+        return into.numel()
 
     def write(self, offset: int, data: Tensor) -> None:
         """Never."""
@@ -97,6 +100,11 @@ class WeightStream:
         self._traffic.computes(HEAD)
         return self._resident[HEAD]
 
+    @property
+    def opens_two(self) -> bool:
+        """Whether a layer may be entered before the one in front of it is left: unpacked ones share a buffer."""
+        return self._unpacked is None
+
     @contextmanager
     def layer(self, index: int) -> Iterator[NamedWeights]:
         """One layer's tensors on the device, in the compute dtype, for as long as the context lasts."""
@@ -128,9 +136,9 @@ class WeightStream:
         )
 
     def _place(self, units: Mapping[str, TierName], num_slots: int) -> None:
+        self._load([name for name, tier in units.items() if tier is TierName.DEVICE])
         for name, tier in units.items():
             if tier is TierName.DEVICE:
-                self._resident[name] = self._load(name)
                 continue
             if tier is TierName.HOST:
                 block = self._allocate(TierName.HOST, self._files.num_bytes(name))
@@ -169,29 +177,61 @@ class WeightStream:
         self._blocks.append(block)
         return block
 
-    def _load(self, name: str) -> NamedWeights:
-        """A unit that stays on the device: read once, unpacked once."""
-        if self._is_ready(name):
-            block = self._allocate(TierName.DEVICE, self._files.num_bytes(name))
-            if self._device.shares_host_memory:
+    def _load(self, names: Sequence[str]) -> None:
+        """Units that stay on the device: each is read once, and unpacked once.
+
+        Where they are copied there, through two buffers: one is read into while the other is copied from. They are no
+        tier's, and gone before anything else is allocated on the host.
+        """
+        shares = self._device.shares_host_memory
+        read: deque[tuple[Tensor, Event]] = deque()
+        unpacked: tuple[Tensor, Event] | None = None
+        for name in names:
+            num_bytes, is_ready = self._files.num_bytes(name), self._is_ready(name)
+            block = self._allocate(TierName.DEVICE, num_bytes if is_ready else self._unpacked_bytes(name))
+            if shares and is_ready:
                 self._read(name, block.data)
+                self._resident[name] = self._files.tensors(name, block.data)
+                continue
+            if len(read) < (1 if shares else _LOADING_BUFFERS):
+                read.append((self._device.allocate_host(max(map(self._files.num_bytes, names))), REACHED))
+            buffer, left = read.popleft()
+            left.wait()
+            raw = buffer[:num_bytes]
+            self._read(name, raw)
+            if is_ready:
+                left = self._copy_in(name, block.data, raw)
+                self._resident[name] = self._files.tensors(name, block.data)
+            elif shares:
+                self._resident[name] = self._unpack(name, raw, block.data)
             else:
-                raw = self._device.allocate_host(self._files.num_bytes(name))
-                self._read(name, raw)
-                self._copy_in(name, block.data, raw).wait()
-            return self._files.tensors(name, block.data)
-        # Unpacked on the host: the device budget has no room for a second copy of the largest unit.
-        block = self._allocate(TierName.DEVICE, self._unpacked_bytes(name))
-        raw = self._device.allocate_host(self._files.num_bytes(name))
-        self._read(name, raw)
-        if self._device.shares_host_memory:
-            return self._unpack(name, raw, block.data)
-        places = self._places(name, block.data)
+                unpacked = self._copy_unpacked(
+                    name, raw, block.data, unpacked or (self._largest_tensor(names), REACHED)
+                )
+            read.append((buffer, left))
+        for _, left in [*read, *([unpacked] if unpacked is not None else [])]:
+            left.wait()
+
+    def _largest_tensor(self, names: Sequence[str]) -> Tensor:
+        """Room on the host for any tensor of some units in the compute dtype."""
+        entries = (entry for name in names for entry in self._files.entries(name).values())
+        return torch.empty(max(prod(entry.shape) for entry in entries), dtype=torch_dtype(self._dtype))
+
+    def _copy_unpacked(
+        self, name: str, raw: Tensor, into: Tensor, buffer: tuple[Tensor, Event]
+    ) -> tuple[Tensor, Event]:
+        """Unpacked on the host, tensor by tensor: the device budget has no room for a second copy of a large unit.
+
+        Through a buffer, and after what was copied from it last; both are given back.
+        """
+        room, left = buffer
+        self._resident[name] = places = self._places(name, into)
         for tensor_name, place in places.items():
-            unpacked = torch.empty_like(place, device="cpu")
-            self._files.unpack(name, raw, {tensor_name: unpacked})
-            self._copy_in(name, place, unpacked).wait()
-        return places
+            left.wait()
+            values = room[: place.numel()].view(place.shape)
+            self._files.unpack(name, raw, {tensor_name: values})
+            left = self._copy_in(name, place, values)
+        return room, left
 
     def _places(self, name: str, data: Tensor) -> dict[str, Tensor]:
         """Where a unit's tensors lie in ``data`` once they are unpacked: one behind the other."""
@@ -219,7 +259,7 @@ class WeightStream:
             self._files.read_unit(name, out)
 
     def _copy_in(self, name: str, destination: Tensor, source: Tensor) -> Event:
-        copied = self._device.copy(LaneName.HOST_TO_DEVICE, destination, source, self._device.compute_mark())
+        copied = self._device.copy(LaneName.HOST_TO_DEVICE, [(destination, source)], self._device.compute_mark())
         num_bytes = source.numel() * source.element_size()
         self._traffic.follow(LaneName.HOST_TO_DEVICE, copied, num_bytes, name, weights=True)
         return copied

@@ -187,7 +187,7 @@ def test_a_worker_loads_the_plan_that_was_told(fixed: list[str], home: Path, com
     """Once this machine was measured, both search, for the same rows."""
     t4 = load_hardware("t4-gcp")
     matmul = {DType.FLOAT32: t4.matmul[DType.FLOAT16]}
-    identity = identity_of(HostDevice(), home)
+    identity = identity_of(HostDevice(), home) | {"threads": "1"}  # as the worker has, which tests keep to one core
     machine = replace(t4, device="cpu", shares_host_memory=True, host_attention=None, matmul=matmul, identity=identity)
     store_profile(home, machine)
     dataset = write_rows(Path("d.jsonl"), *({"prompt": "ab" * i} for i in range(1, 20)))

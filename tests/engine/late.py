@@ -111,7 +111,7 @@ class _Issue(TorchDispatchMode):
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             self._device.issue(lambda: func(*args, **kwargs))
-            return kwargs.get("out", args[0])
+            return kwargs.get("out", args[0]) if func._schema.returns else None
         # Run for the shape alone: what it is given may not be there yet.
         result = func(*args, **kwargs)
         made = tensors_in(result)

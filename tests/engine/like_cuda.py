@@ -9,17 +9,26 @@ from torch import Tensor
 from engine.devices import cuda
 from engine.devices.cuda import CudaDevice
 from engine.devices.simulated import SimulatedDevice, poison
+from engine.memory.device import Pieces
 from engine.memory.lane import Event, LaneName, Reached
 
 
 class LikeCuda(SimulatedDevice):
-    """Issues copies as CUDA does, by the calling thread, and refuses what CUDA would refuse for that thread's mode."""
+    """Issues copies as CUDA does, by the calling thread, and refuses what CUDA would refuse for that thread's mode.
 
-    def copy(self, lane: LaneName, destination: Tensor, source: Tensor, after: Event) -> Event:
+    It has the kernels of a card: see ``engine.attention.table``.
+    """
+
+    def __init__(self, capability: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.capability = capability
+
+    def copy(self, lane: LaneName, pieces: Pieces, after: Event) -> Event:
         after.wait()
-        with torch.inference_mode(destination.is_inference()):  # poisoning is no part of what CUDA does
-            poison(destination)
-        destination.copy_(source, non_blocking=True)
+        for destination, source in pieces:
+            with torch.inference_mode(destination.is_inference()):  # poisoning is no part of what CUDA does
+                poison(destination)
+            destination.copy_(source, non_blocking=True)
         return Reached()
 
 
@@ -43,8 +52,12 @@ class Recorded:
         return 0.0
 
 
-def stubbed_cuda(monkeypatch: pytest.MonkeyPatch) -> CudaDevice:
+def stubbed_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> CudaDevice:
     """CUDA's device, whose memory must be given to it: nothing is there to allocate any."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: object())
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *_: None)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())

@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-2,
     },
     "llama, three heads, tied": {
-        "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 36, "tie_word_embeddings": True,
+        "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 72, "tie_word_embeddings": True,
     },
     "llama, biases": {"attention_bias": True, "mlp_bias": True},
     "llama, llama3 positions": {

@@ -22,16 +22,24 @@ PLACEMENTS: dict[str, dict[str, str]] = {
 }
 
 
+BESIDE_A_DEVICE: dict[str, dict[str, str]] = {
+    "attended-on-host": {"weights": "100/0/0", "kv": "0/100/0", "host_attention": "on"},
+    "all-host-and-attended-there": {"weights": "0/100/0", "kv": "0/100/0", "host_attention": "on"},
+    "split-and-attended-on-host": {"weights": "20/30/50", "kv": "20/30/50", "host_attention": "on"},
+}
+"""Those that only a device with memory of its own has."""
+
+
 def options_of(name: str, **more: object) -> PlanOptions:
     """The options of a placement, within ``BUDGETS`` unless ``more`` says otherwise."""
-    placement = PLACEMENTS[name]
+    placement = {**PLACEMENTS, **BESIDE_A_DEVICE}[name]
     shares = {which: Shares.parse(placement[which]) for which in ("weights", "kv")}
     return PlanOptions(**{**BUDGETS, **placement, **shares, **more})  # type: ignore[arg-type]
 
 
 def spills(name: str) -> bool:
     """Whether a spill file is needed: weights on disk lie in the model directory."""
-    placement = PLACEMENTS[name]
+    placement = {**PLACEMENTS, **BESIDE_A_DEVICE}[name]
     return placement.get("activations") == "disk" or not placement["kv"].endswith("/0")
 
 

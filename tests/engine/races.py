@@ -13,7 +13,7 @@ import sys
 import threading
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -23,8 +23,11 @@ import pytest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from engine.attention import elsewhere, host_attention
+from engine.attention.pages import PageTable, attend_pages
 from engine.devices.simulated import SimulatedDevice
 from engine.memory import closing
+from engine.memory.device import Pieces
 from engine.memory.lane import Event, LaneEvent, LaneName, Reached, ThreadLane
 from engine.memory.spill import DiskTier
 from engine.memory.tier import Block
@@ -327,16 +330,17 @@ class CheckedDevice(SimulatedDevice):
         self._trace.access(host(), memory, "allocated", writes=True, fresh=True)
         return memory
 
-    def copy(self, lane: LaneName, destination: Tensor, source: Tensor, after: Event) -> Event:
+    def copy(self, lane: LaneName, pieces: Pieces, after: Event) -> Event:
         position = caller()
         stream = f"{lane} of {host()}"
         self._trace.follow(stream, host())
         if isinstance(after, _Point | _LanePoint):
             after.before(stream, position)
-        self._trace.access(stream, source, "copies from here", writes=False)
-        self._trace.access(stream, destination, "copies to here", writes=True)
-        with _disable_current_modes():
-            destination.copy_(source)
+        for destination, source in pieces:
+            self._trace.access(stream, source, "copies from here", writes=False)
+            self._trace.access(stream, destination, "copies to here", writes=True)
+            with _disable_current_modes():
+                destination.copy_(source)
         copied = _Point(self._trace, stream)
         self._trace.add(_Issue(stream, copied.point, copied.known))
         return copied
@@ -407,8 +411,8 @@ class _Watch(TorchDispatchMode):
 
 def watch(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> CheckedDevice:
     """A device, with lanes, files and the release of memory written down, too."""
-    submit, close, read_unit = ThreadLane.submit, ThreadLane.close, WeightFiles.read_unit
-    write, read, release = DiskTier.write, DiskTier.read, Block.release
+    submit, close, read_unit, put = ThreadLane.submit, ThreadLane.close, WeightFiles.read_unit, elsewhere.put
+    write, read, release, unpack = DiskTier.write, DiskTier.read, Block.release, WeightFiles.unpack
     work_of: defaultdict[ThreadLane, list[list[int]]] = defaultdict(list)
 
     def submit_watched(self: ThreadLane, work: Callable[[], None]) -> _LanePoint:
@@ -435,6 +439,11 @@ def watch(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> CheckedDevice:
         trace.access(host(), out[:count], f"reads {name}", writes=True)
         return count
 
+    def unpack_watched(self: WeightFiles, name: str, raw: Tensor, out: Mapping[str, Tensor]) -> None:
+        unpack(self, name, raw, out)
+        for tensor in out.values():
+            trace.access(host(), tensor, f"unpacks {name}", writes=True)
+
     def write_watched(self: DiskTier, offset: int, data: Tensor) -> None:
         trace.access(host(), data, "writes to the spill file", writes=False)
         trace.touch(host(), FILE + offset, FILE + offset + data.numel(), "writes to the spill file", writes=True)
@@ -445,6 +454,21 @@ def watch(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> CheckedDevice:
         trace.touch(host(), FILE + offset, FILE + offset + into.numel(), "reads the spill file", writes=False)
         trace.access(host(), into, "reads the spill file", writes=True)
 
+    def put_watched(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
+        for index, slot in enumerate(slots.tolist()):
+            trace.access(host(), rows[index], "what is kept", writes=False)
+            trace.access(host(), pool[slot], "keeps", writes=True)
+        put(pool, slots, rows)
+
+    def attend_watched(q: Tensor, pool: Tensor, table: PageTable, work: Tensor, out: Tensor) -> None:
+        trace.access(host(), q, "queries of the host", writes=False)
+        page_tokens = table.hidden.shape[2]
+        for page in table.pages.tolist():
+            trace.access(host(), pool[page * page_tokens : (page + 1) * page_tokens], "attended to", writes=False)
+        trace.access(host(), work, "work of the host", writes=True)
+        attend_pages(q, pool, table, work, out)
+        trace.access(host(), out, "results of the host", writes=True)
+
     def release_watched(self: Block) -> None:
         # The device's own allocator hands memory out again in the order of compute, and knows of copies.
         if self._data is not None and self._tier.name is TierName.HOST:
@@ -454,6 +478,9 @@ def watch(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> CheckedDevice:
     monkeypatch.setattr(ThreadLane, "submit", submit_watched)
     monkeypatch.setattr(ThreadLane, "close", close_watched)
     monkeypatch.setattr(WeightFiles, "read_unit", read_unit_watched)
+    monkeypatch.setattr(WeightFiles, "unpack", unpack_watched)
+    monkeypatch.setattr(elsewhere, "put", put_watched)
+    monkeypatch.setattr(host_attention, "attend_pages", attend_watched)
     monkeypatch.setattr(DiskTier, "write", write_watched)
     monkeypatch.setattr(DiskTier, "read", read_watched)
     monkeypatch.setattr(Block, "release", release_watched)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import Generate, PlanOptions, Request, SamplingParams, Shares
-from engine.attention.workers import AttentionWorkers, balanced
+from engine.attention.balanced import balanced
+from engine.attention.workers import AttentionWorkers
 from engine.loading import load_engine
 from engine.weights.importers.huggingface import import_checkpoint
 from tests.engine.checkpoints import make_checkpoint

@@ -103,12 +103,10 @@ def test_a_search_takes_the_default_of_the_card() -> None:
 def test_a_card_is_asked_what_it_is(
     capability: tuple[int, int], has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = stubbed_cuda(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    device = stubbed_cuda(monkeypatch, capability)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (GIB, 2 * GIB))
     found = facts_of(device)
     assert found.capability == capability
-    assert found.computes(DType.BFLOAT16) == has_bfloat16
     assert _dtypes(device, found) == (
         (DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32) if has_bfloat16 else (DType.FLOAT16, DType.FLOAT32)
     )

@@ -17,16 +17,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.attention import kernels as attention
-from engine.attention.kernels import attend, merge
+from engine.attention.kernels import merge
+from engine.attention.packed import (
+    Folding,
+    Places,
+    Ragged,
+    attend_packed,
+    attend_part,
+    folding_of,
+    ragged_numbers,
+    ragged_of,
+)
+from engine.attention.table import Kernel
 from engine.devices.facts import MachineFacts
 from engine.dtypes import DType
 from engine.executor import Executor
 from engine.kvcache.cache import KVCache
-from engine.kvcache.segments import MicroBatch, Segment
+from engine.kvcache.segments import Segment, arrange
 from engine.memory.lane import Reached
 from engine.memory.memory import Memory
-from engine.model.family import EMBED, HEAD, Family, NamedWeights, layer_name
+from engine.model.family import EMBED, HEAD, Family, NamedWeights, layer_name, run_layer
 from engine.model.registry import family_for
 from engine.model.sampling import next_tokens, score_tokens
 from engine.planner.plan import Plan, PlanOptions
@@ -125,6 +135,9 @@ class FakeCuda:
     shares_host_memory = False
     torch_device = GPU
 
+    def __init__(self, capability: tuple[int, int] | None = None) -> None:
+        self.capability = capability
+
     def allocate(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=GPU)
 
@@ -156,12 +169,6 @@ def guard() -> Iterator[OneDevice]:
         for mode in (torch.inference_mode(), FakeTensorMode(), one, PlainIndexing()):
             stack.enter_context(mode)
         yield one
-
-
-@pytest.fixture(params=[True, False], ids=["flash", "before-flash"])
-def has_flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(attention, "_has_flash", lambda device: request.param)
-    return bool(request.param)
 
 
 def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -197,43 +204,41 @@ def test_every_variant_embeds_computes_layers_and_ends_in_logits(
     hidden = family.embed(weights[EMBED], ids, ids)
     assert_like(hidden, (11, shape.hidden_size), dtype)
 
-    def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for x, heads in ((q, shape.num_heads), (k, shape.num_kv_heads), (v, shape.num_kv_heads)):
-            assert_like(x, (11, heads, shape.head_size), dtype)
-        return torch.empty_like(q)
+    def attended(qkv: Tensor) -> Tensor:
+        assert_like(qkv, (11, shape.num_heads + 2 * shape.num_kv_heads, shape.head_size), dtype)
+        return torch.empty_like(qkv[:, : shape.num_heads])
 
-    hidden = family.layer(weights[layer_name(1)], hidden, ids, attended)
+    hidden = run_layer(family.layer(weights[layer_name(1)], hidden, family.prepare(ids, dtype)), attended)
     assert_like(hidden, (11, shape.hidden_size), dtype)
     table = weights[EMBED] if family.head_needs_embedding() else None
     assert_like(family.head(weights[HEAD], table, hidden), (11, shape.vocab_size), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("size", "kv_heads"), [(64, 4), (20, 4), (320, 4), (64, 2)])
-@pytest.mark.parametrize(("queries", "keys", "causal"), [(1, 300, False), (33, 33, True), (33, 300, False)])
-def test_attention_in_every_branch(
-    queries: int,
-    keys: int,
-    causal: bool,
-    size: int,
-    kv_heads: int,
-    dtype: torch.dtype,
-    has_flash: bool,
-    guard: OneDevice,
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (33, 1, 20)])
+def test_attention_of_many_sequences_in_every_branch(
+    lengths: tuple[int, ...], kv_heads: int, dtype: torch.dtype, guard: OneDevice
 ) -> None:
-    q = on_gpu(queries, 3, 4, size, dtype=dtype)[:, 0].transpose(0, 1)  # as it lies in the fused product
-    kv = on_gpu(2, kv_heads, keys + 5, size, dtype=dtype)[:, :, :keys]
-    pieces = [attend(q, kv[0], kv[1], causal=causal) for _ in range(2)]
-    for out, lse in pieces:
-        assert_like(out, (4, queries, size), dtype)
-        assert_like(lse, (4, queries), torch.float32)
-    assert_like(merge(pieces)[0], (4, queries, size), dtype)
-    fits = size % 8 == 0 and size <= 256
-    kernels = {
-        "_scaled_dot_product_flash_attention": fits and has_flash and dtype != torch.float32,
-        "_scaled_dot_product_efficient_attention": fits and not (has_flash and dtype != torch.float32),
-    }
-    assert {name for name, runs in kernels.items() if runs} == {name for name in kernels if name in guard.seen}
+    kernel = Kernel.EFFICIENT if dtype == torch.float32 else Kernel.FLASH
+    places = Places(lengths, [5, 100, 300], [length + 40 for length in lengths])
+    folding = folding_of(kernel, 4, kv_heads, decodes=max(lengths) == 1)
+
+    def ragged(some: Places, folding: Folding) -> Ragged:
+        return ragged_of(some, torch.empty(len(ragged_numbers(some, folding)), dtype=torch.int32, device=GPU), folding)
+
+    rows = sum(lengths)
+    q = on_gpu(rows, 12, 64, dtype=dtype)[:, :4]  # as it lies in the fused product
+    pool, out = on_gpu(400, 2, kv_heads, 64, dtype=dtype), on_gpu(rows, 4, 64, dtype=dtype)
+    attend_packed(kernel, q, pool, ragged(places, folding), out)
+    seen = {name for name in guard.seen if "attn" in name or "attention" in name}
+    assert seen == {"_efficient_attention_forward" if kernel is Kernel.EFFICIENT else "_varlen_attn_out"}
+    for causal in (False, True):
+        part = ragged(Places([lengths[0]], [0], [300]), folding_of(kernel, 4, kv_heads, decodes=False))
+        found, lse = attend_part(kernel, q[: lengths[0]], pool, part, causal=causal)
+        assert_like(found, (4, lengths[0], 64), dtype)
+        assert_like(lse, (4, lengths[0]), torch.float32)
+        assert_like(merge([(found, lse)] * 2)[0], (4, lengths[0], 64), dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
@@ -250,6 +255,8 @@ def test_sampling_makes_no_host_wait(rows: int, guard: OneDevice) -> None:
 
 class Resident:
     """Fake weights, all on the device."""
+
+    opens_two = True
 
     def __init__(self, family: Family, dtype: torch.dtype) -> None:
         self.units = unit_weights(family, dtype)
@@ -268,21 +275,24 @@ class Resident:
         pass
 
 
-def plan_for(family: Family, dtype: DType, disk_dir: Path) -> Plan:
+def plan_for(
+    family: Family, dtype: DType, disk_dir: Path, capability: tuple[int, int] | None, micro_batch: int
+) -> Plan:
     sizes = {
         unit.name: sum(torch.Size(spec.shape).numel() for spec in unit.tensors) * dtype.num_bytes
         for unit in family.units()
     }
     options = PlanOptions(
-        dtype=dtype, device_memory=64 * MIB, kv=Shares(100, 0, 0), micro_batch=48, micro_batches=3, extent_tokens=32
-    )
+        dtype=dtype, device_memory=64 * MIB, kv=Shares(100, 0, 0), micro_batch=micro_batch, micro_batches=3,
+        extent_tokens=32,
+    )  # fmt: skip
     return resolve_plan(
         PlanInput(
             options=options,
             shape=family.shape,
             stored=StoredWeights.of_one_tensor(dtype, sizes),
             device="cuda:0",
-            facts=MachineFacts(64 * MIB, 64 * MIB, shares_host_memory=False),
+            facts=MachineFacts(64 * MIB, 64 * MIB, shares_host_memory=False, capability=capability),
             disk_dir=disk_dir,
         )
     )
@@ -306,29 +316,23 @@ def one_pass(running: Mapping[str, Tokens], kv: KVCache) -> Pass:
         one = running[name]
         return Segment(one, one.num_computed, length, kv.held[one] if keeps_kv else None)
 
-    first = MicroBatch((segment("decoding", 1), segment("drawn", 1), segment("young", 1), segment("prefilled", 40)))
-    second = MicroBatch((segment("new", 20), segment("scored", 19, keeps_kv=False)))
-    third = MicroBatch((replace(segment("new", 10), start=20), segment("scored long", 29)))
+    first = arrange((segment("decoding", 1), segment("drawn", 1), segment("young", 1), segment("prefilled", 40)))
+    second = arrange((segment("new", 20), segment("scored", 19, keeps_kv=False)))
+    third = arrange((replace(segment("new", 10), start=20), segment("scored long", 29)))
     return Pass((first, second, third))
 
 
-Make = Callable[[Family, str], tuple[Executor, KVCache, FakeCuda]]
-
-
-@pytest.fixture
-def make(guard: OneDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    monkeypatch.setattr("engine.stage.WeightStream", lambda resident, memory, **_: resident)
-
-    def make_one(family: Family, dtype: DType) -> tuple[Executor, KVCache, FakeCuda]:
-        device = FakeCuda()
-        plan = plan_for(family, dtype, tmp_path)
-        memory = Memory(device, {**plan.budgets, TierName.DEVICE: 256 * MIB}, tmp_path)  # type: ignore[arg-type]
-        files: Any = Resident(family, getattr(torch, dtype))
+def make_executor(
+    family: Family, dtype: DType, folder: Path, capability: tuple[int, int] | None, micro_batch: int = 48
+) -> tuple[Executor, KVCache]:
+    """On a card that is not there, with fake weights; in fake modes."""
+    plan = plan_for(family, dtype, folder, capability, micro_batch)
+    memory = Memory(FakeCuda(capability), {**plan.budgets, TierName.DEVICE: 256 * MIB}, folder)  # type: ignore[arg-type]
+    files: Any = Resident(family, getattr(torch, dtype))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.stage.WeightStream", lambda resident, memory, **_: resident)
         stage = Stage(files, family, plan, memory)
-        kv = KVCache(plan.kv_tokens(family.shape), extent_tokens=plan.extent_tokens)
-        return Executor(stage), kv, device
-
-    return make_one
+    return Executor(stage), stage.attention.cache()
 
 
 def run_fake(executor: Executor, kv: KVCache, running: Mapping[str, Tokens]) -> Sequence[Any]:
@@ -337,14 +341,22 @@ def run_fake(executor: Executor, kv: KVCache, running: Mapping[str, Tokens]) -> 
     return executor.run(one_pass(running, kv)).results
 
 
-@pytest.mark.parametrize("dtype", DType)
-@pytest.mark.parametrize("variant", ["125m-like", "350m-like", "odd-heads"])
+@pytest.mark.parametrize(
+    ("dtype", "capability", "kernel"),
+    [
+        (DType.FLOAT16, (7, 5), "_efficient_attention_forward"),
+        (DType.FLOAT32, (9, 0), "_efficient_attention_forward"),
+        (DType.FLOAT16, (8, 0), "_varlen_attn_out"),
+        (DType.BFLOAT16, (9, 0), "_varlen_attn_out"),
+    ],
+)
+@pytest.mark.parametrize("variant", ["125m-like", "350m-like"])
 def test_a_whole_pass_stays_on_the_device(
-    variant: str, dtype: DType, has_flash: bool, make: Make, guard: OneDevice
+    variant: str, dtype: DType, capability: tuple[int, int], kernel: str, guard: OneDevice, tmp_path: Path
 ) -> None:
     """Decode, prefill over extents, chunked prefill, scoring with and without a cache: what a pass may hold."""
     family = family_for(config(**VARIANTS[variant]))
-    executor, kv, _ = make(family, dtype)
+    executor, kv = make_executor(family, dtype, tmp_path, capability)
     running = sequences()
     results = run_fake(executor, kv, running)
     found = {name: result for result in results for name, one in running.items() if result.segment.sequence is one}
@@ -352,6 +364,7 @@ def test_a_whole_pass_stays_on_the_device(
     assert all(found[name].next_token == 0 for name in ("decoding", "drawn", "young", "prefilled", "new"))
     assert len(found["scored"].scores) == 8
     assert len(found["scored long"].scores) == 29
+    assert {name for name in guard.seen if "attn" in name or "attention" in name} == {kernel}
 
 
 def test_the_guard_sees_what_it_should(guard: OneDevice) -> None:

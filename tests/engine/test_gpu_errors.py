@@ -69,7 +69,7 @@ def test_a_lane_on_a_lost_device_says_so(error: Exception, device: CudaDevice, m
     lane = ThreadLane(LaneName.DISK_READ)
     monkeypatch.setattr(torch.Tensor, "record_stream", fail_with(error))
     try:
-        copied = lane.submit(lambda: device.copy(LaneName.HOST_TO_DEVICE, into, source, Reached()) and None)
+        copied = lane.submit(lambda: device.copy(LaneName.HOST_TO_DEVICE, [(into, source)], Reached()) and None)
         with pytest.raises(DeviceFailed):
             copied.wait()
     finally:

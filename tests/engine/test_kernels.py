@@ -33,4 +33,6 @@ def test_products_come_in_few_sizes(num_rows: int) -> None:
         assert num_rows <= padded < num_rows + 32
         assert padded % (16 if num_rows <= 256 else 32) == 0
         assert padded_rows(num_rows, torch.float32, CPU) == num_rows
-        assert padded_rows(num_rows, torch.bfloat16, torch.device("cuda:0")) == num_rows
+        on_gpu = padded_rows(num_rows, torch.float16, torch.device("cuda:0"))
+        assert num_rows <= on_gpu < num_rows + 64
+        assert on_gpu % 64 == 0

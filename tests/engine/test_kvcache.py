@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from engine.errors import DiskFull, EngineError
-from engine.kvcache.cache import KVCache
+from engine.kvcache.cache import KVCache, Layout, Move
 from engine.request import SamplingParams
 from engine.sequence import Sequence
 from engine.tiers import TierName
@@ -128,3 +128,103 @@ def test_books_that_do_not_add_up_are_told() -> None:
     del cache.held[one]
     with pytest.raises(EngineError, match="10 tokens of KV cache are reserved, sequences hold 0"):
         cache.check_integrity()
+
+
+class OnePiece(RuleBasedStateMachine):
+    """A tier in which sequences lie in one piece, with what they store there: moves lose nothing, and what is free can
+    be had."""
+
+    held = Bundle("held")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = KVCache({TierName.DEVICE: 40}, extent_tokens=3, layouts={TierName.DEVICE: Layout.ONE_PIECE})
+        self.memory: list[object] = [None] * 40
+
+    @rule(target=held, num_tokens=st.integers(1, 45))
+    def come(self, num_tokens: int) -> object:
+        one, free = sequence(num_tokens), self.cache.free_tokens
+        for move in self.cache.make_gap(one):
+            assert move.destination < move.source
+            piece = self.memory[move.source : move.source + move.num_tokens]
+            self.memory[move.destination : move.destination + move.num_tokens] = piece
+        fits = self.cache.admit(one)
+        assert fits == (num_tokens <= free)
+        if not fits:
+            return multiple()
+        (extent,) = self.cache.held[one].extents
+        for index in range(num_tokens):
+            self.memory[extent.offset + index] = (one, index)
+        return one
+
+    @rule(one=consumes(held))
+    def leave(self, one: Sequence) -> None:
+        self.cache.release(one)
+
+    @invariant()
+    def each_has_its_own(self) -> None:
+        for one, holding in self.cache.held.items():
+            (extent,) = holding.extents
+            found = self.memory[extent.offset : extent.offset + extent.capacity]
+            assert found == [(one, index) for index in range(one.num_kv_tokens)]
+        self.cache.check_integrity()
+
+
+TestOnePiece = OnePiece.TestCase
+TestOnePiece.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+class Pages(RuleBasedStateMachine):
+    """A tier in pages: whatever is free can be had at once, in neighbouring pages where there are enough."""
+
+    held = Bundle("held")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = KVCache({TierName.HOST: 42}, extent_tokens=4, layouts={TierName.HOST: Layout.PAGES})
+
+    @rule(target=held, num_tokens=st.integers(1, 45))
+    def come(self, num_tokens: int) -> object:
+        one, free = sequence(num_tokens), self.cache.free_tokens
+        assert free % 4 == 0
+        fits = self.cache.admit(one)
+        assert fits == (-(-num_tokens // 4) * 4 <= free)
+        if not fits:
+            return multiple()
+        extents = self.cache.held[one].extents
+        assert [extent.start for extent in extents] == [
+            sum(each.capacity for each in extents[:index]) for index in range(len(extents))
+        ]
+        assert all(extent.offset % 4 == extent.capacity % 4 == 0 for extent in extents)
+        assert sum(extent.capacity for extent in extents) == -(-num_tokens // 4) * 4
+        return one
+
+    @rule(one=consumes(held))
+    def leave(self, one: Sequence) -> None:
+        self.cache.release(one)
+
+    @invariant()
+    def nobodys_page_is_anothers(self) -> None:
+        extents = [extent for holding in self.cache.held.values() for extent in holding.extents]
+        tokens = [token for each in extents for token in range(each.offset, each.offset + each.capacity)]
+        assert len(tokens) == len(set(tokens))
+        assert all(token < 40 for token in tokens)
+        self.cache.check_integrity()
+
+
+TestPages = Pages.TestCase
+TestPages.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_as_little_as_possible_is_moved() -> None:
+    cache = KVCache({TierName.DEVICE: 40}, extent_tokens=3, layouts={TierName.DEVICE: Layout.ONE_PIECE})
+    large, gap, small, other, last = (sequence(count) for count in (20, 4, 2, 4, 10))
+    for one in (large, gap, small, other, last):
+        assert cache.admit(one)
+    cache.release(gap)
+    cache.release(other)
+    needs = sequence(8)
+    assert not cache.admit(needs)
+    assert cache.make_gap(needs) == (Move(TierName.DEVICE, 24, 20, 2),)
+    assert cache.make_gap(needs) == (), "it is there"
+    assert cache.admit(needs)

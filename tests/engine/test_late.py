@@ -61,6 +61,12 @@ CASES = {
     "all on host, late links": Case(placed("0/100/0", "0/100/0", "host"), link_s=LATE_S),
     "all on disk, late links": Case(placed("0/0/100", "0/0/100", "disk"), link_s=LATE_S),
     "KV cache on host, late compute": Case(placed("100/0/0", "0/100/0", "device"), compute_s=4 * LATE_S),
+    "KV cache attended to on the host, late compute": Case(
+        placed("0/100/0", "0/100/0", "device", host_attention="on"), compute_s=LATE_S
+    ),
+    "KV cache attended to on the host, late links": Case(
+        placed("100/0/0", "0/100/0", "device", host_attention="on"), link_s=LATE_S
+    ),
     "KV cache on disk, late writes": Case(placed("100/0/0", "0/0/100", "device"), spill_s=2 * LATE_S),
     "KV cache on disk, late links": Case(placed("100/0/0", "0/0/100", "device"), link_s=4 * LATE_S),
 }

@@ -54,7 +54,7 @@ def test_a_lane_of_a_gpu_copies_into_memory_made_in_any_mode(
         source.fill_(7)
     lane = ThreadLane(LaneName.DISK_READ)
     try:
-        lane.submit(lambda: device.copy(LaneName.HOST_TO_DEVICE, destination, source, Reached()) and None).wait()
+        lane.submit(lambda: device.copy(LaneName.HOST_TO_DEVICE, [(destination, source)], Reached()) and None).wait()
     finally:
         lane.close()
     assert destination.tolist() == [7] * 16

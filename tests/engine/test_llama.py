@@ -14,7 +14,7 @@ from engine import Engine, Generate, Generation, PlanOptions, Request, SamplingP
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
 from engine.loading import load_engine
-from engine.model.llama import Llama, turn_
+from engine.model.llama import Llama, turn_, waves
 from engine.model.llama_sizes import KNOWN
 from engine.tokenizer import Tokenizer
 from engine.weights.importers.huggingface import import_checkpoint
@@ -142,5 +142,5 @@ def test_angles_are_computed_in_float32(dtype: torch.dtype) -> None:
     rotary = LlamaRotaryEmbedding(LlamaConfig(head_dim=family.shape.head_size, rope_parameters=rope))
     heads_1NTH = heads_TNH.transpose(0, 1)[None].clone()
     expected, _ = apply_rotary_pos_emb(heads_1NTH, heads_1NTH, *rotary(heads_1NTH, positions[None]))
-    turn_(heads_TNH, positions, family.rope)
+    turn_(heads_TNH, waves(positions, family.rope, family.shape.head_size, dtype))
     assert torch.equal(heads_TNH, expected[0].transpose(0, 1))

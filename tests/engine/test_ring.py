@@ -33,8 +33,9 @@ class Bytes:
     stored: Event = REACHED
     fails: bool = False
 
-    def read(self, into: Tensor) -> None:
+    def read(self, into: Tensor) -> int:
         into.copy_(self.data[: into.numel()])
+        return into.numel()
 
     def write(self, offset: int, data: Tensor) -> None:
         if self.fails:

@@ -51,7 +51,7 @@ def plan_of(tokens: Items[int], *, micro_batch: int, micro_batches: int, prefill
 
 def scheduled(plan: Plan, lengths: Items[Lengths], balanced: Items[int | None]) -> Iterator[tuple[int, int, int]]:
     """Prompt tokens, decode tokens and KV tokens attended to by these, of each pass of the real scheduler."""
-    cache = KVCache(plan.kv_tokens(MODEL.shape), extent_tokens=plan.extent_tokens)
+    cache = KVCache(plan.kv_tokens(MODEL.shape), extent_tokens=plan.extent_tokens, layouts=plan.kv_layouts)
     scheduler = Scheduler(
         cache, micro_batch=plan.micro_batch, micro_batches=plan.micro_batches, prefill_chunk=plan.prefill_chunk
     )
@@ -149,7 +149,7 @@ def test_in_little_room_every_token_is_computed_once_and_all_room_is_given_back(
         assert min(simulation._free) >= 0
         prompts, decodes = prompts + int(load.prompt_tokens), decodes + int(load.decode_tokens)
     assert (prompts, decodes) == (workload.prompt_tokens, workload.generated - workload.requests)
-    assert simulation._free == [on_device, on_host, 0]
+    assert simulation._free == list(plan.kv_tokens(MODEL.shape).values())
 
 
 @pytest.mark.parametrize("requests", [10, 100_000])

@@ -5,7 +5,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -75,7 +75,13 @@ class Pipeline:
             self.stages.append(self._stack.enter_context(closing(stage)))
         # The same ranges of tokens in each: as many as the stage with the most layers has room for.
         tokens = {tier: min(stage.attention.tokens[tier] for stage in self.stages) for tier in TierName}
-        self.kv = KVCache(tokens, extent_tokens=plan.extent_tokens, fills_together=True, claim=self._claim)
+        self.kv = KVCache(
+            tokens,
+            extent_tokens=plan.extent_tokens,
+            layouts=plan.kv_layouts,
+            fills_together=True,
+            claim=self._claim,
+        )
         self.scheduler = Scheduler(
             self.kv,
             micro_batch=plan.micro_batch,
@@ -168,5 +174,6 @@ def test_a_stage_holds_what_is_its_own(model_dir: Path) -> None:
         # Tied: the last multiplies by the token table, which the first embeds with.
         assert set(first.weights._resident) == {"embed", "layer.0", "layer.1"}
         assert set(last.weights._resident) == {"embed", "layer.2", "layer.3", "layer.4", "head"}
-        per_layer = {stage: stage.attention._pools._token_bytes / len(stage.layers) for stage in pipeline.stages}
+        pools = {stage: cast("Any", stage.attention._runner)._pools for stage in pipeline.stages}
+        per_layer = {stage: pools[stage]._token_bytes / len(stage.layers) for stage in pipeline.stages}
         assert len(set(per_layer.values())) == 1, "keys and values of its own layers alone"

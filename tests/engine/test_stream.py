@@ -15,7 +15,7 @@ from engine.devices.open import facts_of
 from engine.devices.simulated import SimulatedDevice
 from engine.errors import CheckpointError, EngineError, LaneFailed, TierFull
 from engine.memory.aligned import aligned_empty
-from engine.memory.device import Device, Event
+from engine.memory.device import Device, Event, Pieces
 from engine.memory.lane import LaneName
 from engine.memory.memory import Memory
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
@@ -166,8 +166,8 @@ class Impatient(SimulatedDevice):
 class Hasty(SimulatedDevice):
     """Says that copies are done as soon as they are begun, to the host too."""
 
-    def copy(self, lane: LaneName, destination: torch.Tensor, source: torch.Tensor, after: Event) -> Event:
-        super().copy(lane, destination, source, after)
+    def copy(self, lane: LaneName, pieces: Pieces, after: Event) -> Event:
+        super().copy(lane, pieces, after)
         return self.compute_mark()
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from engine import Generate, PassReport, PassStats, PlanOptions, Request, SamplingParams, Score, Shares
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
 from engine.loading import load_engine
-from engine.memory.device import Device
+from engine.memory.device import Device, Pieces
 from engine.memory.lane import Event as LaneEvent
 from engine.memory.lane import LaneName
 from engine.trace import TraceFile
@@ -111,11 +110,11 @@ class Unhurried(SimulatedDevice):
         self._lock = threading.Lock()
         self._held: dict[LaneName, list[threading.Event]] = defaultdict(list)
 
-    def copy(self, lane: LaneName, destination: Tensor, source: Tensor, after: LaneEvent) -> LaneEvent:
+    def copy(self, lane: LaneName, pieces: Pieces, after: LaneEvent) -> LaneEvent:
         wanted = threading.Event()
         with self._lock:
             self._held[lane].append(wanted)
-            return Held(self, lane, wanted, super().copy(lane, destination, source, When(wanted, after)))
+            return Held(self, lane, wanted, super().copy(lane, pieces, When(wanted, after)))
 
     def begin(self, lane: LaneName, last: threading.Event) -> None:
         """Let the copies up to this one begin: a lane does one after another."""

@@ -17,7 +17,7 @@ from engine.tokenizer import Tokenizer
 from engine.units import MIB
 from engine.weights.importers.huggingface import import_checkpoint
 from tests.engine.checkpoints import Checkpoint, make_checkpoint
-from tests.engine.placements import PLACEMENTS, options_of, scattered
+from tests.engine.placements import BESIDE_A_DEVICE, PLACEMENTS, options_of, scattered
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device here: run tests/gpu on a GPU machine"
@@ -78,7 +78,7 @@ def oracle_logprobs(model: OPTForCausalLM, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([ids], device="cuda")).logits[0].float().log_softmax(-1).cpu()
 
 
-@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize("name", [*PLACEMENTS, *BESIDE_A_DEVICE])
 def test_every_placement_says_what_transformers_says(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Each greedy token is the likeliest, within rounding; scores are alike."""
     tokenizer = Tokenizer.load(checkpoint.folder / "tokenizer.json", 2)
@@ -90,7 +90,7 @@ def test_every_placement_says_what_transformers_says(name: str, checkpoint: Chec
             assert tier.peak <= tier.budget
         # Spill files aside, resident weights are never read again.
         second = [report.stats.weight_bytes for report in engine.passes(iter(requests()))]
-        assert (sum(second) == 0) == (PLACEMENTS[name]["weights"] == "100/0/0")
+        assert (sum(second) == 0) == ({**PLACEMENTS, **BESIDE_A_DEVICE}[name]["weights"] == "100/0/0")
         assert results(engine) == found or not exact
     for index, text in enumerate(texts()):
         prompt = tokenizer.encode(text)
@@ -105,7 +105,7 @@ def test_every_placement_says_what_transformers_says(name: str, checkpoint: Chec
         assert found["score", index] == pytest.approx(total, abs=1e-3 if exact else 0.3)
 
 
-@pytest.mark.parametrize("name", [name for name in PLACEMENTS if name != "all-device"])
+@pytest.mark.parametrize("name", [name for name in (*PLACEMENTS, *BESIDE_A_DEVICE) if name != "all-device"])
 def test_placements_agree_in_float32(name: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "hf", num_hidden_layers=10)
     import_checkpoint(tmp_path / "hf", tmp_path / "model")
@@ -138,10 +138,10 @@ def test_copies_keep_to_their_events() -> None:
     with device.computing():
         for value in range(1, 6):
             source.fill_(value)
-            copied = device.copy(LaneName.HOST_TO_DEVICE, memory, source, device.compute_mark())
+            copied = device.copy(LaneName.HOST_TO_DEVICE, [(memory, source)], device.compute_mark())
             device.compute_after(copied)
             seen.copy_(memory)
-            device.copy(LaneName.DEVICE_TO_HOST, back, seen, device.compute_mark()).wait()
+            device.copy(LaneName.DEVICE_TO_HOST, [(back, seen)], device.compute_mark()).wait()
             assert int(back.min()) == int(back.max()) == value
             span = copied.span()
             assert span is not None
@@ -159,7 +159,7 @@ def test_weights_are_staged_while_compute_goes_on() -> None:
         for _ in range(20):
             x = x @ x
         busy = device.compute_mark()
-        copied = device.copy(LaneName.HOST_TO_DEVICE, memory, source, Reached())
+        copied = device.copy(LaneName.HOST_TO_DEVICE, [(memory, source)], Reached())
         copied.wait()
         assert busy.span() is None
         busy.wait()

@@ -5,8 +5,10 @@ suffice for a model of any size (except for shards in PyTorch's old, unmappable 
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -66,9 +68,18 @@ def import_checkpoint(
         layouts = {unit.name: UnitLayout.plain(unit, stored) for unit in units}
         num_bytes = sum(layout.num_bytes for layout in layouts.values())
         report = _Reporter(on_progress, num_bytes)
+        beyond: dict[str, float] = {}
+
+        def note(unit: str, tensor: str, largest: float) -> None:
+            name = f"{unit}/{tensor}"
+            beyond[name] = max(largest, beyond.get(name, 0.0))
+
         with ModelWriter(destination, num_bytes) as writer:
             for unit in units:
-                contents = ((tensor.name, report.count(checkpoint.read(tensor, stored))) for tensor in unit.tensors)
+                contents = (
+                    (tensor.name, report.count(checkpoint.read(tensor, stored, partial(note, unit.name, tensor.name))))
+                    for tensor in unit.tensors
+                )
                 writer.write_unit(unit.name, layouts[unit.name], contents)
                 checkpoint.release()
             for name, content in tokenizer.items():
@@ -81,6 +92,7 @@ def import_checkpoint(
                 num_bytes=num_bytes,
                 source=source.resolve().name,
                 created_by=_created_by(),
+                beyond_float16=beyond,
             )
             writer.commit(manifest)
             report.finish()
@@ -178,8 +190,10 @@ class Checkpoint:
             raise CheckpointError(f"{self._source} stores weights as {found}; choose --dtype {', '.join(DType)}")
         return DType(found)
 
-    def read(self, tensor: TensorSpec, dtype: DType) -> Iterator[Buffer]:
-        """The bytes of one tensor in ``dtype``, in pieces.
+    def read(
+        self, tensor: TensorSpec, dtype: DType, note: Callable[[float], None] = lambda _: None
+    ) -> Iterator[Buffer]:
+        """The bytes of one tensor in ``dtype``, in pieces; ``note`` is told of values that float16 cannot hold.
 
         Raises:
             CheckpointError: a value does not fit ``dtype``.
@@ -195,6 +209,9 @@ class Checkpoint:
                         f"tensor {name} of {path} holds {largest:g}, too large for {dtype}; "
                         "choose --dtype bfloat16 or float32"
                     )
+                lowest, highest = (float(each) for each in cast.aminmax())
+                if _FLOAT16_MAX < max(-lowest, highest) < math.inf:
+                    note(max(-lowest, highest))
                 yield cast.view(torch.uint8).numpy().data
 
     def _check_tensor(self, tensor: TensorSpec) -> None:
@@ -264,6 +281,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return content
+
+
+_FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 def _overflow(piece: Tensor, cast: Tensor) -> float | None:

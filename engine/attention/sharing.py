@@ -1,4 +1,4 @@
-"""How a kind of device computes the parts of a micro-batch whose keys and values it can address."""
+"""How the CPU's cores share the parts of a micro-batch whose keys and values they can address."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -6,15 +6,15 @@ from typing import Protocol
 
 import torch
 
+from engine.attention.balanced import balanced
 from engine.attention.rows import Part, Rows
-from engine.attention.workers import AttentionWorkers, balanced
-from engine.memory.device import Device
+from engine.attention.workers import AttentionWorkers
 
 Shares = list[list[Part]]
 
 
-class Runner(Protocol):
-    """One kind of device."""
+class Sharing(Protocol):
+    """One way."""
 
     def share(self, parts: Sequence[Part]) -> Shares:
         """Who computes what, the same in every layer; once a pass and micro-batch."""
@@ -27,7 +27,7 @@ class Runner(Protocol):
 
 
 class InTurn:
-    """One part after the other, as a device computes that is given its work by one thread."""
+    """One part after the other, where there is one core."""
 
     def share(self, parts: Sequence[Part]) -> Shares:
         """All in one share."""
@@ -44,7 +44,7 @@ class InTurn:
 
 
 class OnCores(AttentionWorkers):
-    """On the CPU, each core its own parts."""
+    """Each core its own parts."""
 
     def share(self, parts: Sequence[Part]) -> Shares:
         """Shares of nearly equal cost; a prompt's heads are split, since a pass has too few prompts to share out."""
@@ -64,8 +64,6 @@ class OnCores(AttentionWorkers):
         return [Part(part.begin, part.segment, part.kv, some) for some in heads]
 
 
-def runner_for(device: Device) -> Runner:
-    """The one for a device's kind."""
-    if device.shares_host_memory and torch.get_num_threads() > 1:
-        return OnCores(torch.get_num_threads())
-    return InTurn()
+def sharing() -> Sharing:
+    """The one for as many cores as this process computes with."""
+    return OnCores(torch.get_num_threads()) if torch.get_num_threads() > 1 else InTurn()

@@ -1,0 +1,207 @@
+"""Keys and values that compute cannot address: fetched in groups ahead of it, and stored behind it.
+
+Shapes: T tokens of a micro-batch, S tokens of a buffer, K key/value heads, H head size.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from engine.attention.groups import Group, Kept, groups_of, kept_of
+from engine.attention.pools import KV, KVPools
+from engine.attention.sizes import STORE_BUFFERS, kv_layer_bytes
+from engine.formats.sizes import Plain
+from engine.kvcache.segments import MicroBatch
+from engine.memory.closing import run_all, settle
+from engine.memory.lane import REACHED, Event, LaneName, ThreadLane
+from engine.memory.memory import Memory
+from engine.memory.ring import Item, Place, Ring
+from engine.memory.tensors import torch_dtype
+from engine.memory.tier import Block
+from engine.shape import ModelShape
+from engine.tiers import TierName
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """Host memory for a micro-batch's new keys and values in one layer."""
+
+    block: Block
+    left: Event = REACHED
+    """They are in their pages."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a micro-batch needs, the same in every layer."""
+
+    groups: list[Group]
+    kept: Kept
+    slots: Tensor
+    """Where the kept rows go in the host's pool, int64; those that go to the disk go nowhere there."""
+    on_host: Tensor
+    """The kept rows that go there, int64."""
+
+
+class Elsewhere:
+    """Owns the buffers and the lanes that fill and empty them."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        stored: Plain,
+        memory: Memory,
+        pools: KVPools,
+        *,
+        group_tokens: int,
+        num_slots: int,
+        kept_rows: int,
+        host_attends: bool,
+    ) -> None:
+        """Take the buffers.
+
+        Args:
+            shape: of the layers.
+            stored: the format of keys and values.
+            memory: where compute is, and the budgets.
+            pools: where keys and values lie.
+            group_tokens: of one buffer.
+            num_slots: how many buffers are filled ahead of compute; 0: nothing lies elsewhere.
+            kept_rows: rows of a micro-batch, at most.
+            host_attends: decode tokens are attended to where host memory has their keys.
+
+        Raises:
+            TierFull: a budget would be exceeded.
+        """
+        self._shape, self._dtype = shape, torch_dtype(stored.dtype)
+        self._token_bytes = kv_layer_bytes(shape, stored)
+        self._device, self._traffic, self._pools = memory.device, memory.traffic, pools
+        self._group_tokens, self._host_attends = group_tokens, host_attends
+        self._work: list[_Work] = []
+        self._coming: deque[tuple[Group, Place]] = deque()
+        self._stored: list[Event] = [REACHED] * shape.num_layers
+        """By layer: when all that was stored so far is in its pages."""
+        self._stored_upto = [-1] * shape.num_layers
+        """By layer: the last micro-batch of this pass that was stored."""
+        self._lane = ThreadLane(LaneName.DISK_WRITE)
+        self._buffers: list[_Buffer] = []
+        self._ring = Ring(
+            memory,
+            what=KV,
+            slot_bytes=group_tokens * self._token_bytes,
+            num_slots=num_slots,
+            from_files=pools.has(TierName.DISK),
+        )
+        try:
+            tier = TierName.DEVICE if memory.device.shares_host_memory else TierName.HOST
+            for _ in range(STORE_BUFFERS if num_slots else 0):
+                self._buffers.append(_Buffer(memory.allocate(tier, kept_rows * self._token_bytes, KV)))
+        except BaseException:
+            self.close()
+            raise
+        self._next_buffer = cycle(self._buffers)
+
+    def begin(self, batches: Sequence[MicroBatch]) -> None:
+        """A pass begins: what its micro-batches attend to is fetched from now on."""
+        groups = groups_of(batches, self._group_tokens, host_attends=self._host_attends)
+        self._work = [_work_of(each, kept_of(batch)) for each, batch in zip(groups, batches, strict=True)]
+        self._stored_upto = [-1] * self._shape.num_layers
+        self._ring.begin(self._items())
+
+    def groups(self, index: int) -> Sequence[Group]:
+        """What a micro-batch's segments attend to, in order."""
+        return self._work[index].groups
+
+    @contextmanager
+    def fetched(self, group: Group) -> Iterator[Tensor]:
+        """The next group's buffer, ``[S, k|v, K, H]``, with room for what the pass adds, which is the caller's to fill.
+
+        Groups are entered in order, layer by layer.
+        """
+        expected, place = self._coming.popleft()
+        assert expected is group
+        with self._ring.enter(place) as (_, raw):
+            values = raw[: group.num_tokens * self._token_bytes].view(self._dtype)
+            yield values.view(-1, 2, self._shape.num_kv_heads, self._shape.head_size)
+
+    def store(self, layer: int, index: int, kv_T2KH: Tensor) -> None:
+        """Keep what a micro-batch adds, of those rows that are kept elsewhere; to be called for each, in order."""
+        work = self._work[index]
+        kept = work.kept
+        if kept.num_rows:
+            buffer = next(self._next_buffer)
+            buffer.left.wait()
+            rows = kv_T2KH[kept.first_row : kept.first_row + kept.num_rows]
+            if not self._device.shares_host_memory:
+                rows = rows.contiguous()  # by compute, in its own memory: a lane copies bytes as they lie
+            raw = buffer.block.data[: kept.num_rows * self._token_bytes]
+            on_host = raw.view(self._dtype).view(rows.shape)
+            copied = self._device.copy(LaneName.DEVICE_TO_HOST, [(on_host, rows)], self._device.compute_mark())
+            if not self._device.shares_host_memory:
+                self._traffic.follow(LaneName.DEVICE_TO_HOST, copied, raw.numel(), KV)
+            buffer.left = self._stored[layer] = self._lane.submit(partial(self._put, layer, work, on_host, copied))
+        self._stored_upto[layer] = index
+
+    def stored(self, layer: int) -> Event:
+        """When all that was stored of a layer so far is in its pages."""
+        return self._stored[layer]
+
+    def settle(self) -> None:
+        """Wait until all that was stored is where it is kept."""
+        for event in self._stored:
+            settle(event)
+        self._ring.settle()
+
+    def close(self) -> None:
+        """Stop the lanes and free the buffers. What is not kept yet is lost."""
+        run_all(
+            [
+                self._lane.close,
+                self._ring.close,
+                self._work.clear,
+                self._coming.clear,
+                *(buffer.block.release for buffer in self._buffers),
+            ]
+        )
+
+    def _items(self) -> Iterator[Item]:
+        self._coming.clear()
+        for layer in range(self._shape.num_layers):
+            for work in self._work:
+                for group in work.groups:
+                    place, num_bytes = self._pools.scattered(group, layer)
+                    self._coming.append((group, place))
+                    yield Item(KV, place, num_bytes, after=partial(self._stored_after, layer, group.follows))
+
+    def _stored_after(self, layer: int, follows: int) -> Event | None:
+        return self._stored[layer] if self._stored_upto[layer] >= follows else None
+
+    def _put(self, layer: int, work: _Work, rows: Tensor, copied: Event) -> None:
+        """On the lane: into the pages."""
+        copied.wait()
+        if len(work.slots):
+            some = rows if len(work.slots) == len(rows) else rows[work.on_host]
+            put(self._pools.layers(TierName.HOST)[layer], work.slots, some)
+        on_disk = [run for tier, run in work.kept.runs if tier is TierName.DISK]
+        if on_disk:
+            num_bytes = sum(run.num_tokens for run in on_disk) * self._token_bytes
+            with self._traffic.moving(LaneName.DISK_WRITE, num_bytes, KV):
+                self._pools.write(layer, on_disk, rows)
+
+
+def put(pool_S2KH: Tensor, slots: Tensor, rows_T2KH: Tensor) -> None:
+    """Rows into host memory, each to its slot."""
+    pool_S2KH.index_copy_(0, slots, rows_T2KH)
+
+
+def _work_of(groups: list[Group], kept: Kept) -> _Work:
+    on_host = [run for tier, run in kept.runs if tier is TierName.HOST]
+    slots = [slot for run in on_host for slot in range(run.offset, run.offset + run.num_tokens)]
+    rows = [row for run in on_host for row in range(run.at, run.at + run.num_tokens)]
+    return _Work(groups, kept, torch.tensor(slots, dtype=torch.int64), torch.tensor(rows, dtype=torch.int64))

@@ -1,0 +1,142 @@
+"""Which keys and values come together from where compute cannot address them: groups that fill a buffer. No tensor.
+
+A sequence's keys lie in a buffer as in a pool, one token after the other: first those that are fetched, then room for
+those that the pass adds. A sequence that is longer than a buffer comes in parts, in several groups, and its own tokens
+attend to themselves in none.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from engine.kvcache.cache import Extent
+from engine.kvcache.segments import Kind, MicroBatch, Segment
+from engine.sequence import Sequence as Tokens
+from engine.tiers import TierName
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive tokens of a tier, and where they go."""
+
+    offset: int
+    """In tokens of the tier."""
+    num_tokens: int
+    at: int
+    """In tokens of the buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One segment's part of a group."""
+
+    row: int
+    """The segment's first row in its micro-batch."""
+    length: int
+    """Its rows."""
+    at: int
+    """Where its keys begin in the buffer."""
+    past: int
+    """How many are fetched."""
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What is in a buffer at once."""
+
+    tier: TierName
+    shares: tuple[Share, ...]
+    is_part: bool
+    """Some keys of one segment, without its own."""
+    is_last: bool
+    """Whether the segment has no other part after it."""
+    follows: int
+    """The last micro-batch of the same pass that adds to what is fetched; -1: none does."""
+
+    @property
+    def rows(self) -> slice:
+        """Of the micro-batch."""
+        return slice(self.shares[0].row, self.shares[-1].row + self.shares[-1].length)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the buffer, room for added tokens included."""
+        last = self.shares[-1]
+        return last.at + last.past + (0 if self.is_part else last.length)
+
+
+def groups_of(batches: Sequence[MicroBatch], most: int, *, host_attends: bool = False) -> list[list[Group]]:
+    """The groups of each micro-batch of a pass, of at most ``most`` tokens.
+
+    ``host_attends``: those that can are attended to where they lie, and come in no group.
+    """
+    added: dict[Tokens, int] = {}
+    """The last micro-batch so far with tokens of a sequence."""
+    found = []
+    for index, batch in enumerate(batches):
+        row = 0
+        segments: list[tuple[int, Segment]] = []
+        for segment in batch.segments:
+            if segment.kind is Kind.ELSEWHERE and not (host_attends and segment.can_attend_on_host):
+                segments.append((row, segment))
+            row += segment.length
+        found.append(list(_packed(segments, most, added)))
+        added.update((segment.sequence, index) for segment in batch.segments)
+    return found
+
+
+def _packed(segments: Sequence[tuple[int, Segment]], most: int, added: dict[Tokens, int]) -> Iterator[Group]:
+    together: list[Share] = []
+    tier, at, follows = TierName.HOST, 0, -1
+    for row, segment in segments:
+        assert segment.holding is not None
+        size = segment.start + segment.length
+        is_long = size > most
+        if together and (is_long or at + size > most or segment.holding.tier is not tier):
+            yield Group(tier, tuple(together), is_part=False, is_last=True, follows=follows)
+            together, at, follows = [], 0, -1
+        tier = segment.holding.tier
+        before = added.get(segment.sequence, -1)
+        if is_long:
+            for first in range(0, segment.start, most):
+                past = min(most, segment.start - first)
+                share = Share(row, segment.length, 0, past, tuple(_runs(segment.holding.extents, first, past, 0)))
+                yield Group(tier, (share,), is_part=True, is_last=first + past == segment.start, follows=before)
+            continue
+        runs = tuple(_runs(segment.holding.extents, 0, segment.start, at))
+        together.append(Share(row, segment.length, at, segment.start, runs))
+        at, follows = at + size, max(follows, before)
+    if together:
+        yield Group(tier, tuple(together), is_part=False, is_last=True, follows=follows)
+
+
+def _runs(extents: Sequence[Extent], first: int, count: int, at: int) -> Iterator[Run]:
+    """Where ``count`` tokens of a sequence lie, from its token ``first`` on."""
+    for extent in extents:
+        begin, end = max(first, extent.start), min(first + count, extent.start + extent.capacity)
+        if begin < end:
+            yield Run(extent.offset + begin - extent.start, end - begin, at + begin - first)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Rows of a micro-batch whose keys and values are kept where compute cannot address them."""
+
+    first_row: int
+    num_rows: int
+    runs: tuple[tuple[TierName, Run], ...]
+    """Where they go; ``at`` counts from the first of these rows."""
+
+
+def kept_of(batch: MicroBatch) -> Kept:
+    """What of a micro-batch is stored elsewhere: its last rows."""
+    runs: list[tuple[TierName, Run]] = []
+    row, first = 0, batch.num_tokens
+    for segment in batch.segments:
+        holding = segment.holding
+        if holding is not None and not holding.is_addressable:
+            first = min(first, row)
+            found = _runs(holding.extents, segment.start, segment.length, row - first)
+            runs += [(holding.tier, run) for run in found]
+        row += segment.length
+    return Kept(first, row - first, tuple(runs))

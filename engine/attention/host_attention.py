@@ -1,0 +1,154 @@
+"""Attention on the host beside a device: decode tokens whose keys and values lie in host memory (FlexGen, section 4.1).
+
+Queries come down, results go up, and keys stay where they are. One thread does it, with all cores, while the device
+computes another micro-batch.
+
+Shapes: R rows, N query heads, H head size.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.attention.pages import PageTable, attend_pages, page_table
+from engine.attention.pools import KV, KVPools
+from engine.attention.sizes import HOST_SLOTS, host_attention_bytes, host_block_pages
+from engine.formats.sizes import Plain
+from engine.kvcache.segments import MicroBatch
+from engine.memory.closing import run_all
+from engine.memory.lane import REACHED, Event, LaneEvent, LaneName, ThreadLane
+from engine.memory.memory import Memory
+from engine.memory.tensors import torch_dtype
+from engine.shape import ModelShape
+from engine.tiers import TierName
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Pinned memory for the queries of a micro-batch, and for its results."""
+
+    queries: Tensor
+    results: Tensor
+    up: Event = REACHED
+    """The results are on the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """Rows of a micro-batch that are attended to on the host, the same in every layer."""
+
+    rows: slice
+    table: PageTable
+
+
+class HostAttention:
+    """Owns the lane and its memory."""
+
+    def __init__(
+        self, shape: ModelShape, stored: Plain, memory: Memory, pools: KVPools, *, page_tokens: int, most_rows: int
+    ) -> None:
+        """Take the memory.
+
+        Args:
+            shape: of the layers.
+            stored: the format of keys and values.
+            memory: where compute is, and the budgets.
+            pools: where keys and values lie.
+            page_tokens: of a page.
+            most_rows: of a micro-batch, at most.
+
+        Raises:
+            TierFull: a budget would be exceeded.
+        """
+        self._device, self._traffic, self._pools = memory.device, memory.traffic, pools
+        self._page_tokens = page_tokens
+        self._under_way: deque[tuple[LaneEvent, _Slot]] = deque()
+        self._lane = ThreadLane(LaneName.HOST_COMPUTE)
+        pages = len(pools.layers(TierName.HOST)[0]) // page_tokens
+        self._block_pages = host_block_pages(shape, pages, page_tokens)
+        self._block = memory.allocate(
+            TierName.HOST, host_attention_bytes(shape, stored, most_rows, pages, page_tokens), KV
+        )
+        dtype = torch_dtype(stored.dtype)
+        size = most_rows * shape.num_heads * shape.head_size
+        raw = self._block.data
+        end = HOST_SLOTS * 2 * size * dtype.itemsize
+        values = raw[:end].view(dtype).view(HOST_SLOTS, 2, most_rows, shape.num_heads, shape.head_size)
+        self._slots = [_Slot(queries, results) for queries, results in values]
+        self._work = raw[end:].view(torch.float32)
+        self._next = 0
+
+    def attended(self, batch: MicroBatch) -> Attended | None:
+        """What of a micro-batch is attended to on the host: decode tokens of sequences that lie there."""
+        row, first, end = 0, 0, 0
+        pages: list[list[int]] = []
+        counts: list[int] = []
+        for segment in batch.segments:
+            if segment.can_attend_on_host:
+                assert segment.holding is not None
+                first, end = (row if not pages else first), row + segment.length
+                pages.append(
+                    [
+                        page
+                        for extent in segment.holding.extents
+                        for page in range(
+                            extent.offset // self._page_tokens, (extent.offset + extent.capacity) // self._page_tokens
+                        )
+                    ]
+                )
+                counts.append(segment.start + 1)
+            row += segment.length
+        if not pages:
+            return None
+        return Attended(slice(first, end), page_table(pages, counts, self._page_tokens, self._block_pages))
+
+    def start(self, layer: int, attended: Attended, q_RNH: Tensor, out_RNH: Tensor, stored: Event) -> None:
+        """Begin with some rows; ``stored``: when the keys that the pass adds are in their pages.
+
+        Each is finished before the next but one is started.
+        """
+        slot = self._slots[self._next % HOST_SLOTS]
+        self._next += 1
+        queries, results = slot.queries[: len(q_RNH)], slot.results[: len(q_RNH)]
+        copied = self._device.copy(
+            LaneName.DEVICE_TO_HOST, [(queries, q_RNH.contiguous())], self._device.compute_mark()
+        )
+        self._traffic.follow(LaneName.DEVICE_TO_HOST, copied, queries.numel() * queries.element_size(), KV)
+        needed = copied, stored
+        work = partial(self._attend, layer, attended.table, slot, queries, results, out_RNH, needed)
+        self._under_way.append((self._lane.submit(work), slot))
+
+    def finish(self) -> None:
+        """Compute from here on sees the results of what was started first."""
+        done, slot = self._under_way.popleft()
+        with self._traffic.waiting():
+            done.wait()
+            self._device.compute_after(slot.up)
+
+    def close(self) -> None:
+        """End the lane."""
+        run_all([self._lane.close, self._under_way.clear, self._block.release])
+
+    def _attend(
+        self,
+        layer: int,
+        table: PageTable,
+        slot: _Slot,
+        queries: Tensor,
+        results: Tensor,
+        out_RNH: Tensor,
+        needed: Sequence[Event],
+    ) -> None:
+        """On the lane."""
+        for event in (*needed, slot.up):
+            event.wait()
+        with torch.inference_mode():
+            with self._traffic.moving(LaneName.HOST_COMPUTE, 0, KV):
+                attend_pages(queries, self._pools.layers(TierName.HOST)[layer], table, self._work, results)
+            # The queries were computed after whatever else this memory was used for.
+            slot.up = self._device.copy(LaneName.HOST_TO_DEVICE, [(out_RNH, results)], REACHED)
+        self._traffic.follow(LaneName.HOST_TO_DEVICE, slot.up, results.numel() * results.element_size(), KV)

@@ -1,0 +1,141 @@
+"""Attention where compute is the CPU: layouts and threads as measured for it (decision 0005).
+
+Shapes: T tokens of a micro-batch, N query heads, K key/value heads, H head size.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from engine.attention.elsewhere import Elsewhere
+from engine.attention.groups import Group
+from engine.attention.kernels import Decoder, attend, decoder
+from engine.attention.pools import KVPools, MemoryKV
+from engine.attention.rows import Part, Rows
+from engine.attention.sharing import Shares, sharing
+from engine.attention.workers import one_core
+from engine.kvcache.cache import Holding, Move
+from engine.kvcache.segments import Kind, MicroBatch
+from engine.memory.closing import run_all
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a micro-batch attends to, the same in every layer."""
+
+    num_tokens: int
+    here: Shares
+    """Of what compute can address, or what attends to itself alone."""
+    decode_rows: int
+    """Rows up to the last segment of one token among these: they come first."""
+    single: slice
+    """The rows of segments of one token whose keys are fetched."""
+
+
+class HostRunner:
+    """Implements ``engine.attention.attention.Runner``."""
+
+    def __init__(self, num_kv_heads: int, pools: KVPools, elsewhere: Elsewhere) -> None:
+        """Both are the runner's to close."""
+        self._num_kv_heads = num_kv_heads
+        self._views: WeakKeyDictionary[Holding, MemoryKV] = WeakKeyDictionary()
+        self._work: list[_Work] = []
+        self._pools = pools
+        self._elsewhere = elsewhere
+        self._found: deque[Tensor] = deque()
+        self._sharing = sharing()
+
+    def begin(self, batches: Sequence[MicroBatch], moves: Sequence[Move]) -> None:
+        """Who computes what, once a pass."""
+        assert not moves, "a sequence lies in as many extents as it takes"
+        self._work = [self._work_of(batch) for batch in batches]
+        self._elsewhere.begin(batches)
+
+    def start(self, layer: int, index: int, qkv: Tensor) -> None:
+        """Store a micro-batch's keys and values, and attend: compute is done when it returns."""
+        work, num_kv_heads = self._work[index], self._num_kv_heads
+        num_heads = qkv.shape[1] - 2 * num_kv_heads
+        self._elsewhere.store(layer, index, qkv[:, num_heads:].view(len(qkv), 2, -1, qkv.shape[2]))
+        q_TNH, k_TKH, v_TKH = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+        if work.num_tokens < out_TNH.shape[0]:
+            out_TNH[work.num_tokens :] = 0
+        decode = decoder(work.decode_rows, q_TNH, k_TKH, v_TKH, out_TNH)
+        rows = Rows(layer, q_TNH, k_TKH, v_TKH, out_TNH, decode)
+        self._sharing.run(rows, work.here)
+        if self._elsewhere.groups(index):
+            one = work.single
+            decode = decoder(one.stop - one.start, q_TNH[one], k_TKH[one], v_TKH[one], out_TNH[one])
+            self._attend_elsewhere(rows, self._elsewhere.groups(index), decode, one.start)
+        self._found.append(out_TNH)
+
+    def finish(self) -> Tensor:
+        """What came of it."""
+        return self._found.popleft()
+
+    def settle(self) -> None:
+        """Wait for what is stored elsewhere."""
+        self._elsewhere.settle()
+
+    def close(self) -> None:
+        """Free everything."""
+        run_all(
+            [
+                self._elsewhere.close,
+                self._sharing.close,
+                self._work.clear,
+                self._found.clear,
+                self._views.clear,
+                self._pools.close,
+            ]
+        )
+
+    def _attend_elsewhere(self, rows: Rows, groups: Sequence[Group], decode: Decoder | None, first_row: int) -> None:
+        """Group by group, as they come."""
+        pieces: list[tuple[Tensor, Tensor]] = []
+        for group in groups:
+            with self._elsewhere.fetched(group) as kv_S2KH:
+                for share in group.shares:
+                    end = share.at + share.past + (0 if group.is_part else share.length)
+                    kv_2KsH = kv_S2KH[share.at : end].permute(1, 2, 0, 3)
+                    if decode is not None and share.length == 1 and not group.is_part:
+                        with one_core():  # others read what comes next meanwhile
+                            decode(share.row - first_row, kv_2KsH, share.past)
+                        continue
+                    q_NtH, k_KtH, v_KtH = rows.at(share.row, share.length)
+                    if not group.is_part:
+                        kv_2KsH[0, :, share.past :], kv_2KsH[1, :, share.past :] = k_KtH, v_KtH
+                    pieces.append(attend(q_NtH, kv_2KsH[0], kv_2KsH[1], causal=not group.is_part))
+                    if group.is_part and group.is_last:
+                        pieces.append(attend(q_NtH, k_KtH, v_KtH, causal=True))
+                    if group.is_last:
+                        rows.put(share.row, pieces)
+                        pieces = []
+
+    def _work_of(self, batch: MicroBatch) -> _Work:
+        here: list[Part] = []
+        begin, decode_rows = 0, 0
+        single = slice(0, 0)
+        for segment in batch.segments:
+            end = begin + segment.length
+            if segment.kind is Kind.ELSEWHERE:
+                if segment.length == 1:
+                    single = slice(single.start if single.stop else begin, end)
+            else:
+                holding = segment.holding if segment.kind is Kind.HERE else None
+                kv = None if holding is None else self._kv_of(holding)
+                here.append(Part(begin, segment, kv, slice(0, self._num_kv_heads)))
+                if segment.length == 1:
+                    decode_rows = end
+            begin = end
+        return _Work(batch.num_tokens, self._sharing.share(here), decode_rows, single)
+
+    def _kv_of(self, holding: Holding) -> MemoryKV:
+        kv = self._views.get(holding)
+        if kv is None:
+            kv = self._views[holding] = self._pools.by_heads(holding)
+        return kv

@@ -1,0 +1,129 @@
+"""Attention of decode tokens on the host, over pages of keys and values: page by page, then merged by sequence.
+
+So that Python's part does not grow with the number of sequences, a page is what is computed together with others, not a
+sequence: each page is multiplied with its own sequence's query, neighbours in memory in one batched product, and
+softmax over each page is merged over the pages of a sequence (Milakov & Gimelshein 2018, arXiv:1805.02867). Keys and
+values are converted to float32 in a workspace first: processors multiply half precision over keys that lie token by
+token at a tenth of that speed.
+
+Shapes: R rows, n pages, b pages of a block, p tokens of a page, N query heads, K key/value heads, G = N / K of them,
+H head size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Pages that are computed together."""
+
+    entries: slice
+    """Of the table."""
+    first_page: int | None
+    """Where they are neighbours, the first; ``None``: they are not."""
+    unused: tuple[Tensor, Tensor]
+    """Which tokens of which of them nobody wrote yet: int64, page and token. Whatever lies there must not be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageTable:
+    """Which pages the rows of a micro-batch attend to, the same in every layer; in order of where the pages lie."""
+
+    pages: Tensor
+    """Int64 ``[n]``."""
+    owners: Tensor
+    """The row that each page belongs to: int64 ``[n]``."""
+    hidden: Tensor
+    """Added to scores: minus infinity where a page has no token yet, else 0; float32 ``[n, 1, p]``."""
+    blocks: tuple[Block, ...]
+
+
+def page_table(pages: Sequence[Sequence[int]], num_tokens: Sequence[int], page_tokens: int, most: int) -> PageTable:
+    """A table for rows with these pages and this many tokens each, in blocks of at most ``most`` pages."""
+    entries = sorted(
+        (page, row, min(page_tokens, count - index * page_tokens))
+        for row, (its, count) in enumerate(zip(pages, num_tokens, strict=True))
+        for index, page in enumerate(its)
+        if index * page_tokens < count
+    )
+    places, owners, used = np.array(entries, dtype=np.int64).T
+    is_unused = np.arange(page_tokens) >= used[:, None]
+    blocks = []
+    for first in range(0, len(places), most):
+        end = min(first + most, len(places))
+        together = places[end - 1] - places[first] == end - 1 - first
+        page, token = (torch.from_numpy(index) for index in is_unused[first:end].nonzero())
+        blocks.append(Block(slice(first, end), int(places[first]) if together else None, (page, token)))
+    return PageTable(
+        pages=torch.from_numpy(places.copy()),
+        owners=torch.from_numpy(owners.copy()),
+        hidden=torch.from_numpy(np.where(is_unused[:, None], np.float32("-inf"), np.float32(0))),
+        blocks=tuple(blocks),
+    )
+
+
+def attend_pages(q_RNH: Tensor, pool_S2KH: Tensor, table: PageTable, work: Tensor, out_RNH: Tensor) -> None:
+    """One token of each row attends to all of its sequence, into ``out``.
+
+    Args:
+        q_RNH: queries, in any number type.
+        pool_S2KH: one layer's pool, of whole pages.
+        table: where the rows' keys are.
+        work: float32 values: of a block's keys, of every page and of every row; see ``host_attention_bytes``.
+        out_RNH: receives the result.
+    """
+    num_heads, head_size = q_RNH.shape[1:]
+    num_kv_heads = pool_S2KH.shape[2]
+    page_tokens = table.hidden.shape[2]
+    pool_P2pKH = pool_S2KH.view(-1, page_tokens, *pool_S2KH.shape[1:]).transpose(1, 2)
+    scaled_RKGH = (q_RNH.float() * head_size**-0.5).view(len(q_RNH), num_kv_heads, -1, head_size)
+    count, size = len(table.pages), num_heads * head_size
+    taken = (count * num_heads, count * num_heads, count * size)
+    best_nN, sum_nN, out_n, rest = torch.split(work, [*taken, len(work) - sum(taken)])
+    best_nN, sum_nN = best_nN.view(count, num_heads), sum_nN.view(count, num_heads)
+    out_nNH = out_n.view(count, num_heads, head_size)
+    wide_RNH, block = rest[: q_RNH.numel()].view(q_RNH.shape), rest[q_RNH.numel() :]
+    for each in table.blocks:
+        entries, number = each.entries, each.entries.stop - each.entries.start
+        if each.first_page is not None:
+            kv_b2pKH = pool_P2pKH[each.first_page : each.first_page + number]
+        else:
+            kv_b2pKH = pool_P2pKH[table.pages[entries]]
+        shape = (number, num_kv_heads, page_tokens, head_size)
+        wide_bKpH = block[: number * num_kv_heads * page_tokens * head_size].view(shape)
+        q = scaled_RKGH[table.owners[entries]].flatten(0, 1)
+        _widen(kv_b2pKH[:, 0], each, wide_bKpH)
+        scores_bNp = torch.bmm(q, wide_bKpH.flatten(0, 1).mT).view(number, num_heads, page_tokens)
+        scores_bNp += table.hidden[entries]
+        torch.amax(scores_bNp, -1, out=best_nN[entries])
+        scores_bNp.sub_(best_nN[entries][..., None]).exp_()
+        torch.sum(scores_bNp, -1, out=sum_nN[entries])
+        _widen(kv_b2pKH[:, 1], each, wide_bKpH)
+        weights = scores_bNp.view(number * num_kv_heads, -1, page_tokens)
+        out = out_nNH[entries].view(number * num_kv_heads, -1, head_size)
+        torch.bmm(weights, wide_bKpH.flatten(0, 1), out=out)
+    _merge(table, best_nN, sum_nN, out_nNH, wide_RNH.zero_())
+    out_RNH.copy_(wide_RNH)
+
+
+def _widen(half_bpKH: Tensor, block: Block, wide_bKpH: Tensor) -> None:
+    """Keys or values of a block in float32, a head's one after another; zeros where nobody wrote yet."""
+    wide_bKpH.copy_(half_bpKH.transpose(1, 2))
+    page, token = block.unused
+    if len(page):
+        wide_bKpH[page, :, token] = 0.0
+
+
+def _merge(table: PageTable, best_nN: Tensor, sum_nN: Tensor, out_nNH: Tensor, wide_RNH: Tensor) -> None:
+    """Softmax over the union of a row's pages."""
+    num_rows, num_heads, _ = wide_RNH.shape
+    highest_RN = torch.full((num_rows, num_heads), float("-inf"))
+    highest_RN.scatter_reduce_(0, table.owners[:, None].expand_as(best_nN), best_nN, "amax")
+    weights_nN = best_nN.sub_(highest_RN[table.owners]).exp_()
+    sums_RN = torch.zeros(num_rows, num_heads).index_add_(0, table.owners, sum_nN.mul_(weights_nN))
+    wide_RNH.index_add_(0, table.owners, out_nNH.mul_(weights_nN[..., None])).div_(sums_RN[..., None])
