@@ -8,17 +8,33 @@ import click
 from cli import templates
 from cli.context import App
 from cli.display import emit, emit_json, emit_table, format_count, format_rate, format_seconds
-from cli.options import Number, Text, json_option, settings_options
+from cli.job_options import Choices
+from cli.options import Number, Size, Text, json_option, settings_options
 from cli.placement import placement_options, take_placement
 from cli.planning import DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, DEFAULT_REQUESTS, LengthOptions, read_input
+from worker.payloads import TASKS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from engine.planner.advice import Advice
     from engine.planner.hardware import Hardware
     from engine.planner.plan_input import PlanInput
     from engine.planner.search import Found
 
 _SWEEPS = ("device-memory", "host-memory")
+
+
+def format_rows(per_second: float) -> str:
+    """``12.3 rows/s``, or ``45 rows/hour`` where a second sees none."""
+    return f"{per_second:.3g} rows/s" if per_second >= 0.1 else f"{3600 * per_second:.3g} rows/hour"
+
+
+def format_memory(num_bytes: float) -> str:
+    """``15.0 GiB``."""
+    from engine.units import format_bytes
+
+    return format_bytes(int(num_bytes))
 
 
 def _tokens() -> Number:
@@ -35,13 +51,13 @@ def _tokens() -> Number:
 @click.option(
     "--hardware",
     type=Text(),
-    metavar="FILE|PRESET",
-    help="Another machine, such as t4-gcp. Default: this, if measured.",
+    metavar="FILE|PRESET,…|all",
+    help="Other machines, such as t4-gcp, or all that are known, in one table. Default: this, if measured.",
 )
+@click.option("--task", type=click.Choice(TASKS), default=TASKS[0], show_default=True, help="As with enqueue.")
+@click.option("--choices", type=Choices(), help="With --task choose: the labels, split at commas.")
 @click.option("--prompt-len", type=_tokens(), help=f"Tokens of a prompt. [default: {DEFAULT_PROMPT_LEN}]")
-@click.option(
-    "--gen-len", type=_tokens(), default=DEFAULT_GEN_LEN, show_default=True, help="Tokens generated for each."
-)
+@click.option("--gen-len", type=_tokens(), help=f"Tokens generated, or scored, for each. [default: {DEFAULT_GEN_LEN}]")
 @click.option("--requests", type=_tokens(), help=f"How many. [default: {DEFAULT_REQUESTS}]")
 @click.option("--dataset", type=Text(), metavar="FILE", help="Number and lengths of the prompts from this dataset.")
 @click.option(
@@ -50,6 +66,7 @@ def _tokens() -> Number:
     metavar="TEMPLATE|@FILE",
     help=f"With --dataset: Jinja2 template over a row's fields. [default: {templates.DEFAULT}]",
 )
+@click.option("--disk-speed", type=Size(), help="Bytes that the disk reads a second, if it is another: 3GB.")
 @click.option("--sweep", type=click.Choice(_SWEEPS), help="Show the speed with less and with more of this memory.")
 @click.option("--no-advice", is_flag=True, help="Do not look for what would help most: it takes most of the time.")
 @json_option
@@ -57,7 +74,15 @@ def _tokens() -> Number:
 @settings_options
 @click.pass_obj
 def command(
-    app: App, /, model: str, hardware: str | None, sweep: str | None, no_advice: bool, as_json: bool, **values: Any
+    app: App,
+    /,
+    model: str,
+    hardware: str | None,
+    disk_speed: int | None,
+    sweep: str | None,
+    no_advice: bool,
+    as_json: bool,
+    **values: Any,
 ) -> None:
     """Show the plan that a worker would choose, what it predicts, what bounds it and what would help most.
 
@@ -68,7 +93,18 @@ def command(
       overnight plan --model facebook/opt-30b --hardware t4-gcp --sweep device-memory
     """
     lengths = LengthOptions.take(values)
-    given, machine = read_input(app, model, hardware, take_placement(values), lengths)
+    placement = take_placement(values)
+    machines = _machines(hardware)
+    if len(machines) > 1:
+        if sweep is not None:
+            raise click.UsageError("--sweep is of one machine: name it with --hardware")
+        _compare(
+            partial(read_input, app, model, options=placement, lengths=lengths, disk_speed=disk_speed),
+            machines,
+            as_json,
+        )
+        return
+    given, machine = read_input(app, model, machines[0], placement, lengths, disk_speed)
     if sweep is not None:
         _emit_sweep(given, machine, sweep, as_json)
         return
@@ -83,6 +119,51 @@ def command(
     _explain(given, machine, found, model)
     if not no_advice:
         _emit_advice(advise(given, machine, found))
+
+
+def _machines(named: str | None) -> list[str | None]:
+    """Those that were named; ``None``: this one."""
+    if named is None:
+        return [None]
+    if named == "all":
+        from engine.planner.profiles import preset_names
+
+        return list(preset_names())
+    return [name for name in named.split(",") if name] or [named]
+
+
+def _compare(read: "Callable[..., tuple[PlanInput, Hardware]]", machines: list[str | None], as_json: bool) -> None:
+    """One line for each machine, the fastest first; those that the model does not fit come last, with the reason."""
+    from engine.errors import HardwareError, PlanDoesNotFit
+    from engine.planner.decide import best_plan
+    from engine.planner.explain import document
+
+    documents: list[dict[str, Any]] = []
+    refused: list[tuple[str, str]] = []
+    for name in machines:
+        try:
+            given, machine = read(hardware_name=name)
+            documents.append(document(given, machine, best_plan(given, machine), []))
+        except (PlanDoesNotFit, HardwareError) as error:
+            refused.append((str(name), str(error)))
+    documents.sort(key=lambda each: -each["predicted"]["rows_per_s"])
+    if as_json:
+        emit_json({"machines": documents, "refused": [{"name": name, "why": why} for name, why in refused]})
+        return
+    rows = [
+        (
+            each["machine"]["name"],
+            format_rows(each["predicted"]["rows_per_s"]),
+            format_seconds(each["predicted"]["seconds"]),
+            format_rate(each["predicted"]["generated_per_s"]),
+            *(format_memory(each["machine"]["memory"][tier]) for tier in ("device", "host")),
+            each["predicted"]["bound_by"],
+        )
+        for each in documents
+    ]
+    emit_table(("MACHINE", "ROWS", "IN ALL", "GENERATED", "DEVICE", "HOST", "BOUND BY"), rows)
+    for name, why in refused:
+        emit(f"{name}: {why}")
 
 
 def _emit_sweep(given: "PlanInput", machine: "Hardware", sweep_of: str, as_json: bool) -> None:
@@ -126,7 +207,7 @@ def _emit_sweep(given: "PlanInput", machine: "Hardware", sweep_of: str, as_json:
 
 def _explain(given: "PlanInput", machine: "Hardware", found: "Found", model: str) -> None:
     """For people: what is where, how fast that is, and why not faster."""
-    from engine.planner.explain import flags_of, product_ceiling_per_s
+    from engine.planner.explain import flags_of, product_ceiling_per_s, rows_per_s
     from engine.tiers import TierName
     from engine.units import format_bytes
 
@@ -136,8 +217,15 @@ def _explain(given: "PlanInput", machine: "Hardware", found: "Found", model: str
     spread = f"{prompts[0]}" if len(prompts) == 1 else f"{prompts[0]} to {prompts[-1]}"
     generated = workload.generated / workload.requests
     emit(f"model     {model}, {plan.dtype}, {given.shape.num_layers} layers")
-    emit(f"machine   {machine.name}")
-    emit(f"workload  {format_count(workload.requests)} requests, prompts of {spread} tokens, {generated:.3g} generated")
+    emit(f"machine   {machine.name}: {_facts(machine)}")
+    what = "requests" if workload.per_row == 1 else f"rows of {workload.per_row} choices"
+    emit(
+        f"workload  {format_count(round(workload.rows))} {what}, prompts of {spread} tokens, {generated:.3g} generated"
+    )
+    emit(
+        f"predicted {format_rows(rows_per_s(given, found))}: {format_count(round(workload.rows))} rows in "
+        f"{format_seconds(prediction.seconds)}"
+    )
     click.echo()
     pool = sum(plan.kv_bytes.values()) or 1
     rows = [
@@ -156,13 +244,26 @@ def _explain(given: "PlanInput", machine: "Hardware", found: "Found", model: str
     emit(f"batches   {plan.micro_batches} of {format_count(plan.micro_batch)} tokens a pass")
     emit(f"by hand   {flags_of(found.options)}")
     emit(
-        f"predicted {format_rate(prediction.generated_per_s)} generated, {format_rate(prediction.total_per_s)} with "
+        f"tokens    {format_rate(prediction.generated_per_s)} generated, {format_rate(prediction.total_per_s)} with "
         f"prompts: {format_count(workload.requests)} requests in {format_seconds(prediction.seconds)}"
     )
     emit(
         f"bound by  {prediction.bound_by}, which alone would allow {format_rate(prediction.lane_ceiling_per_s)}; "
         f"products alone {format_rate(product_ceiling_per_s(given, machine))}"
     )
+
+
+def _facts(machine: "Hardware") -> str:
+    """Memories, link and disk."""
+    from engine.memory.lane import LaneName
+    from engine.tiers import TierName
+
+    memories = [f"{tier} {format_memory(machine.capacity[tier].value)}" for tier in TierName]
+    lanes = {"link": LaneName.HOST_TO_DEVICE, "disk reads": LaneName.DISK_READ}
+    if machine.shares_host_memory:
+        del lanes["link"]
+    speeds = [f"{name} {format_memory(machine.lanes[lane].fastest)}/s" for name, lane in lanes.items()]
+    return ", ".join([*memories, *speeds])
 
 
 def _emit_advice(advice: "list[Advice]") -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import click
@@ -33,8 +33,11 @@ _CHARACTERS_A_TOKEN = 4
 class LengthOptions:
     """What a person said of the workload; None: not given."""
 
+    task: str
+    choices: tuple[str, ...] | None
+    """The labels to choose from."""
     prompt_len: int | None
-    gen_len: int
+    gen_len: int | None
     requests: int | None
     dataset: str | None
     prompt: str | None
@@ -47,8 +50,12 @@ class LengthOptions:
         Raises:
             UsageError: the dataset and an option say the same thing, or one is of no use without the other.
         """
-        names = ("prompt_len", "gen_len", "requests", "dataset", "prompt")
+        names = ("task", "choices", "prompt_len", "gen_len", "requests", "dataset", "prompt")
         values = cls(**{name: options.pop(name) for name in names})
+        if (values.choices is not None) != (values.task == "choose"):
+            raise click.UsageError("--task choose and --choices belong together: name the labels, separated by commas")
+        if values.task == "choose" and values.gen_len is not None:
+            raise click.UsageError("--gen-len: nothing is generated where labels are chosen; leave it out")
         for name in ("prompt_len", "requests"):
             if values.dataset is not None and getattr(values, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
@@ -59,7 +66,12 @@ class LengthOptions:
 
 
 def read_input(
-    app: App, model_name: str, hardware_name: str | None, options: "PlanOptions", lengths: LengthOptions
+    app: App,
+    model_name: str,
+    hardware_name: str | None,
+    options: "PlanOptions",
+    lengths: LengthOptions,
+    disk_speed: int | None = None,
 ) -> "tuple[PlanInput, Hardware]":
     """Everything that a plan is made from, and the machine's figures.
 
@@ -73,6 +85,8 @@ def read_input(
     from engine.planner.decide import input_for_machine
 
     hardware = _read_hardware(app, hardware_name)
+    if disk_speed is not None:
+        hardware = with_disk_speed(hardware, disk_speed)
     known_as = DType.FLOAT16 if DType.FLOAT16 in hardware.matmul else next(iter(hardware.matmul))
     model = _read_model(app, model_name, options.dtype or known_as)
     if options.device is not None and options.device.partition(":")[0] != hardware.device:
@@ -141,13 +155,31 @@ def _read_workload(lengths: LengthOptions, model: Sizes, limits: "Limits") -> "W
     from engine.planner.workload import Workload
 
     if lengths.dataset is None:
-        return Workload.uniform(
-            lengths.prompt_len or DEFAULT_PROMPT_LEN, lengths.gen_len, lengths.requests or DEFAULT_REQUESTS
-        )
-    prompts = _prompts(lengths.dataset, lengths.prompt or templates.DEFAULT, limits)
-    measured = _token_counts(list(itertools.islice(prompts, _MEASURED_ROWS)), model)
-    more = sum(1 for _ in prompts)
-    return Workload.of(_that_fit(measured, lengths.gen_len, model.shape)).times((len(measured) + more) / len(measured))
+        measured, rows = [lengths.prompt_len or DEFAULT_PROMPT_LEN], lengths.requests or DEFAULT_REQUESTS
+    else:
+        prompts = _prompts(lengths.dataset, lengths.prompt or templates.DEFAULT, limits)
+        measured = _token_counts(list(itertools.islice(prompts, _MEASURED_ROWS)), model)
+        rows = len(measured) + sum(1 for _ in prompts)
+    generated, ends = lengths.gen_len or DEFAULT_GEN_LEN, [1]
+    if lengths.task != "generate":
+        # What is scored is computed as a prompt is, but for its last token.
+        ends = [generated] if lengths.choices is None else _token_counts(list(lengths.choices), model)
+        generated = 1
+    counts = [count + end - 1 for count in measured for end in ends]
+    # Of lengths that were typed in, the planner says what would fit.
+    pairs = [(count, generated) for count in counts]
+    if lengths.dataset is not None:
+        pairs = _that_fit(counts, generated, model.shape)
+    return replace(Workload.of(pairs).times(rows / len(measured)), per_row=len(ends))
+
+
+def with_disk_speed(hardware: "Hardware", per_second: int) -> "Hardware":
+    """The same machine with a disk that reads so many bytes a second."""
+    from engine.memory.lane import LaneName
+    from engine.planner.rates import Rate
+
+    rate = Rate.constant(float(per_second), "as asked for: --disk-speed")
+    return replace(hardware, lanes={**hardware.lanes, LaneName.DISK_READ: rate})
 
 
 def _token_counts(texts: list[str], model: Sizes) -> list[int]:

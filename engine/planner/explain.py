@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from engine.memory.lane import LaneName
 from engine.planner.advice import Advice
 from engine.planner.hardware import Hardware
 from engine.planner.plan import FLAGS, PlanOptions, flag_name
@@ -23,14 +24,30 @@ def product_ceiling_per_s(given: PlanInput, hardware: Hardware) -> float:
     return compute_ceiling_per_s(hardware, given.shape, given.stored, given.workload, given.dtype)
 
 
+def rows_per_s(given: PlanInput, found: Found) -> float:
+    """Rows of a dataset per second: a row may be several sequences."""
+    assert given.workload is not None
+    return given.workload.rows / found.prediction.seconds
+
+
 def document(given: PlanInput, hardware: Hardware, found: Found, advice: Sequence[Advice]) -> dict[str, object]:
-    """Plan, prediction, memory and advice in plain JSON values; bytes, seconds, tokens per second."""
+    """Plan, prediction, memory and advice in plain JSON values; bytes, seconds, tokens and rows per second."""
     assert given.workload is not None
     prediction = found.prediction
     return {
         "plan": found.plan.to_json(),
         "flags": flags_of(found.options),
+        "machine": {
+            "name": hardware.name,
+            "memory": {str(tier): figure.value for tier, figure in hardware.capacity.items()},
+            "link_per_s": hardware.lanes[LaneName.HOST_TO_DEVICE].fastest,
+            "disk_per_s": hardware.lanes[LaneName.DISK_READ].fastest,
+        },
         "predicted": {
+            "rows_per_s": rows_per_s(given, found),
+            "rows": given.workload.rows,
+            "pass_s": prediction.steady_pass.seconds,
+            "lanes": {str(lane): seconds for lane, seconds in prediction.steady_pass.lane_seconds.items() if seconds},
             "generated_per_s": prediction.generated_per_s,
             "total_per_s": prediction.total_per_s,
             "bound_by": str(prediction.bound_by),

@@ -17,8 +17,8 @@ from worker.settings import KEYS
 FROZEN = {
     "import": "--dtype",
     "models": "--json",
-    "plan": "--model --hardware --prompt-len --gen-len --requests --dataset --prompt --sweep --no-advice --json "
-    "PLACEMENT",
+    "plan": "--model --hardware --task --choices --prompt-len --gen-len --requests --dataset --prompt --disk-speed "
+    "--sweep --no-advice --json PLACEMENT",
     "worker": "--model --queue PLACEMENT",
     "enqueue": "JOB-OPTIONS --queue --json",
     "status": "--watch --json",
@@ -35,7 +35,7 @@ FROZEN = {
 """Every command's options; all but `completion` also take --database and --redis."""
 PLACEMENT = (
     "--device --dtype --device-memory --host-memory --disk-space --disk-dir --weights --kv --activations --micro-batch "
-    "--micro-batches --schedule"
+    "--micro-batches --schedule --host-attention"
 )
 JOB = (
     "--model --task --prompt --choices --max-new-tokens --temperature --top-p --top-k --seed --stop --name --priority "

@@ -207,7 +207,7 @@ def test_a_dataset_that_enqueue_would_refuse_is_refused(run: Run, lines: str, sa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--device-memory", "0"], "--device-memory 4.4GiB with --weights 0/0/100 --micro-batch 256"),
+        (["--device-memory", "0"], "--device-memory 4.5GiB with --weights 0/0/100 --micro-batch 256"),
         (["--weights", "100/0/0"], "GiB short"),
         (["--host-memory", "0", "--weights", "0/100/0"], "--host-memory"),
         (["--prompt-len", "3000"], "--prompt-len 2016 --gen-len 32"),
