@@ -12,6 +12,7 @@ from cli.job_options import Choices
 from cli.options import Number, Size, Text, json_option, settings_options
 from cli.placement import placement_options, take_placement
 from cli.planning import DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, DEFAULT_REQUESTS, LengthOptions, read_input
+from engine.units import MIB
 from worker.payloads import TASKS
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _tokens() -> Number:
     metavar="TEMPLATE|@FILE",
     help=f"With --dataset: Jinja2 template over a row's fields. [default: {templates.DEFAULT}]",
 )
-@click.option("--disk-speed", type=Size(), help="Bytes that the disk reads a second, if it is another: 3GB.")
+@click.option("--disk-speed", type=Size(minimum=MIB), help="Bytes that the disk reads a second, if another: 3GB.")
 @click.option("--sweep", type=click.Choice(_SWEEPS), help="Show the speed with less and with more of this memory.")
 @click.option("--no-advice", is_flag=True, help="Do not look for what would help most: it takes most of the time.")
 @json_option
@@ -134,7 +135,7 @@ def _machines(named: str | None) -> list[str | None]:
 
 def _compare(read: "Callable[..., tuple[PlanInput, Hardware]]", machines: list[str | None], as_json: bool) -> None:
     """One line for each machine, the fastest first; those that the model does not fit come last, with the reason."""
-    from engine.errors import HardwareError, PlanDoesNotFit
+    from engine.errors import HardwareAbsent, HardwareError, PlanDoesNotFit
     from engine.planner.decide import best_plan
     from engine.planner.explain import document
 
@@ -144,6 +145,8 @@ def _compare(read: "Callable[..., tuple[PlanInput, Hardware]]", machines: list[s
         try:
             given, machine = read(hardware_name=name)
             documents.append(document(given, machine, best_plan(given, machine), []))
+        except HardwareAbsent:
+            raise
         except (PlanDoesNotFit, HardwareError) as error:
             refused.append((str(name), str(error)))
     documents.sort(key=lambda each: -each["predicted"]["rows_per_s"])

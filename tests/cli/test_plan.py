@@ -283,3 +283,53 @@ def test_planning_loads_no_torch(command: Command) -> None:
     assert done.returncode == 0
     assert "scipy" in done.stderr
     assert " torch\n" not in done.stderr
+
+
+def test_machines_are_compared_in_one_table_the_fastest_first(run: Run) -> None:
+    words = ("plan", "--model", "opt-1.3b", "--requests", "300")
+    document = planned(run(*words, "--hardware", "t4-gcp,h100-80g,l4", "--json"))
+    rates = [each["predicted"]["rows_per_s"] for each in document["machines"]]
+    assert rates == sorted(rates, reverse=True)
+    assert document["machines"][0]["machine"]["name"] == "h100-80g"
+    assert len(rates) == 3
+    shown = run(*words, "--hardware", "t4-gcp,h100-80g").stdout.splitlines()
+    assert [line.split()[0] for line in shown] == ["MACHINE", "h100-80g", "t4-gcp"]
+    alone = planned(run(*words, "--hardware", "h100-80g", "--no-advice", "--json"))
+    assert alone == document["machines"][0]
+
+
+def test_a_machine_that_the_model_does_not_fit_says_why_below_the_table(run: Run) -> None:
+    words = ("plan", "--model", "opt-175b", "--requests", "300", "--hardware", "t4-gcp,l4", "--host-memory", "1GiB")
+    document = planned(run(*words, "--disk-space", "0", "--json"))
+    assert [each["name"] for each in document["refused"]]
+    assert all(each["why"] for each in document["refused"])
+
+
+def test_a_machine_that_nobody_knows_is_absent_among_others_too(run: Run) -> None:
+    said = one_sentence(run("plan", "--model", "opt-1.3b", "--hardware", "t4-gcp,nosuch"), 3)
+    assert "'nosuch' is neither a file nor a hardware preset" in said
+
+
+def test_a_row_of_choices_is_a_sequence_for_each(run: Run) -> None:
+    words = (*T4, "--model", "opt-1.3b", "--json", "--prompt-len", "100")
+    choose = planned(run(*words, "--task", "choose", "--choices", "good,bad,unknown"))["predicted"]
+    assert (choose["rows"], choose["requests"]) == (300, 900)
+    assert choose["rows_per_s"] == pytest.approx(300 / choose["seconds"])
+    score = planned(run(*words, "--task", "score", "--gen-len", "20"))["predicted"]
+    assert score["rows"] == score["requests"] == 300
+    for wrong in (
+        ("--task", "choose"),
+        ("--choices", "a,b"),
+        ("--task", "choose", "--choices", "a,b", "--gen-len", "3"),
+    ):
+        one_sentence(run(*words, *wrong), 2)
+
+
+def test_a_faster_disk_helps_where_it_is_the_bound(run: Run) -> None:
+    slow, fast = (
+        planned(run(*T4, "--model", "opt-175b", "--json", "--disk-speed", speed))["predicted"]
+        for speed in ("1GB", "3GB")
+    )
+    assert slow["bound_by"] == "disk_read"
+    assert fast["rows_per_s"] > 1.5 * slow["rows_per_s"]
+    one_sentence(run(*T4, "--model", "opt-175b", "--disk-speed", "5"), 2)
