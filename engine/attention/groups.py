@@ -12,6 +12,11 @@ from engine.kvcache.cache import Extent
 from engine.kvcache.segments import Kind, MicroBatch, Segment
 from engine.sequence import Sequence as Tokens
 from engine.tiers import TierName
+from engine.units import div_ceil
+
+LEAST_GROUPS = 2
+"""Of a micro-batch, where it has so many sequences: what comes first in a pass is waited for, and should be little. With
+four, a ring of three buffers would hold less than a layer, and each would wait behind a piece of the weights' own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +85,23 @@ def groups_of(batches: Sequence[MicroBatch], most: int, *, host_attends: bool = 
             if segment.kind is Kind.ELSEWHERE and not (host_attends and segment.can_attend_on_host):
                 segments.append((row, segment))
             row += segment.length
-        found.append(list(_packed(segments, most, added)))
+        tokens = sum(segment.start + segment.length for _, segment in segments)
+        found.append(list(_packed(segments, most, min(most, div_ceil(tokens, LEAST_GROUPS)), added)))
         added.update((segment.sequence, index) for segment in batch.segments)
     return found
 
 
-def _packed(segments: Sequence[tuple[int, Segment]], most: int, added: dict[Tokens, int]) -> Iterator[Group]:
+def _packed(
+    segments: Sequence[tuple[int, Segment]], most: int, wanted: int, added: dict[Tokens, int]
+) -> Iterator[Group]:
+    """``wanted``: tokens of a group that is no larger than one sequence makes it."""
     together: list[Share] = []
     tier, at, follows = TierName.HOST, 0, -1
     for row, segment in segments:
         assert segment.holding is not None
         size = segment.start + segment.length
         is_long = size > most
-        if together and (is_long or at + size > most or segment.holding.tier is not tier):
+        if together and (is_long or at + size > wanted or segment.holding.tier is not tier):
             yield Group(tier, tuple(together), is_part=False, is_last=True, follows=follows)
             together, at, follows = [], 0, -1
         tier = segment.holding.tier
