@@ -15,8 +15,8 @@ from engine.tiers import TierName
 from engine.units import div_ceil
 
 LEAST_GROUPS = 2
-"""Of a micro-batch, where it has so many sequences: what comes first in a pass is waited for, and should be little. With
-four, a ring of three buffers would hold less than a layer, and each would wait behind a piece of the weights' own."""
+"""Of a micro-batch, where it has so many sequences: what comes first in a pass is waited for, and should be little.
+With four, a ring of three buffers would hold less than a layer, and each would wait behind a piece of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
