@@ -24,7 +24,8 @@ from engine.tiers import Shares
 MACHINE = "t4-gcp"
 GENERATED = 32
 REQUESTS = {"opt-6.7b": 2000, "opt-30b": 2000, "opt-175b": 5000}
-"""Of our prediction: enough that filling and draining matter little. FlexGen's figures are of one block each."""
+"""How many requests our prediction is for: enough that filling and draining matter little.
+FlexGen's figures are of one block each."""
 DEVICE, HOST = Shares(100, 0, 0), Shares(0, 100, 0)
 
 

@@ -15,8 +15,9 @@ from engine.tiers import TierName
 from engine.units import div_ceil
 
 LEAST_GROUPS = 2
-"""Of a micro-batch, where it has so many sequences: what comes first in a pass is waited for, and should be little.
-With four, a ring of three buffers would hold less than a layer, and each would wait behind a piece of the weights."""
+"""Groups of a micro-batch, at least, if it has two sequences: what comes first in a pass is waited for, and should be
+little. With four, a ring of three buffers would hold less than a layer, and each would wait behind a piece of the
+weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,12 @@ class Group:
 
     @property
     def rows(self) -> slice:
-        """Of the micro-batch."""
+        """The rows of the micro-batch that the group holds."""
         return slice(self.shares[0].row, self.shares[-1].row + self.shares[-1].length)
 
     @property
     def num_tokens(self) -> int:
-        """Of the buffer, room for added tokens included."""
+        """How much of the buffer is used, room for added tokens included."""
         last = self.shares[-1]
         return last.at + last.past + (0 if self.is_part else last.length)
 

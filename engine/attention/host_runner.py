@@ -29,7 +29,7 @@ class _Work:
 
     num_tokens: int
     here: Shares
-    """Of what compute can address, or what attends to itself alone."""
+    """Sequences whose keys compute can read where they lie, and new ones that have no earlier keys."""
     decode_rows: int
     """Rows up to the last segment of one token among these: they come first."""
     single: slice

@@ -51,9 +51,9 @@ class Folding:
     outputs is copied."""
 
     sequences: int = 1
-    """As so many times the sequences, over the same keys."""
+    """By how much the number of sequences is multiplied; all that come from one share its keys."""
     queries: int = 1
-    """As so many times the queries of each sequence, where each had one: none of them is masked."""
+    """By how much the queries of a sequence are multiplied, if it had one: none of them is masked."""
 
     @property
     def times(self) -> int:

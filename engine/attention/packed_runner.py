@@ -37,7 +37,7 @@ from engine.tiers import TierName
 from engine.units import MIB
 
 _MOVED_BYTES = 16 * MIB
-"""Of keys and values moved within a layer's pool at once, through the workspace."""
+"""How much of the keys and values is moved within a layer's pool at once, through the workspace."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ class Block:
     """Pages that are computed together."""
 
     entries: slice
-    """Of the table."""
+    """Their places in the page table."""
     first_page: int | None
     """Where they are neighbours, the first; ``None``: they are not."""
     unused: tuple[Tensor, Tensor]

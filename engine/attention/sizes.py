@@ -27,11 +27,11 @@ def decode_workspace_bytes(shape: ModelShape, extent_tokens: int, num_threads: i
 HOST_SLOTS = 2
 """Micro-batches that are attended to on the host and not yet finished."""
 BLOCK_BYTES = 32 * MIB
-"""Of keys in float32 that the host multiplies together, at most: enough for all cores, and not much more."""
+"""How many bytes of float32 keys the host multiplies together, at most: enough for all cores, and not much more."""
 
 
 def host_block_pages(shape: ModelShape, pages: int, page_tokens: int) -> int:
-    """Pages of such a block, of a pool of so many."""
+    """How many pages the host multiplies together, at most all ``pages`` of the pool."""
     return max(1, min(pages, BLOCK_BYTES // (4 * shape.num_kv_heads * shape.head_size * page_tokens)))
 
 

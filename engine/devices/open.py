@@ -45,8 +45,7 @@ def open_device(name: str | None) -> Device:
 
 
 LOADED_LATER = 512 * MIB
-"""Of a GPU's memory that is still free once it is opened: kernels, which CUDA loads when they are first called, and
-workspaces of its libraries."""
+"""GPU memory that no plan may use: CUDA loads kernels when they are first called, and its libraries take workspaces."""
 
 
 def facts_of(device: Device) -> MachineFacts:

@@ -31,9 +31,10 @@ EXTENT_TOKENS = 1024
 KV_SLOTS = 3
 """One group of keys and values is fetched while another is attended to and a third waits."""
 GROUP_BYTES, GROUP_BYTES_ON_CPU = 64 * MIB, 16 * MIB
-"""Of such a group in one layer. A GPU attends to a group in one call, which few sequences would not be worth."""
+"""The keys and values of such a group in one layer. A GPU attends to a group in one
+call, which few sequences would not be worth."""
 GROUP_SHARE = 1 / 32
-"""Of the device's budget, at most."""
+"""A group takes at most this share of the device's budget."""
 ACTIVATION_SLOTS = 3
 """One micro-batch's hidden states are fetched while another's are computed and a third's are written back."""
 LOGITS_BYTES = 64 * MIB
