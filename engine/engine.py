@@ -8,6 +8,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Self
 
+from engine.attention.self_test import check_attention
 from engine.devices.open import open_device
 from engine.dtypes import DType
 from engine.errors import EngineError
@@ -89,7 +90,7 @@ class Engine:
 
         Raises:
             CheckpointError: the model directory is absent, half-written or damaged.
-            DeviceUnavailable: there is no such device.
+            DeviceUnavailable: there is no such device, or its attention is wrong.
             TierFull: the machine has less than the plan's budgets promise.
         """
         start = perf_counter()
@@ -102,6 +103,7 @@ class Engine:
             family = family_for(manifest.config)
             tokenizer = Tokenizer.of_model(model_dir / TOKENIZER_NAME, family.shape)
             check_tokens(tokenizer, family.shape, model_dir)
+            check_attention(device, plan.kv_format.dtype, family.shape)
             device.limit_memory(plan.budgets[TierName.DEVICE])
             memory = Memory(device, plan.budgets, plan.disk_dir, recorder)
             closers = [memory.close]
