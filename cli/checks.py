@@ -44,7 +44,7 @@ def run_checks(app: App) -> list[Check]:
         check_memory(),
         check_disk("disk", app.settings.home),
         *check_models(app.settings.models_dir),
-        check_profile(app.settings.home, app.settings.spill_dir),
+        *check_profiles(app.settings.home, app.settings.spill_dir),
     ]
 
 
@@ -182,20 +182,33 @@ def check_models(folder: Path) -> Iterator[Check]:
     yield Check("models", "ok", f"{names or 'none yet'} in {folder}", remedy)
 
 
-def check_profile(home: Path, spill_dir: Path) -> Check:
-    """Whether the planner knows this machine."""
+def check_profiles(home: Path, spill_dir: Path) -> Iterator[Check]:
+    """Whether the planner knows this machine, with each device that was measured."""
+    from engine.profile import profile_paths
+
+    paths = profile_paths(home)
+    if not paths:
+        detail = "not measured yet; a worker that must stream weights does it first"
+        yield Check("profile", "ok", detail, "overnight doctor --measure")
+    for path in paths:
+        yield _check_profile(path, spill_dir)
+
+
+def _check_profile(path: Path, spill_dir: Path) -> Check:
     from engine.errors import EngineError
     from engine.profile import age_days, stored_profile
 
     again = "overnight doctor --measure"
     try:
-        stored = stored_profile(home)
+        stored = stored_profile(path)
         if stored is None:
-            return Check("profile", "ok", "not measured yet; a worker that must stream weights does it first", again)
+            return Check("profile", "ok", "not measured yet", again)
         from engine.devices.open import open_device
         from engine.measure import identity_of
 
-        device = open_device(stored.hardware.identity.get("device"))
+        device_name = stored.hardware.identity.get("device")
+        again += f" --device {device_name}" if device_name else ""
+        device = open_device(device_name)
         try:
             is_of_this = stored.is_of(identity_of(device, spill_dir))
         finally:

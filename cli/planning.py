@@ -84,7 +84,7 @@ def read_input(
     from engine.dtypes import DType
     from engine.planner.decide import input_for_machine
 
-    hardware = _read_hardware(app, hardware_name)
+    hardware = _read_hardware(app, hardware_name, options.device)
     if disk_speed is not None:
         hardware = with_disk_speed(hardware, disk_speed)
     known_as = DType.FLOAT16 if DType.FLOAT16 in hardware.matmul else next(iter(hardware.matmul))
@@ -133,20 +133,27 @@ def _read_model(app: App, name: str, dtype: "DType") -> Sizes:
         return Sizes(known.shape, known.stored(dtype), None)
 
 
-def _read_hardware(app: App, name: str | None) -> "Hardware":
+def _read_hardware(app: App, name: str | None, device: str | None) -> "Hardware":
+    """``device``: the one of this machine that is meant; ``None``: the one that was measured last."""
     from engine.errors import HardwareAbsent, HardwareError
-    from engine.planner.profiles import PROFILE_NAME, load_hardware, preset_names
+    from engine.planner.profiles import load_hardware, preset_names
+    from engine.profile import profile_path, profile_paths
 
     if name is not None:
         return load_hardware(name)
-    path = app.settings.home / PROFILE_NAME
-    if not path.exists():
+    home = app.settings.home
+    measured = profile_paths(home)
+    if device is not None:
+        path = profile_path(home, "cuda:0" if device == "cuda" else device)
+        measured = [each for each in measured if each == path]
+    if not measured:
+        option = f" --device {device}" if device else ""
         raise HardwareAbsent(
-            "this machine has not been measured yet; run: overnight doctor --measure, or name another with --hardware: "
-            f"{', '.join(preset_names())}"
+            f"this machine has not been measured yet; run: overnight doctor --measure{option}, or name another with "
+            f"--hardware: {', '.join(preset_names())}"
         )
     try:
-        return load_hardware(path)
+        return load_hardware(measured[0])
     except HardwareError as error:
         raise HardwareError(f"{error}; measure this machine again: overnight doctor --measure") from error
 

@@ -1,4 +1,4 @@
-"""The stored profile of the machine at hand: kept, checked, and measured where there is none."""
+"""The stored profiles of the machine at hand, one for each device that was measured: kept, and known again."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.errors import HardwareError
 from engine.planner.hardware import Hardware
-from engine.planner.profiles import PROFILE_NAME, load_hardware, profile_json
+from engine.planner.profiles import load_hardware, profile_json
 
 Warn = Callable[[str], None]
 """Told, in a sentence for people, what went wrong and does no harm."""
@@ -30,27 +30,36 @@ class StoredProfile:
         return dict(self.hardware.identity) == dict(identity)
 
 
-def stored_profile(home: Path) -> StoredProfile | None:
-    """The profile in ``home``; ``None``: nobody has measured yet.
+def profile_path(home: Path, device: str) -> Path:
+    """Where the profile of this machine with a device lies: ``cuda:0`` has another than ``cpu``."""
+    return home / f"profile-{device.replace(':', '-')}.json"
+
+
+def profile_paths(home: Path) -> list[Path]:
+    """Of all devices that were measured, the one measured last in front."""
+    return sorted(home.glob("profile-*.json"), key=lambda path: -path.stat().st_mtime)
+
+
+def stored_profile(path: Path) -> StoredProfile | None:
+    """The profile in a file; ``None``: nobody has measured yet.
 
     Raises:
         HardwareError: it is damaged or of another version.
     """
-    path = home / PROFILE_NAME
     if not path.exists():
         return None
     return StoredProfile(path, load_hardware(path), path.stat().st_mtime)
 
 
 def store_profile(home: Path, hardware: Hardware) -> Path:
-    """Replace the profile, whole.
+    """Replace the profile of its device, whole.
 
     Raises:
         OSError: the folder cannot be written to.
     """
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = home / PROFILE_NAME
-    handle, partial = tempfile.mkstemp(prefix=f".{PROFILE_NAME}.", dir=home)
+    path = profile_path(home, hardware.identity.get("device", hardware.device))
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=home)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(profile_json(hardware), file, indent=1)
@@ -62,9 +71,10 @@ def store_profile(home: Path, hardware: Hardware) -> Path:
 
 
 def known_profile(home: Path, identity: Mapping[str, str], warn: Warn) -> Hardware | None:
-    """The stored profile if it is of the machine with this identity; ``None``: that was not measured."""
+    """The stored profile if it is of the machine with this identity, which names the device; ``None``: that was not
+    measured."""
     try:
-        stored = stored_profile(home)
+        stored = stored_profile(profile_path(home, identity["device"]))
     except HardwareError as error:
         warn(f"{error}; measure this machine anew: overnight doctor --measure")
         return None

@@ -15,8 +15,6 @@ from engine.tiers import TierName
 
 FORMAT = "overnight hardware profile"
 VERSION = 1
-PROFILE_NAME = "profile.json"
-"""The file, in the folder of all state, that describes this machine."""
 
 
 def preset_names() -> tuple[str, ...]:

@@ -63,7 +63,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_measured_machine_is_kept_and_told(home: Path, run: Run, little: None) -> None:
     done = run("doctor", "--measure", "--device", "cpu", "--json")
     assert done.exit_code == 0
-    profile = json.loads((home / "profile.json").read_text())
+    profile = json.loads((home / "profile-cpu.json").read_text())
     assert profile["device"] == "cpu"
     check = by_name(done.stdout)["profile"]
     assert (check["status"], "cpu on" in check["detail"]) == ("ok", True)
@@ -73,13 +73,13 @@ def test_a_measured_machine_is_kept_and_told(home: Path, run: Run, little: None)
 
 def test_a_profile_of_another_machine_is_a_warning_that_says_what_to_do(home: Path, run: Run, little: None) -> None:
     run("doctor", "--measure", "--device", "cpu")
-    path = home / "profile.json"
+    path = home / "profile-cpu.json"
     profile = json.loads(path.read_text())
     profile["identity"]["cores"] = "1024"
     path.write_text(json.dumps(profile))
     check = by_name(run("doctor", "--json").stdout)["profile"]
     assert check["status"] == "warn"
-    assert check["remedy"] == "overnight doctor --measure"
+    assert check["remedy"] == "overnight doctor --measure --device cpu"
     path.write_text("{")
     check = by_name(run("doctor", "--json").stdout)["profile"]
     assert (check["status"], "not JSON" in check["detail"]) == ("warn", True)

@@ -246,9 +246,25 @@ def test_a_machine_that_was_not_measured_says_how(run: Run) -> None:
 
 def test_a_damaged_profile_of_this_machine_says_how_to_mend_it(home: Path, run: Run) -> None:
     home.mkdir()
-    (home / "profile.json").write_text("{")
+    (home / "profile-cpu.json").write_text("{")
     assert "not JSON" in (said := one_sentence(run("plan", "--model", "opt-30b"), 2))
     assert said.endswith("measure this machine again: overnight doctor --measure\n")
+
+
+def test_the_profile_of_the_device_that_is_asked_for(home: Path, run: Run) -> None:
+    """However the other was measured since; and one that was not measured is not taken for another."""
+    home.mkdir()
+    hardware = load_hardware("t4-gcp")
+    of_cpu = {"device": "cpu", "shares_host_memory": True, "host_attention": None, "name": "the processor"}
+    for number, (name, change) in enumerate({"cpu": of_cpu, "cuda-0": {"name": "the GPU"}}.items()):
+        path = home / f"profile-{name}.json"
+        path.write_text(json.dumps(profile_json(hardware) | change))
+        os.utime(path, (number, number))
+    plan = ("plan", "--model", "opt-125m", "--no-advice", "--json", "--prompt-len", "20", "--gen-len", "4")
+    for flags, name in [((), "the GPU"), (("--device", "cpu"), "the processor"), (("--device", "cuda"), "the GPU")]:
+        assert planned(run(*plan, *flags))["machine"]["name"] == name
+    said = one_sentence(run(*plan, "--device", "cuda:1"), 3)
+    assert "doctor --measure --device cuda:1" in said
 
 
 def test_on_this_machine_budgets_are_of_what_is_free_now(home: Path, run: Run) -> None:
@@ -260,7 +276,7 @@ def test_on_this_machine_budgets_are_of_what_is_free_now(home: Path, run: Run) -
         "shares_host_memory": True,
         "host_attention": None,
     }
-    (home / "profile.json").write_text(json.dumps(profile))
+    (home / "profile-cpu.json").write_text(json.dumps(profile))
     document = planned(
         run("plan", "--model", "opt-125m", "--no-advice", "--json", "--prompt-len", "20", "--gen-len", "4")
     )

@@ -1,5 +1,6 @@
 """A plan for what comes: searched for where the machine is known, else by rules, refused with advice."""
 
+import os
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -30,7 +31,14 @@ from engine.planner.replan import Replanning
 from engine.planner.resolve import fitting_plan, resolve_plan
 from engine.planner.search import Found
 from engine.planner.workload import Lengths, Workload
-from engine.profile import keep_profile, known_profile, store_profile, stored_profile
+from engine.profile import (
+    keep_profile,
+    known_profile,
+    profile_path,
+    profile_paths,
+    store_profile,
+    stored_profile,
+)
 from engine.request import Generate, Request, SamplingParams, Score
 from engine.tiers import Shares, TierName
 from engine.units import GIB, MIB
@@ -335,19 +343,32 @@ def test_what_a_plan_has_no_room_for_makes_it_no_faster(machine: Hardware) -> No
 def test_a_measured_profile_is_kept_and_known_again(tmp_path: Path, machine: Hardware) -> None:
     identity = identity_of(HostDevice(), tmp_path)
     mine = replace(machine, identity=identity)
-    assert stored_profile(tmp_path) is None
+    path = profile_path(tmp_path, "cpu")
+    assert stored_profile(path) is None
     assert known_profile(tmp_path, identity, pytest.fail) is None
     keep_profile(tmp_path, mine, pytest.fail)
-    stored = stored_profile(tmp_path)
+    stored = stored_profile(path)
     assert stored is not None
     assert stored.hardware == mine
     assert known_profile(tmp_path, identity, pytest.fail) == mine
     assert known_profile(tmp_path, {**identity, "cores": "999"}, pytest.fail) is None
 
 
+def test_each_device_has_a_profile_of_its_own(tmp_path: Path, machine: Hardware) -> None:
+    """Measuring the processor does not make a worker forget the GPU."""
+    of_gpu = replace(machine, identity={"device": "cuda:0"})
+    of_cpu = replace(machine, identity={"device": "cpu"}, description="measured later")
+    for number, hardware in enumerate((of_gpu, of_cpu)):
+        path = store_profile(tmp_path, hardware)
+        os.utime(path, (number, number))
+    assert known_profile(tmp_path, {"device": "cuda:0"}, pytest.fail) == of_gpu
+    assert known_profile(tmp_path, {"device": "cpu"}, pytest.fail) == of_cpu
+    assert [path.name for path in profile_paths(tmp_path)] == ["profile-cpu.json", "profile-cuda-0.json"]
+
+
 def test_a_damaged_profile_is_not_believed(tmp_path: Path, machine: Hardware) -> None:
     path = store_profile(tmp_path, machine)
     path.write_text("{")
     said: list[str] = []
-    assert known_profile(tmp_path, {}, said.append) is None
+    assert known_profile(tmp_path, {"device": "cpu"}, said.append) is None
     assert "doctor --measure" in said[0]

@@ -116,7 +116,7 @@ def test_a_profile_survives_the_file(measured: Hardware, tmp_path: Path) -> None
     path = store_profile(tmp_path / "home", measured)
     assert load_hardware(path) == measured
     assert (tmp_path / "home").stat().st_mode & 0o777 == 0o700
-    stored = stored_profile(tmp_path / "home")
+    stored = stored_profile(path)
     assert stored is not None
     assert stored.hardware == measured
     assert [each.name for each in path.parent.iterdir()] == [path.name]
@@ -133,8 +133,7 @@ def test_a_profile_that_cannot_be_written_leaves_the_old_one(measured: Hardware,
 
 def test_another_machine_is_told_from_this_one(measured: Hardware, folder: Path, tmp_path: Path) -> None:
     here = identity_of(HostDevice(), folder)
-    store_profile(tmp_path, measured)
-    stored = stored_profile(tmp_path)
+    stored = stored_profile(store_profile(tmp_path, measured))
     assert stored is not None
     assert stored.is_of(here)
     assert {"device", "processor", "cores", "torch", "disk"} <= set(here)
