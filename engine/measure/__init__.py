@@ -14,14 +14,14 @@ from engine.devices.facts import MachineFacts, free_disk_space
 from engine.devices.open import facts_of
 from engine.dtypes import DType
 from engine.measure.disk import copies, disk_writes, scratch_folder, small_reads
-from engine.measure.effort import FULL, QUICK, SOURCE, Effort, Points
+from engine.measure.effort import FULL, ON_GPU, QUICK, SOURCE, Effort, Points
 from engine.measure.identity import identity_of
 from engine.measure.overheads import overheads
 from engine.measure.room import measuring_budgets, within
-from engine.measure.widths import least_segment_s, width_of
+from engine.measure.widths import OfWidth, least_segment_s, width_of
 from engine.memory.device import Device
 from engine.memory.lane import LaneName
-from engine.planner.hardware import Hardware
+from engine.planner.hardware import CONTAINED, Hardware
 from engine.planner.plan import PlanOptions
 from engine.planner.rates import Figure, Rate
 from engine.tiers import TierName
@@ -34,14 +34,14 @@ def measure(
     folder: Path,
     *,
     options: PlanOptions | None = None,
-    effort: Effort = FULL,
+    effort: Effort | None = None,
     stop: Callable[[], bool] = lambda: False,
     say: Say = lambda _: None,
 ) -> Hardware:
     """What this machine can do with ``device``; ``folder`` is where spill files and models lie.
 
-    Never more of a tier is held than the budgets of ``options`` allow, where those are given. ``stop`` is asked between
-    small steps whether it shall end.
+    Without an ``effort``, what is worth measuring of such a device. Never more of a tier is held than the budgets of
+    ``options`` allow, where those are given. ``stop`` is asked between small steps whether it shall end.
 
     Raises:
         Unmeasurable: the budgets are too small to measure anything of use; nothing was done.
@@ -50,6 +50,7 @@ def measure(
         OSError: nothing can be written to ``folder``.
     """
     facts = facts_of(device)
+    effort = effort or (ON_GPU if device.torch_device.type == "cuda" else FULL)
     dtypes = _dtypes(device, facts)
     if options is not None:
         effort = within(effort, measuring_budgets(options, facts, folder), dtypes, facts, device.name)
@@ -61,20 +62,22 @@ def measure(
             found = replace(found, of_segment=least_segment_s(device, dtypes[0], found, scratch, effort))
             say("disk")
             reads = [small_reads(scratch, dtypes[0], device, effort)]
-            widths, spills, shares = [], [], []
+            measured: list[OfWidth] = []
+            share = 1.0
             for width in effort.widths:
                 say(f"layers of width {width[0]}")
-                one, spill, from_disk = width_of(device, width, dtypes, found, scratch, effort)
-                widths.append(one)
-                spills.append(spill)
-                reads.append((float(from_disk.layer_bytes), from_disk.read_rate))
-                shares.append(from_disk.read_share)
+                measured.append(width_of(device, width, dtypes, found, share, scratch, effort))
+                share = measured[-1].width.matmul[dtypes[0]].busy_share
             say("links")
             writes = disk_writes(scratch, effort)
             to_device, to_host = (
                 copies(device, lane, effort) for lane in (LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
             )
-    disk_share = median(shares)
+    widths, spills = [each.width for each in measured], [each.spilled for each in measured]
+    from_disk = [each.streamed for each in measured if each.streamed is not None]
+    reads += [(float(each.layer_bytes), each.read_rate) for each in from_disk]
+    disk_share = median(each.read_share for each in from_disk)
+    on_host = [each.host for each in measured if each.host is not None]
     return Hardware(
         name="this machine",
         description=f"{device.name} on {platform.node()}, measured {time.strftime('%Y-%m-%d %H:%M')}",
@@ -88,7 +91,7 @@ def measure(
         matmul=widths[-1].matmul,
         prompt_attention=widths[-1].prompt_attention,
         decode_attention=widths[-1].decode_attention,
-        host_attention=None,
+        host_attention=_merged(points for points, _ in on_host) if on_host else None,
         lanes={
             LaneName.DISK_READ: Rate(tuple(reads), SOURCE, busy_share=disk_share),
             LaneName.DISK_WRITE: Rate(writes, SOURCE, busy_share=disk_share),
@@ -99,6 +102,7 @@ def measure(
         segment_overhead=Figure(found.of_segment, SOURCE),
         pass_overhead=Figure(found.of_pass, SOURCE),
         sequence_overhead=Figure(found.of_sequence, SOURCE),
+        host_overhead=Figure(min(beside for _, beside in on_host), SOURCE) if on_host else CONTAINED,
         widths=tuple(widths),
         scratch_attention=_merged(each.attention for each in spills),
         kv_lanes={

@@ -36,13 +36,15 @@ from engine.request import SamplingParams
 from engine.sequence import Sequence as TokenSequence
 from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
-from engine.units import align_up
+from engine.units import GIB, align_up
 from engine.weights.manifest import PAGE_BYTES
 from engine.weights.stored import StoredWeights
 
 _SPILLED = 4
 """Sequences in a spill file."""
 _ENDLESS = 1 << 50
+_HOST_BUFFERS = GIB
+"""Bytes that a cache in host memory may take beside its pool."""
 
 
 def prompt_points(cache: "Cache", overheads: Overheads) -> Points:
@@ -111,8 +113,35 @@ def spilled(cache: "Cache") -> Spilled:
     return Spilled(*(tuple(sorted(each.items())) for each in (reads, writes, attends)))
 
 
+def host_points(cache: "Cache") -> tuple[Points, float]:
+    """``(bytes of a sequence's layer, bytes/s)`` of decode attention on the host, keys and values lying there; and the
+    seconds that a micro-batch takes in a layer beside: queries come down, results go up, from thread to thread."""
+    points, beside = [], []
+    for length in cache.effort.lengths:
+        number = max(1, min(cache.effort.sequences, cache.effort.cached_tokens // (length + PAGE_TOKENS)))
+        with cache.prompts(number, length, more=1) as prompts:
+            cache.moved(prompts)  # untouched memory would be read faster than any
+            steps = [replace(prompt, start=length, length=1) for prompt in prompts]
+            cache.moved(steps)
+            found = sorted(
+                (moved.seconds[LaneName.HOST_COMPUTE], seconds)
+                for seconds, moved in (cache.moved(steps) for _ in range(5))
+            )
+            busy, seconds = found[2]
+            num_bytes = cache.layer_token_bytes * (length + 1)
+            points.append((float(num_bytes), num_bytes * number * cache.shape.num_layers / busy))
+            beside.append(max(0.0, seconds - busy) / cache.shape.num_layers)
+    return tuple(points), min(beside)
+
+
 def _rate(moved: Moved, lane: LaneName) -> float:
     return moved.num_bytes[lane] / max(moved.seconds[lane], 1e-9)
+
+
+def measured_tiers(facts: MachineFacts) -> tuple[TierName, ...]:
+    """Where caches are measured: on the host, if it can attend beside the device."""
+    beside = () if facts.shares_host_memory else (TierName.HOST,)
+    return (TierName.DEVICE, *beside, TierName.DISK)
 
 
 def qkv_tokens(effort: Effort) -> int:
@@ -202,12 +231,19 @@ def cache_plan(
     tokens = max(effort.cached_tokens, 2 * max(effort.lengths), spilled_tokens, *effort.tokens)
     if tier is TierName.DISK:
         tokens = spilled_tokens
+    elif tier is TierName.HOST:
+        tokens = max(effort.cached_tokens, align_up(max(effort.lengths) + 1, PAGE_TOKENS))
     units = dict.fromkeys((EMBED, HEAD, *(layer_name(index) for index in range(shape.num_layers))), PAGE_BYTES)
     shares = Shares(*(100 if each is tier else 0 for each in TierName))
+    # What the host needs to attend with grows with its pool, which fills the memory that there is.
+    on_host = (
+        _ENDLESS if tier is not TierName.HOST else _HOST_BUFFERS + 4 * tokens * kv_bytes_per_token(shape, Plain(dtype))
+    )
     options = PlanOptions(
-        device=device, dtype=dtype, kv=shares, device_memory=_ENDLESS, host_memory=_ENDLESS, disk_space=_ENDLESS,
+        device=device, dtype=dtype, kv=shares, device_memory=_ENDLESS, host_memory=on_host, disk_space=_ENDLESS,
         weights=Shares(100, 0, 0), micro_batch=qkv_tokens(effort),
         extent_tokens=min(EXTENT_TOKENS, align_up(max(effort.lengths) + 1, PAGE_TOKENS)),
+        host_attention="on" if tier is TierName.HOST else "off",
     )  # fmt: skip
     plan = resolve_plan(
         PlanInput(
@@ -236,6 +272,7 @@ def cache_in(
     opened = Attention(
         shape, plan.kv_format, memory, tokens=tokens, layouts=plan.kv_layouts, extent_tokens=plan.extent_tokens,
         num_slots=plan.kv_slots, group_tokens=plan.group_tokens, kept_rows=plan.micro_batch,
+        host_attends=plan.host_attention,
     )  # fmt: skip
     with closing(memory.disk), closing(opened) as cache.attention:
         cache.books = cache.attention.cache()

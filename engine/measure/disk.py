@@ -12,11 +12,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
 
 from engine.dtypes import DType
 from engine.measure.effort import Effort, Points, timed
-from engine.memory.device import Device
+from engine.memory.device import Device, Pieces
 from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
 from engine.memory.tensors import torch_dtype
@@ -26,6 +25,9 @@ from engine.weights.layout import UnitLayout
 from engine.weights.manifest import Manifest, UnitEntry
 
 _REPEATS = 3
+_UNDER_WAY, _UNDER_WAY_BYTES = 16, 16 * MIB
+"""Pieces that are copied one right after the other, as a group's keys and values are, and their bytes together, or
+one."""
 
 
 @contextmanager
@@ -128,15 +130,23 @@ def disk_writes(folder: Path, effort: Effort) -> Points:
 
 
 def copies(device: Device, lane: LaneName, effort: Effort) -> Points:
-    """One way between host and device, ``(bytes, bytes/s)``."""
-    points = []
-    for size in effort.copies:
-        host, on_device = device.allocate_host(size), device.allocate(size)
-        into, source = (on_device, host) if lane is LaneName.HOST_TO_DEVICE else (host, on_device)
-        source.zero_()
-        points.append((float(size), size / timed(device, _copy(device, lane, into, source), effort)))
-    return tuple(points)
+    """One way between host and device, ``(bytes of a piece, bytes/s)``."""
+    return tuple((float(size), _copy_rate(device, lane, size, effort)) for size in effort.copies)
 
 
-def _copy(device: Device, lane: LaneName, into: Tensor, source: Tensor) -> Callable[[], None]:
-    return lambda: device.copy(lane, [(into, source)], device.compute_mark()).wait()
+def _copy_rate(device: Device, lane: LaneName, size: int, effort: Effort) -> float:
+    total = size * copied_at_once(size)
+    host, on_device = device.allocate_host(total), device.allocate(total)
+    into, source = (on_device, host) if lane is LaneName.HOST_TO_DEVICE else (host, on_device)
+    source.zero_()
+    pieces = list(zip(torch.split(into, size), torch.split(source, size), strict=True))
+    return total / timed(device, _copy(device, lane, pieces), effort)
+
+
+def copied_at_once(size: int) -> int:
+    """How many pieces of so many bytes are under way together."""
+    return max(1, min(_UNDER_WAY, _UNDER_WAY_BYTES // size))
+
+
+def _copy(device: Device, lane: LaneName, pieces: Pieces) -> Callable[[], None]:
+    return lambda: device.copy(lane, pieces, device.compute_mark()).wait()

@@ -7,7 +7,7 @@ from statistics import median
 
 from engine.errors import Interrupted
 from engine.memory.device import Device
-from engine.units import MIB
+from engine.units import KIB, MIB
 
 SOURCE = "measured on this machine"
 Points = tuple[tuple[float, float], ...]
@@ -41,8 +41,10 @@ class Effort:
     streamed_bytes: int = 384 * MIB
     """Bytes of the files of each width that are read from the disk, more or less."""
     small_transfer: int = 4 * MIB
-    copies: tuple[int, ...] = (4 * MIB, 32 * MIB, 96 * MIB)
-    """Bytes copied to the device, and back, at a time."""
+    copies: tuple[int, ...] = (32 * KIB, 512 * KIB, 4 * MIB, 32 * MIB, 96 * MIB)
+    """Bytes of a piece that is copied to the device, or back."""
+    most_streamed_width: int = 2048
+    """The widest layers that are read from the disk while others are computed: of wider ones, a few are gigabytes."""
     small_layers: tuple[int, int] = (4, 16)
     """Depths of two models that are too small to compute anything: what differs is the overhead of a layer."""
     small_steps: int = 24
@@ -69,7 +71,7 @@ class Effort:
             vocabulary=_halved(self.vocabulary, 8192),
             cached_tokens=_halved(self.cached_tokens, 2 * max(self.lengths)),
             streamed_bytes=_halved(self.streamed_bytes, 64 * MIB),
-            copies=tuple(sorted({_halved(size, 4 * MIB) for size in self.copies})),
+            copies=tuple(sorted({size if size <= 4 * MIB else _halved(size, 4 * MIB) for size in self.copies})),
         )
 
 
@@ -78,10 +80,12 @@ def _halved(value: int, least: int) -> int:
 
 
 FULL = Effort()
+ON_GPU = replace(FULL, widths=((768, 12), (2048, 8), (4096, 4), (8192, 2)))
+"""A GPU that models of that width are streamed to."""
 QUICK = Effort(
     widths=((64, 2), (128, 2)), head_size=16, vocabulary=512, tokens=(1, 32), few_tokens=(1, 32), rows=(1, 4),
     few_rows=(1,), lengths=(8, 16), spilled=(8,), sequences=2, cached_tokens=64, cached_layers=2,
-    streamed_bytes=MIB, small_transfer=MIB // 16, copies=(MIB, 2 * MIB),
+    streamed_bytes=MIB, small_transfer=MIB // 16, copies=(32 * KIB, MIB),
     small_layers=(2, 4), small_steps=4, figure_s=0.001, busy_s=0.02,
 )  # fmt: skip
 """For tests."""

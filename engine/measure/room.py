@@ -7,7 +7,8 @@ from engine.attention.sizes import decode_workspace_bytes
 from engine.devices.facts import MachineFacts, free_disk_space
 from engine.dtypes import DType
 from engine.errors import Unmeasurable
-from engine.measure.attention import cache_plan, cached_shape, qkv_tokens
+from engine.measure.attention import cache_plan, cached_shape, measured_tiers, qkv_tokens
+from engine.measure.disk import copied_at_once
 from engine.measure.effort import Effort
 from engine.measure.overheads import MEMORY
 from engine.measure.products import family_of
@@ -64,7 +65,7 @@ def bytes_needed(effort: Effort, dtypes: Sequence[DType], facts: MachineFacts, d
         device_bytes += of_width.device_bytes()
         host_bytes += of_width.host_bytes()
         disk_bytes += of_width.disk_bytes()
-    copied = max(effort.copies)
+    copied = max(size * copied_at_once(size) for size in effort.copies)
     device_bytes.append(2 * copied if facts.shares_host_memory else copied)
     host_bytes.append(copied)
     return {
@@ -85,9 +86,7 @@ class _Width:
         self._shape = shape = cached_shape(hidden_size, effort)
         self._effort = effort
         self._threads = facts.attention_threads
-        self._plans = {
-            tier: cache_plan(tier, device, best, shape, facts, effort) for tier in (TierName.DEVICE, TierName.DISK)
-        }
+        self._plans = {tier: cache_plan(tier, device, best, shape, facts, effort) for tier in measured_tiers(facts)}
         self._family = family_of(hidden_size, effort)
         self._dtypes = dtypes
         self._number = number
@@ -98,12 +97,13 @@ class _Width:
 
     def device_bytes(self) -> list[int]:
         """What each step takes, workspace included."""
-        cache, spilled = (
-            plan.used_bytes[TierName.DEVICE] - plan.workspace_bytes + self._qkv + self._work(self._dtypes[0])
-            for plan in (self._plans[TierName.DEVICE], self._plans[TierName.DISK])
-        )
+        caches = {
+            tier: plan.used_bytes[TierName.DEVICE] - plan.workspace_bytes + self._qkv + self._work(self._dtypes[0])
+            for tier, plan in self._plans.items()
+        }
         slots = STAGING_SLOTS if self._shares else BOUNCED_SLOTS
-        found = [cache + (self._number + slots) * self._layer, spilled]
+        caches[TierName.DEVICE] += (self._number + slots) * self._layer
+        found = list(caches.values())
         rows = max(self._effort.rows)
         for dtype in self._dtypes:
             found.append(FEW_LAYERS * self._unit(layer_name(0), dtype) + self._work(dtype))
@@ -114,11 +114,14 @@ class _Width:
 
     def host_bytes(self) -> list[int]:
         """What each step takes where the device has memory of its own."""
-        return [BOUNCED_SLOTS * self._layer, self._plans[TierName.DISK].used_bytes[TierName.HOST]]
+        streams = self._shape.hidden_size <= self._effort.most_streamed_width
+        caches = [plan.used_bytes[TierName.HOST] for plan in self._plans.values()]
+        return [BOUNCED_SLOTS * self._layer if streams else 0, *caches]
 
     def disk_bytes(self) -> list[int]:
         """What each step takes: files of layers, or a spill file."""
-        return [self._streamed, self._plans[TierName.DISK].used_bytes[TierName.DISK]]
+        streams = self._shape.hidden_size <= self._effort.most_streamed_width
+        return [self._streamed if streams else 0, self._plans[TierName.DISK].used_bytes[TierName.DISK]]
 
     def _work(self, dtype: DType) -> int:
         """What a layer and its attention take while they are computed."""

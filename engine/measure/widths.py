@@ -1,9 +1,21 @@
 """All that depends on a model's width: layers, logits and attention."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from engine.devices.open import facts_of
 from engine.dtypes import DType
-from engine.measure.attention import Cache, Spilled, cache_in, decode_points, least_decode_s, prompt_points, spilled
+from engine.measure.attention import (
+    Cache,
+    Spilled,
+    cache_in,
+    decode_points,
+    host_points,
+    least_decode_s,
+    measured_tiers,
+    prompt_points,
+    spilled,
+)
 from engine.measure.effort import SOURCE, Effort, Points
 from engine.measure.overheads import Overheads
 from engine.measure.products import Layers, curve, head_points, without
@@ -20,15 +32,31 @@ _LONGEST_PROMPT = 256
 """Tokens of the prompts in a pass whose layers are measured."""
 
 
+@dataclass(frozen=True, slots=True)
+class OfWidth:
+    """All that was measured of one width."""
+
+    width: Width
+    spilled: Spilled
+    streamed: Streamed | None
+    """``None``: layers of it were not read from the disk."""
+    host: tuple[Points, float] | None
+    """See ``host_points``; ``None``: the host's attention is the device's."""
+
+
 def width_of(
     device: Device,
     width: tuple[int, int],
     dtypes: tuple[DType, ...],
     overheads: Overheads,
+    share: float,
     folder: Path,
     effort: Effort,
-) -> tuple[Width, Spilled, Streamed]:
-    """One width, in each dtype; the first dtype in more detail."""
+) -> OfWidth:
+    """One width, in each dtype; the first dtype in more detail.
+
+    ``share``: what layers that are too wide to be streamed here keep of their speed beside reads.
+    """
     hidden_size, number = width
     best = dtypes[0]
     with cache_in(TierName.DEVICE, device, best, hidden_size, folder, effort) as cache:
@@ -36,7 +64,9 @@ def width_of(
         decode = Rate(decode_points(cache, overheads), SOURCE)
         layers = Layers(device, hidden_size, number, best, effort)
         points = _layer_points(layers, cache, prompt, overheads)
-        share, from_disk = _beside_reads(layers, cache, folder, effort)
+        from_disk = None
+        if hidden_size <= effort.most_streamed_width:
+            share, from_disk = _beside_reads(layers, cache, folder, effort)
         matmul = {best: Rate(points, SOURCE, busy_share=share)}
     del layers
     head = {best: Rate(head_points(device, hidden_size, best, effort.rows, effort), SOURCE)}
@@ -48,11 +78,12 @@ def width_of(
         head[dtype] = Rate(head_points(device, hidden_size, dtype, effort.few_rows, effort), SOURCE)
     with cache_in(TierName.DISK, device, best, hidden_size, folder, effort) as cache:
         found = spilled(cache)
-    return (
-        Width(hidden_size=hidden_size, matmul=matmul, head=head, prompt_attention=prompt, decode_attention=decode),
-        found,
-        from_disk,
-    )
+    host = None
+    if TierName.HOST in measured_tiers(facts_of(device)):
+        with cache_in(TierName.HOST, device, best, hidden_size, folder, effort) as cache:
+            host = host_points(cache)
+    one = Width(hidden_size=hidden_size, matmul=matmul, head=head, prompt_attention=prompt, decode_attention=decode)
+    return OfWidth(one, found, from_disk, host)
 
 
 def least_segment_s(device: Device, dtype: DType, overheads: Overheads, folder: Path, effort: Effort) -> float:
