@@ -239,7 +239,8 @@ class Relaxation:
             host_attention=None,  # what it takes of the host is sized with the plan
             group_tokens=group_tokens_for(self._given),  # by the budgets that there are
         )
-        return self._given.asking(options).within(dict.fromkeys(TierName, _ENDLESS))
+        endless = self._given.asking(options).within(dict.fromkeys(TierName, _ENDLESS))
+        return replace(endless, workload=None)  # which would limit the cache
 
     def _seconds(self, choice: Choice, sample: Plan, per_request: PassLoad) -> _Seconds:
         """Read off the very cost model that predicts: of passes full of such requests, all in one tier, without weights

@@ -21,6 +21,7 @@ from engine.model.family import EMBED, HEAD, layer_name
 from engine.planner.placing import BOUNCED_SLOTS, STAGING_SLOTS, STREAMED_MICRO_BATCHES, place_layers
 from engine.planner.plan import SCHEDULES, Plan, PlanOptions
 from engine.planner.plan_input import PlanInput
+from engine.planner.workload import MORE_MAY_COME
 from engine.shape import ModelShape
 from engine.tiers import TierName
 from engine.units import KIB, MIB, align_up, format_bytes
@@ -134,11 +135,13 @@ def resolve_plan(given: PlanInput) -> Plan:
         if fixed[tier] > budgets[tier]:
             raise PlanDoesNotFit(_too_small(tier, fixed[tier], budgets[tier]))
     room = {tier: budgets[tier] - fixed[tier] for tier in TierName}
+    wanted = _wanted_on_host(given, room[TierName.DEVICE], extent_tokens)
+    room[TierName.HOST] = min(room[TierName.HOST], wanted)
     if host_attends:
         fixed[TierName.HOST] += _host_attention_bytes(given, kv_format, micro_batch, room[TierName.HOST], extent_tokens)
         if fixed[TierName.HOST] > budgets[TierName.HOST]:
             raise PlanDoesNotFit(_too_small(TierName.HOST, fixed[TierName.HOST], budgets[TierName.HOST]))
-        room[TierName.HOST] = budgets[TierName.HOST] - fixed[TierName.HOST]
+        room[TierName.HOST] = min(wanted, budgets[TierName.HOST] - fixed[TierName.HOST])
     return Plan(
         device=given.device,
         dtype=dtype,
@@ -217,6 +220,18 @@ def _host_attends(given: PlanInput, activations: TierName, *, spills: bool) -> b
     if activations is not TierName.DEVICE:
         raise PlanDoesNotFit("--host-attention on needs --activations device: hidden states must not wait elsewhere")
     return True
+
+
+def _wanted_on_host(given: PlanInput, on_device: int, extent_tokens: int) -> int:
+    """Bytes of keys and values that a workload can need in host memory, which is pinned and then nobody else's: those
+    of all its requests and of more that may come, but for what the device has room for."""
+    if given.workload is None or given.facts.shares_host_memory:
+        return given.budgets[TierName.HOST]
+    page_tokens = unit_tokens(Layout.PAGES, extent_tokens)
+    tokens = sum(align_up(each.reserved, page_tokens) * each.requests for each in given.workload.lengths)
+    fixed = given.options.kv
+    kept_there = on_device if fixed is None else 0
+    return max(page_tokens * given.token_bytes, MORE_MAY_COME * tokens * given.token_bytes - kept_there)
 
 
 def _host_attention_bytes(given: PlanInput, kv_format: Plain, micro_batch: int, room: int, extent_tokens: int) -> int:

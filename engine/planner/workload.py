@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 
 from engine.units import div_ceil
 
+MORE_MAY_COME = 4
+"""A plan is good for so many times the requests that it was made for, and its KV cache has room for them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
@@ -83,7 +86,7 @@ class Workload:
             for workload in (self, other)
         ]
         are_near = all(max(mine, its) <= 1.25 * min(mine, its) for mine, its in zip(*pairs, strict=True))
-        return are_near and self.requests <= 4 * other.requests
+        return are_near and self.requests <= MORE_MAY_COME * other.requests
 
     @property
     def longest(self) -> int:

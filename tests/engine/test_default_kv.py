@@ -18,7 +18,7 @@ from engine.planner.plan import Plan, PlanOptions
 from engine.planner.plan_input import PlanInput
 from engine.planner.predict import as_filled
 from engine.planner.resolve import KV_SLOTS, resolve_plan
-from engine.planner.workload import Workload
+from engine.planner.workload import MORE_MAY_COME, Workload
 from engine.request import SamplingParams
 from engine.sequence import Sequence
 from engine.tiers import Shares, TierName
@@ -29,7 +29,9 @@ GPUS = {"T4": 14.5, "RTX 4090": 23.0, "A10G": 22.0, "A100": 79.0, "H100": 78.5}
 """Free GiB."""
 
 
-def plan_of(model: str, facts: MachineFacts, options: PlanOptions | None = None) -> Plan:
+def plan_of(
+    model: str, facts: MachineFacts, options: PlanOptions | None = None, workload: Workload | None = None
+) -> Plan:
     known = known_model(model)
     assert known is not None
     return resolve_plan(
@@ -40,6 +42,7 @@ def plan_of(model: str, facts: MachineFacts, options: PlanOptions | None = None)
             device="cuda:0",
             facts=facts,
             disk_dir=Path("spill"),
+            workload=workload,
         )
     )
 
@@ -77,6 +80,27 @@ def test_models_of_the_review_fit_whole(model: str, gpu: str) -> None:
     plan = plan_of(model, MachineFacts(int(GPUS[gpu] * GIB), 60 * GIB, shares_host_memory=False))
     assert set(plan.layers) == {TierName.DEVICE}
     assert plan.used_bytes[TierName.HOST] == 0
+
+
+@pytest.mark.parametrize("host_attention", [None, "on"])
+@pytest.mark.parametrize("kv", [None, Shares(0, 100, 0), Shares(20, 80, 0)], ids=str)
+def test_a_host_pool_is_as_large_as_the_work(kv: Shares | None, host_attention: str | None) -> None:
+    """Pinned memory is nobody else's: what could never be filled is left to others."""
+    t4, options = MachineFacts(int(14.5 * GIB), 200 * GIB, shares_host_memory=False), PlanOptions()
+    options = replace(options, kv=kv, host_attention=host_attention)
+    pools, of_one = {}, 0
+    for requests in (1, 10, 1000):
+        plan = plan_of("facebook/opt-30b", t4, options, Workload.uniform(512, 32, requests))
+        known = known_model("facebook/opt-30b")
+        assert known is not None
+        of_one = kv_bytes_per_token(known.shape, plan.kv_format) * 576  # whole pages
+        pools[requests] = plan.kv_bytes[TierName.HOST]
+        assert pools[requests] <= MORE_MAY_COME * requests * of_one
+        assert plan.used_bytes[TierName.HOST] <= plan.budgets[TierName.HOST]
+    unknown = plan_of("facebook/opt-30b", t4, options).kv_bytes[TierName.HOST]
+    assert pools[1] < pools[10] <= pools[1000] == unknown
+    if kv == Shares(0, 100, 0):
+        assert pools[10] == 40 * of_one
 
 
 def cache_for(kv: Shares | None) -> KVCache:
