@@ -43,7 +43,12 @@ class Ran:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, keep."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims", description=__doc__)
-    parser.add_argument("only", nargs="*", metavar="NAME", help="claims to run, * allowed (default: all)")
+    parser.add_argument(
+        "only",
+        nargs="*",
+        metavar="NAME",
+        help="claims to run, * allowed, and with each those of the same command (default: all)",
+    )
     parser.add_argument("--list", action="store_true", help="run nothing: say what there is")
     parser.add_argument("--page", action="store_true", help="run nothing: write RESULTS.md anew from what is kept")
     asked = parser.parse_args(arguments)
@@ -53,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.page:
         kept.show(CLAIMS)
         return 0
-    chosen = [claim for claim in CLAIMS if not asked.only or any(fnmatch.fnmatch(claim.name, n) for n in asked.only)]
+    named = [claim for claim in CLAIMS if not asked.only or any(fnmatch.fnmatch(claim.name, n) for n in asked.only)]
+    # A command that runs for one claim tells the figures of all that are its.
+    commands = {claim.command for claim in named}
+    chosen = named if asked.list else [claim for claim in CLAIMS if claim.command in commands]
     about = describe_machine(ROOT)
     machine = kind_of(about)
     reasons = {claim.name: why_not(claim, machine) for claim in chosen}
