@@ -9,15 +9,16 @@ from engine.planner.hardware import Hardware
 
 if TYPE_CHECKING:  # torch comes after ``engine.process.tune``
     from engine.engine import Engine
+    from engine.memory.device import Device
     from engine.request import Request
 
 
-def measured_here(folder: Path, say: Callable[[str], None]) -> Hardware:
-    """The machine's profile, measured now; scratch files lie in ``folder``."""
+def measured_here(folder: Path, say: Callable[[str], None], device: "Device | None" = None) -> Hardware:
+    """The machine's profile with a device, which is closed then, measured now; scratch files lie in ``folder``."""
     from engine.devices.open import open_device
     from engine.measure import measure
 
-    device = open_device(None)
+    device = device or open_device(None)
     try:
         return measure(device, folder, say=lambda what: say(f"measuring {what}"))
     finally:

@@ -1,9 +1,9 @@
 """Do the lanes overlap? A pass over throttled links should take as long as its busiest lane, not as all of them.
 
 ``python -m benchmarks.overlap``: the simulated device, with its links and the disk so slow that waiting dominates and
-the schedule is measured, not this machine. Decode passes, with weights, keys and values wherever they can be.
-Prints the time of the passes over that of their busiest lane, and over the
-sum of the lanes; exits with 1 where it is more than 1.15 of the busiest lane.
+the schedule is measured, not this machine. Decode passes, with weights, keys and values, and hidden states wherever
+they can be. Prints the time of the passes over that of their busiest lane, and over the sum of the lanes; exits with 1
+where it is more than 1.15 of the busiest lane.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from engine.weights.files import WeightFiles
 
 LINE = 1.15
 WARM_PASSES = 2
-REQUESTS = 4
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,14 @@ class Case:
     kv: str = "100/0/0"
     words: int = 2
     """Words of a prompt."""
+    activations: str = "device"
+    requests: int = 4
+    micro_batches: int = 1
+
+    @property
+    def micro_batch(self) -> int:
+        """Tokens: all prompts at once, or, to have several, as many as make them full of decode tokens."""
+        return self.requests * self.words * 2 if self.micro_batches == 1 else self.requests // self.micro_batches
 
 
 CASES = {
@@ -55,6 +62,14 @@ CASES = {
     "weights and KV cache on host": Case("0/100/0", 1e12, 500e6, "0/100/0", 500),
     "weights on disk, KV cache on host": Case("0/0/100", 300e6, 500e6, "0/100/0", 500),
     "weights on host, KV cache on disk": Case("0/100/0", 200e6, 500e6, "0/0/100", 500),
+}
+OF_ACTIVATIONS = {
+    "activations on host": Case("100/0/0", 1e12, 3e6, activations="host", requests=64, micro_batches=4),
+    "activations on disk": Case("100/0/0", 3e6, 6e6, activations="disk", requests=64, micro_batches=4),
+    "activations on disk, which is as fast as the link": Case(
+        "100/0/0", 3e6, 3e6, activations="disk", requests=64, micro_batches=4
+    ),
+    "weights and activations on host": Case("0/100/0", 1e12, 200e6, activations="host", requests=128, micro_batches=4),
 }
 
 
@@ -85,16 +100,17 @@ def measure(case: Case) -> list[PassStats]:
     checkpoint = make_checkpoint("opt-125m", "bfloat16", default_cache(), _say)
     options = PlanOptions(
         device_memory=GIB, host_memory=GIB, disk_space=GIB, weights=Shares.parse(case.weights),
-        kv=Shares.parse(case.kv), micro_batch=REQUESTS * case.words * 2, micro_batches=1, device="simulated",
-        disk_dir=default_cache(),
+        kv=Shares.parse(case.kv), micro_batch=case.micro_batch,
+        micro_batches=case.micro_batches, device="simulated", activations=case.activations, disk_dir=default_cache(),
     )  # fmt: skip
-    sampling = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    # Prompts that begin late must still be there when the last has begun.
+    sampling = SamplingParams(max_new_tokens=8 if case.micro_batches == 1 else 40, ignore_eos=True)
     device = SimulatedDevice(bytes_per_second=case.link_speed)
-    requests = [Request(index, Generate("w9 " * case.words, sampling)) for index in range(REQUESTS)]
+    requests = [Request(index, Generate("w9 " * case.words, sampling)) for index in range(case.requests)]
     with load_engine(checkpoint.model_dir, options, device=device) as engine, throttled_disk(case.disk_speed):
         reports = list(engine.passes(iter(requests)))
-    decode = [report.stats for report in reports if not report.stats.prefill_tokens]
-    return decode[WARM_PASSES:-1]
+    decode = [report.stats for report in reports if report.stats.decode_tokens == case.requests]
+    return [stats for stats in decode if not stats.prefill_tokens][WARM_PASSES:-1]
 
 
 def main() -> int:
@@ -104,7 +120,7 @@ def main() -> int:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     ratios: dict[str, float] = {}
-    for name, case in CASES.items():
+    for name, case in {**CASES, **OF_ACTIVATIONS}.items():
         passes = measure(case)
         seconds = sum(stats.seconds for stats in passes)
         lanes: dict[str, float] = {}
@@ -118,9 +134,12 @@ def main() -> int:
         of_sum = f"{seconds / sum(lanes.values()):.2f} of the sum"
         took = f"{1000 * seconds / len(passes):.0f} ms a pass; busy ms: {each}"
         _say(f"{name}: {ratio:.2f} of {busiest}, {of_sum} ({took})")
-    worst = max(ratios.values())
-    print(json.dumps({"worst": worst, "cases": ratios}, indent=1) if asked.json else f"worst {worst:.2f}, line {LINE}")
-    return 0 if worst <= LINE else 1
+    worst, of_activations = (max(ratios[name] for name in cases) for cases in (CASES, OF_ACTIVATIONS))
+    if asked.json:
+        print(json.dumps({"worst": worst, "worst_activations": of_activations, "cases": ratios}, indent=1))
+    else:
+        print(f"worst {worst:.2f}, with activations elsewhere {of_activations:.2f}, line {LINE}")
+    return 0 if max(worst, of_activations) <= LINE else 1
 
 
 def _say(text: str) -> None:

@@ -2,18 +2,21 @@
 
 Each configuration is planned, predicted from the machine's profile, and run on random weights, all in one process. It
 is run twice, and the second time counts, as for a worker that goes on to its next job.
+
+``--slow-gpu``: the same of a device with memory of its own (``benchmarks.slow_gpu``), keys and values in host memory,
+each configuration once with them fetched and once with the host attending.
 """
 
 import argparse
 import json
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.inprocess import generated, measured_here
 from benchmarks.workload import Range
@@ -28,6 +31,9 @@ from engine.process import tune
 from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 from engine.units import GIB, format_bytes
+
+if TYPE_CHECKING:
+    from engine.memory.device import Device
 
 MEDIAN_LINE, WORST_LINE, MEMORY_LINE = 0.10, 0.25, 0.15
 
@@ -47,7 +53,8 @@ class Configuration:
 
     def __str__(self) -> str:
         spread = "{}-{}".format(*self.prompt) if self.prompt[0] < self.prompt[1] else str(self.prompt[0])
-        return f"{self.shape} {self.requests}x{spread} w {self.weights} kv {self.kv}"
+        attends = ", host attends" if self.options.get("host_attention") == "on" else ""
+        return f"{self.shape} {self.requests}x{spread} w {self.weights} kv {self.kv}{attends}"
 
 
 CONFIGURATIONS = (
@@ -64,6 +71,21 @@ CONFIGURATIONS = (
     Configuration("opt-1.3b", 32, (512, 512), (8, 8), "0/0/100", memory=2 * GIB),
     Configuration("opt-1.3b", 32, (64, 512), (4, 24), "0/0/100", kv="0/100/0", memory=3 * GIB),
 )
+_BESIDE = (
+    Configuration("opt-125m", 64, (256, 256), (16, 16), "100/0/0", kv="0/100/0"),
+    Configuration("opt-125m", 96, (32, 512), (4, 32), "100/0/0", kv="0/100/0"),
+    Configuration("opt-125m", 64, (256, 256), (16, 16), "100/0/0", kv="50/50/0"),
+    Configuration("opt-125m", 96, (128, 128), (16, 16), "0/100/0", kv="0/100/0"),
+    Configuration("opt-125m", 96, (64, 64), (24, 24), "50/50/0", kv="20/80/0"),
+    Configuration("opt-125m", 48, (512, 512), (16, 16), "0/0/100", kv="0/100/0"),
+)
+ON_SLOW_GPU = tuple(
+    replace(each, options={"host_attention": how, "micro_batches": 2}) for each in _BESIDE for how in ("off", "on")
+)
+SLOW_GPU = {"flops": 100e9, "memory_speed": 40e9, "link_speed": 1e9}
+"""Operations and bytes a second: links that keys and values take as long on as the products."""
+HOST_LINE = 0.15
+"""Error with the host attending, at worst."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +97,7 @@ class Outcome:
     measured: float
     predicted_bytes: dict[str, int]
     measured_bytes: dict[str, int]
+    host_attends: bool
 
     @property
     def error(self) -> float:
@@ -95,25 +118,29 @@ def main(arguments: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predictions", description=__doc__)
     parser.add_argument("--profile", type=Path, metavar="FILE", help="default: the machine is measured now")
+    parser.add_argument("--slow-gpu", action="store_true", help="a device with memory of its own, slow on purpose")
     parser.add_argument("--only", metavar="TEXT", help="configurations whose name contains this")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--cache-dir", type=Path, default=default_cache())
     asked = parser.parse_args(arguments)
-    chosen = [each for each in CONFIGURATIONS if asked.only is None or asked.only in str(each)]
+    known = ON_SLOW_GPU if asked.slow_gpu else CONFIGURATIONS
+    chosen = [each for each in known if asked.only is None or asked.only in str(each)]
+    device = _slow_gpu if asked.slow_gpu else _no_device
     try:
-        hardware = load_hardware(asked.profile) if asked.profile else measured_here(asked.cache_dir, _say)
+        hardware = load_hardware(asked.profile) if asked.profile else measured_here(asked.cache_dir, _say, device())
         outcomes = []
         for configuration in chosen:
-            outcomes.append(_run(configuration, hardware, asked.cache_dir))
+            outcomes.append(_run(configuration, hardware, asked.cache_dir, device()))
             _say(_line(outcomes[-1]))
     except (EngineError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
     errors = [abs(each.error) for each in outcomes]
     memory = [each.memory_error for each in outcomes]
+    attending = [abs(each.error) for each in outcomes if each.host_attends]
     holds = (
         median(errors) <= MEDIAN_LINE and max(errors) <= WORST_LINE and min(memory) >= 0 and max(memory) <= MEMORY_LINE
-    )
+    ) and max(attending, default=0.0) <= HOST_LINE
     if asked.json:
         rows = [{**asdict(each), "error": each.error, "memory_error": each.memory_error} for each in outcomes]
         found = {
@@ -121,6 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
             "worst": max(errors),
             "least_memory": min(memory),
             "most_memory": max(memory),
+            "worst_with_host": max(attending, default=0.0),
         }
         print(json.dumps({"outcomes": rows, **found}, indent=1))
     else:
@@ -131,7 +159,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if holds else 1
 
 
-def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outcome:
+def _slow_gpu() -> "Device":
+    from benchmarks.slow_gpu import SlowGpu
+
+    return SlowGpu(**SLOW_GPU)
+
+
+def _no_device() -> None:
+    """The engine opens the processor itself."""
+
+
+def _run(configuration: Configuration, hardware: Hardware, cache: Path, device: "Device | None") -> Outcome:
     from benchmarks.checkpoints import make_checkpoint
     from engine.loading import load_engine
     from engine.model.registry import sizes_for
@@ -149,10 +187,11 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outco
     kv = Shares.parse(configuration.kv)
     with tempfile.TemporaryDirectory(dir=cache) as spill:
         options = PlanOptions(
-            device="cpu", weights=Shares.parse(configuration.weights), kv=kv, device_memory=configuration.memory,
+            device=device.name if device else "cpu", weights=Shares.parse(configuration.weights), kv=kv,
+            device_memory=configuration.memory,
             host_memory=configuration.memory if kv.host else None, disk_dir=Path(spill), **configuration.options,
         )  # fmt: skip
-        with load_engine(checkpoint.model_dir, options) as engine:
+        with load_engine(checkpoint.model_dir, options, device=device) as engine:
             workload = Workload.of((len(item.prompt), len(item.continuation)) for item in items)
             prediction = predict(hardware, shape, stored, engine.plan, workload)
             taken = bytes_taken(engine.plan, shape, workload)
@@ -166,6 +205,7 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path) -> Outco
                 measured=tokens / seconds,
                 predicted_bytes={str(tier): taken[tier] for tier in TierName},
                 measured_bytes={str(tier): engine.tiers[tier].peak for tier in TierName},
+                host_attends=engine.plan.host_attention,
             )
 
 
