@@ -14,7 +14,7 @@ CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
 PARALLEL ?= -n logical --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test soak lint claims core-lines format coverage
+.PHONY: help venv demo test soak lint claims gpu core-lines format coverage
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ lint: venv ## style, types, import arrows
 
 claims: venv ## measure every figure that the documentation states; `make claims ONLY=name` for one
 	@set -f; $(BIN)/python -m benchmarks.claims $(ONLY)
+
+gpu: export OVERNIGHT_HOME := $(or $(OVERNIGHT_HOME),$(CURDIR)/.overnight)
+gpu: venv ## with an NVIDIA GPU: test and measure it, and write docs/gpu.md; `make gpu STEPS=tests,demo` for some
+	@$(BIN)/python -m benchmarks.gpu $(addprefix --steps=,$(STEPS))
 
 core-lines: venv ## how many lines a reader of one pass has before them
 	@$(BIN)/python -m benchmarks.core_lines

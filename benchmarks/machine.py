@@ -27,12 +27,17 @@ def describe_machine(cache: Path) -> dict[str, object]:
 
 
 def default_dtype() -> str:
-    """What systems are compared in: bfloat16; or float32 on a CPU that is slow in bfloat16, where peers would crawl."""
+    """What systems are compared in: bfloat16; float16 on a GPU that has no kernels for it; or float32 on a CPU that is
+    slow in it, where peers would crawl."""
     import torch
 
+    from engine.attention.table import kernel_for
+    from engine.dtypes import DType
     from engine.formats.linear import has_products
 
-    return "bfloat16" if torch.cuda.is_available() or has_products(torch.bfloat16) else "float32"
+    if torch.cuda.is_available():
+        return DType.BFLOAT16 if kernel_for(DType.BFLOAT16, torch.cuda.get_device_capability()) else DType.FLOAT16
+    return DType.BFLOAT16 if has_products(torch.bfloat16) else DType.FLOAT32
 
 
 def _cpuinfo(key: str) -> str:
