@@ -13,7 +13,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from engine.attention.groups import Group, Kept, groups_of, kept_of
+from engine.attention.groups import Group, Kept, groups_of, kept_of, unwritten
 from engine.attention.pools import KV, KVPools
 from engine.attention.sizes import STORE_BUFFERS, kv_layer_bytes
 from engine.formats.sizes import Plain
@@ -47,6 +47,9 @@ class _Work:
     """Where the kept rows go in the host's pool, int64; those that go to the disk go nowhere there."""
     on_host: Tensor
     """The kept rows that go there, int64."""
+    unwritten: Tensor
+    """Where the host's pool must hold some number all the same, int64: attention there reads whole pages, and what it
+    does not attend to counts for nothing only if it is a number."""
 
 
 class Elsewhere:
@@ -110,7 +113,8 @@ class Elsewhere:
     def begin(self, batches: Sequence[MicroBatch]) -> None:
         """A pass begins: what its micro-batches attend to is fetched from now on."""
         groups = groups_of(batches, self._group_tokens, host_attends=self._host_attends)
-        self._work = [_work_of(each, kept_of(batch)) for each, batch in zip(groups, batches, strict=True)]
+        page_tokens = self._pools.page_tokens if self._host_attends else 1
+        self._work = [_work_of(each, kept_of(batch), page_tokens) for each, batch in zip(groups, batches, strict=True)]
         self._stored_upto = [-1] * self._shape.num_layers
         self._ring.begin(self._items())
 
@@ -187,7 +191,7 @@ class Elsewhere:
         copied.wait()
         if len(work.slots):
             some = rows if len(work.slots) == len(rows) else rows[work.on_host]
-            put(self._pools.layers(TierName.HOST)[layer], work.slots, some)
+            put(self._pools.layers(TierName.HOST)[layer], work.slots, some, work.unwritten)
         on_disk = [run for tier, run in work.kept.runs if tier is TierName.DISK]
         if on_disk:
             num_bytes = sum(run.num_tokens for run in on_disk) * self._token_bytes
@@ -195,13 +199,16 @@ class Elsewhere:
                 self._pools.write(layer, on_disk, rows)
 
 
-def put(pool_S2KH: Tensor, slots: Tensor, rows_T2KH: Tensor) -> None:
-    """Rows into host memory, each to its slot."""
+def put(pool_S2KH: Tensor, slots: Tensor, rows_T2KH: Tensor, unwritten: Tensor) -> None:
+    """Rows into host memory, each to its slot; zeros to those that nobody writes yet."""
     pool_S2KH.index_copy_(0, slots, rows_T2KH)
+    if len(unwritten):
+        pool_S2KH.index_fill_(0, unwritten, 0.0)
 
 
-def _work_of(groups: list[Group], kept: Kept) -> _Work:
+def _work_of(groups: list[Group], kept: Kept, page_tokens: int) -> _Work:
     on_host = [run for tier, run in kept.runs if tier is TierName.HOST]
     slots = [slot for run in on_host for slot in range(run.offset, run.offset + run.num_tokens)]
     rows = [row for run in on_host for row in range(run.at, run.at + run.num_tokens)]
-    return _Work(groups, kept, torch.tensor(slots, dtype=torch.int64), torch.tensor(rows, dtype=torch.int64))
+    blank = list(unwritten(on_host, page_tokens))
+    return _Work(groups, kept, *(torch.tensor(each, dtype=torch.int64) for each in (slots, rows, blank)))

@@ -5,14 +5,14 @@ those that the pass adds. A sequence that is longer than a buffer comes in parts
 attend to themselves in none.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.kvcache.cache import Extent
 from engine.kvcache.segments import Kind, MicroBatch, Segment
 from engine.sequence import Sequence as Tokens
 from engine.tiers import TierName
-from engine.units import div_ceil
+from engine.units import align_up, div_ceil
 
 LEAST_GROUPS = 2
 """Groups of a micro-batch, at least, if it has two sequences: what comes first in a pass is waited for, and should be
@@ -136,6 +136,15 @@ class Kept:
     num_rows: int
     runs: tuple[tuple[TierName, Run], ...]
     """Where they go; ``at`` counts from the first of these rows."""
+
+
+def unwritten(runs: Iterable[Run], page_tokens: int) -> Iterator[int]:
+    """Tokens of a tier that lie behind the last of a run, in a page that the run begins: nobody has written them."""
+    for run in runs:
+        end = run.offset + run.num_tokens
+        page_end = align_up(end, page_tokens)
+        if page_end - page_tokens >= run.offset:
+            yield from range(end, page_end)
 
 
 def kept_of(batch: MicroBatch) -> Kept:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.attention.pages import PageTable, attend_pages, page_table
 from engine.attention.pools import KV, KVPools
-from engine.attention.sizes import HOST_SLOTS, host_attention_bytes, host_block_pages
+from engine.attention.sizes import HOST_SLOTS, host_attention_bytes, host_block_bytes, host_block_pages
 from engine.formats.sizes import Plain
 from engine.kvcache.segments import MicroBatch
 from engine.memory.closing import run_all
@@ -79,7 +79,9 @@ class HostAttention:
         end = HOST_SLOTS * 2 * size * dtype.itemsize
         values = raw[:end].view(dtype).view(HOST_SLOTS, 2, most_rows, shape.num_heads, shape.head_size)
         self._slots = [_Slot(queries, results) for queries, results in values]
-        self._work = raw[end:].view(torch.float32)
+        staged_end = end + host_block_bytes(shape, stored, pages, page_tokens)
+        self._staged = raw[end:staged_end].view(dtype)
+        self._work = raw[staged_end:].view(torch.float32)
         self._next = 0
 
     def attended(self, batch: MicroBatch) -> Attended | None:
@@ -147,8 +149,9 @@ class HostAttention:
         for event in (*needed, slot.up):
             event.wait()
         with torch.inference_mode():
+            pool = self._pools.layers(TierName.HOST)[layer]
             with self._traffic.moving(LaneName.HOST_COMPUTE, 0, KV):
-                attend_pages(queries, self._pools.layers(TierName.HOST)[layer], table, self._work, results)
+                attend_pages(queries, pool, table, self._staged, self._work, results)
             # The queries were computed after whatever else this memory was used for.
             slot.up = self._device.copy(LaneName.HOST_TO_DEVICE, [(out_RNH, results)], REACHED)
         self._traffic.follow(LaneName.HOST_TO_DEVICE, slot.up, results.numel() * results.element_size(), KV)

@@ -2,9 +2,11 @@
 
 So that Python's part does not grow with the number of sequences, a page is what is computed together with others, not a
 sequence: each page is multiplied with its own sequence's query, neighbours in memory in one batched product, and
-softmax over each page is merged over the pages of a sequence (Milakov & Gimelshein 2018, arXiv:1805.02867). Keys and
-values are converted to float32 in a workspace first: processors multiply half precision over keys that lie token by
-token at a tenth of that speed.
+softmax over each page is merged over the pages of a sequence (Milakov & Gimelshein 2018, arXiv:1805.02867).
+
+Keys and values are converted to float32 in a workspace first, a head's one after another: processors multiply half
+precision over keys that lie token by token at a tenth of that speed. Memory is read in the order in which it lies, into
+a block that caches hold, and only that is read head by head: three times as fast as doing both at once.
 
 Shapes: R rows, n pages, b pages of a block, p tokens of a page, N query heads, K key/value heads, G = N / K of them,
 H head size.
@@ -26,8 +28,6 @@ class Block:
     """Their places in the page table."""
     first_page: int | None
     """Where they are neighbours, the first; ``None``: they are not."""
-    unused: tuple[Tensor, Tensor]
-    """Which tokens of which of them nobody wrote yet: int64, page and token. Whatever lies there must not be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,7 @@ def page_table(pages: Sequence[Sequence[int]], num_tokens: Sequence[int], page_t
     for first in range(0, len(places), most):
         end = min(first + most, len(places))
         together = places[end - 1] - places[first] == end - 1 - first
-        page, token = (torch.from_numpy(index) for index in is_unused[first:end].nonzero())
-        blocks.append(Block(slice(first, end), int(places[first]) if together else None, (page, token)))
+        blocks.append(Block(slice(first, end), int(places[first]) if together else None))
     return PageTable(
         pages=torch.from_numpy(places.copy()),
         owners=torch.from_numpy(owners.copy()),
@@ -67,20 +66,23 @@ def page_table(pages: Sequence[Sequence[int]], num_tokens: Sequence[int], page_t
     )
 
 
-def attend_pages(q_RNH: Tensor, pool_S2KH: Tensor, table: PageTable, work: Tensor, out_RNH: Tensor) -> None:
+def attend_pages(
+    q_RNH: Tensor, pool_S2KH: Tensor, table: PageTable, staged_b: Tensor, work: Tensor, out_RNH: Tensor
+) -> None:
     """One token of each row attends to all of its sequence, into ``out``.
 
     Args:
         q_RNH: queries, in any number type.
-        pool_S2KH: one layer's pool, of whole pages.
+        pool_S2KH: one layer's pool, of whole pages; where nobody has written a page yet, it holds some number.
         table: where the rows' keys are.
+        staged_b: the pages of a block, of the pool's number type, one after the other.
         work: float32 values: of a block's keys, of every page and of every row; see ``host_attention_bytes``.
         out_RNH: receives the result.
     """
     num_heads, head_size = q_RNH.shape[1:]
     num_kv_heads = pool_S2KH.shape[2]
     page_tokens = table.hidden.shape[2]
-    pool_P2pKH = pool_S2KH.view(-1, page_tokens, *pool_S2KH.shape[1:]).transpose(1, 2)
+    pool_Pp2KH = pool_S2KH.view(-1, page_tokens, *pool_S2KH.shape[1:])
     scaled_RKGH = (q_RNH.float() * head_size**-0.5).view(len(q_RNH), num_kv_heads, -1, head_size)
     count, size = len(table.pages), num_heads * head_size
     taken = (count * num_heads, count * num_heads, count * size)
@@ -90,20 +92,19 @@ def attend_pages(q_RNH: Tensor, pool_S2KH: Tensor, table: PageTable, work: Tenso
     wide_RNH, block = rest[: q_RNH.numel()].view(q_RNH.shape), rest[q_RNH.numel() :]
     for each in table.blocks:
         entries, number = each.entries, each.entries.stop - each.entries.start
-        if each.first_page is not None:
-            kv_b2pKH = pool_P2pKH[each.first_page : each.first_page + number]
-        else:
-            kv_b2pKH = pool_P2pKH[table.pages[entries]]
+        kv_bp2KH = staged_b[: number * pool_Pp2KH[0].numel()].view(number, *pool_Pp2KH.shape[1:])
+        _stage(pool_Pp2KH, table.pages[entries], each, kv_bp2KH)
+        k_bKpH, v_bKpH = kv_bp2KH.permute(2, 0, 3, 1, 4)
         shape = (number, num_kv_heads, page_tokens, head_size)
         wide_bKpH = block[: number * num_kv_heads * page_tokens * head_size].view(shape)
         q = scaled_RKGH[table.owners[entries]].flatten(0, 1)
-        _widen(kv_b2pKH[:, 0], each, wide_bKpH)
+        wide_bKpH.copy_(k_bKpH)
         scores_bNp = torch.bmm(q, wide_bKpH.flatten(0, 1).mT).view(number, num_heads, page_tokens)
         scores_bNp += table.hidden[entries]
         torch.amax(scores_bNp, -1, out=best_nN[entries])
         scores_bNp.sub_(best_nN[entries][..., None]).exp_()
         torch.sum(scores_bNp, -1, out=sum_nN[entries])
-        _widen(kv_b2pKH[:, 1], each, wide_bKpH)
+        wide_bKpH.copy_(v_bKpH)
         weights = scores_bNp.view(number * num_kv_heads, -1, page_tokens)
         out = out_nNH[entries].view(number * num_kv_heads, -1, head_size)
         torch.bmm(weights, wide_bKpH.flatten(0, 1), out=out)
@@ -111,12 +112,12 @@ def attend_pages(q_RNH: Tensor, pool_S2KH: Tensor, table: PageTable, work: Tenso
     out_RNH.copy_(wide_RNH)
 
 
-def _widen(half_bpKH: Tensor, block: Block, wide_bKpH: Tensor) -> None:
-    """Keys or values of a block in float32, a head's one after another; zeros where nobody wrote yet."""
-    wide_bKpH.copy_(half_bpKH.transpose(1, 2))
-    page, token = block.unused
-    if len(page):
-        wide_bKpH[page, :, token] = 0.0
+def _stage(pool_Pp2KH: Tensor, pages: Tensor, block: Block, staged_bp2KH: Tensor) -> None:
+    """The pages of a block next to each other."""
+    if block.first_page is not None:
+        staged_bp2KH.copy_(pool_Pp2KH[block.first_page : block.first_page + len(pages)])
+    else:
+        torch.index_select(pool_Pp2KH, 0, pages, out=staged_bp2KH)
 
 
 def _merge(table: PageTable, best_nN: Tensor, sum_nN: Tensor, out_nNH: Tensor, wide_RNH: Tensor) -> None:

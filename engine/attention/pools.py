@@ -96,7 +96,7 @@ class KVPools:
         """
         self._shape = shape
         self._dtype = torch_dtype(stored.dtype)
-        self._page_tokens = page_tokens
+        self.page_tokens = page_tokens
         self._layer_bytes = kv_layer_bytes(shape, stored)
         self._token_bytes = kv_bytes_per_token(shape, stored)
         self._blocks: dict[TierName, Block] = {}
@@ -170,10 +170,10 @@ class KVPools:
         for run in runs:
             offset, at, left = run.offset, run.at, run.num_tokens
             while left:
-                page, within = divmod(offset, self._page_tokens)
-                count = min(left, self._page_tokens - within)
-                begin = page * self._page_tokens * self._token_bytes
-                begin += (layer * self._page_tokens + within) * self._layer_bytes
+                page, within = divmod(offset, self.page_tokens)
+                count = min(left, self.page_tokens - within)
+                begin = page * self.page_tokens * self._token_bytes
+                begin += (layer * self.page_tokens + within) * self._layer_bytes
                 yield begin, slice(at * self._layer_bytes, (at + count) * self._layer_bytes)
                 offset, at, left = offset + count, at + count, left - count
 

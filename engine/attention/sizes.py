@@ -26,8 +26,8 @@ def decode_workspace_bytes(shape: ModelShape, extent_tokens: int, num_threads: i
 
 HOST_SLOTS = 2
 """Micro-batches that are attended to on the host and not yet finished."""
-BLOCK_BYTES = 32 * MIB
-"""How many bytes of float32 keys the host multiplies together, at most: enough for all cores, and not much more."""
+BLOCK_BYTES = 4 * MIB
+"""How many bytes of float32 keys the host multiplies together, at most: what caches hold, and enough for all cores."""
 
 
 def host_block_pages(shape: ModelShape, pages: int, page_tokens: int) -> int:
@@ -35,10 +35,16 @@ def host_block_pages(shape: ModelShape, pages: int, page_tokens: int) -> int:
     return max(1, min(pages, BLOCK_BYTES // (4 * shape.num_kv_heads * shape.head_size * page_tokens)))
 
 
+def host_block_bytes(shape: ModelShape, stored: TensorFormat, pages: int, page_tokens: int) -> int:
+    """Bytes of the keys and values of these pages."""
+    return kv_layer_bytes(shape, stored, host_block_pages(shape, pages, page_tokens) * page_tokens)
+
+
 def host_attention_bytes(shape: ModelShape, stored: TensorFormat, most_rows: int, pages: int, page_tokens: int) -> int:
-    """Host bytes that attention on the host takes: queries and results of micro-batches of ``most_rows``; in float32, a
-    block of keys or values, what comes of each page of the pool, and of each row."""
+    """Host bytes that attention on the host takes: queries and results of micro-batches of ``most_rows``; the pages of
+    a block; in float32, its keys or values, what comes of each page of the pool, and of each row."""
     size = shape.num_heads * shape.head_size
     slots = HOST_SLOTS * 2 * most_rows * shape.num_heads * stored.num_bytes((shape.head_size,))
-    block = host_block_pages(shape, pages, page_tokens) * 4 * shape.num_kv_heads * shape.head_size * page_tokens
+    block = host_block_bytes(shape, stored, pages, page_tokens)
+    block += host_block_pages(shape, pages, page_tokens) * 4 * shape.num_kv_heads * shape.head_size * page_tokens
     return slots + block + 4 * pages * (size + 2 * shape.num_heads) + 4 * most_rows * size

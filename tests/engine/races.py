@@ -454,19 +454,22 @@ def watch(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> CheckedDevice:
         trace.touch(host(), FILE + offset, FILE + offset + into.numel(), "reads the spill file", writes=False)
         trace.access(host(), into, "reads the spill file", writes=True)
 
-    def put_watched(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
+    def put_watched(pool: Tensor, slots: Tensor, rows: Tensor, unwritten: Tensor) -> None:
         for index, slot in enumerate(slots.tolist()):
             trace.access(host(), rows[index], "what is kept", writes=False)
             trace.access(host(), pool[slot], "keeps", writes=True)
-        put(pool, slots, rows)
+        for slot in unwritten.tolist():
+            trace.access(host(), pool[slot], "clears", writes=True)
+        put(pool, slots, rows, unwritten)
 
-    def attend_watched(q: Tensor, pool: Tensor, table: PageTable, work: Tensor, out: Tensor) -> None:
+    def attend_watched(q: Tensor, pool: Tensor, table: PageTable, staged: Tensor, work: Tensor, out: Tensor) -> None:
         trace.access(host(), q, "queries of the host", writes=False)
         page_tokens = table.hidden.shape[2]
         for page in table.pages.tolist():
             trace.access(host(), pool[page * page_tokens : (page + 1) * page_tokens], "attended to", writes=False)
-        trace.access(host(), work, "work of the host", writes=True)
-        attend_pages(q, pool, table, work, out)
+        for memory in (staged, work):
+            trace.access(host(), memory, "work of the host", writes=True)
+        attend_pages(q, pool, table, staged, work, out)
         trace.access(host(), out, "results of the host", writes=True)
 
     def release_watched(self: Block) -> None:

@@ -1,9 +1,11 @@
 """Groups of keys and values from elsewhere: each token once, in its place, within the buffer."""
 
+from random import Random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.attention.groups import Group, groups_of, kept_of
+from engine.attention.groups import Group, groups_of, kept_of, unwritten
 from engine.kvcache.cache import KVCache, Layout
 from engine.kvcache.segments import Kind, MicroBatch, Segment, arrange
 from engine.request import SamplingParams
@@ -139,3 +141,36 @@ def test_a_long_sequence_comes_in_parts() -> None:
     sizes = [(group.is_part, group.is_last, group.num_tokens) for group in groups]
     assert sizes == [(True, False, 10), (True, False, 10), (True, True, 1), (False, True, 4)]
     assert all(isinstance(group, Group) for group in groups)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5), st.randoms(), st.booleans()
+)
+def test_a_page_that_somebody_has_begun_holds_a_number_everywhere(
+    lengths: list[list[int]], random: Random, scatters: bool
+) -> None:
+    """However a sequence comes, and whoever had its pages before."""
+    cache = KVCache({TierName.HOST: 400}, extent_tokens=PAGE, layouts=LAYOUTS)
+    if scatters:
+        others = [Sequence([1] * 5, 5, 6, SamplingParams()) for _ in range(20)]
+        assert all(cache.admit(other) for other in others)
+        for other in random.sample(others, 10):
+            cache.release(other)
+    is_number: set[int] = set()
+    for its in lengths:
+        sequence = Sequence([1] * 60, sum(its), sum(its) + 1, SamplingParams())
+        assert cache.admit(sequence)
+        is_number -= set(tokens_of(Segment(sequence, 0, 1, cache.held[sequence]), 0, 400))  # whatever was there
+        start = 0
+        for length in its:
+            segment = Segment(sequence, start, length, cache.held[sequence])
+            runs = [run for _, run in kept_of(arrange([segment])).runs]
+            written = {run.offset + each for run in runs for each in range(run.num_tokens)}
+            cleared = set(unwritten(runs, PAGE))
+            assert written.isdisjoint(cleared)
+            assert cleared.isdisjoint(is_number)
+            is_number |= written | cleared
+            start += length
+            for token in tokens_of(segment, 0, start):
+                assert set(range(token - token % PAGE, token - token % PAGE + PAGE)) <= is_number
