@@ -97,7 +97,7 @@ class CudaDevice:
 
     def allocate(self, num_bytes: int) -> Tensor:
         """Memory from PyTorch's caching allocator, which hands memory out in the order of the compute stream."""
-        with gpu_errors(self.name), torch.cuda.stream(self._compute):
+        with self._on(self._compute):
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
 
     def allocate_host(self, num_bytes: int) -> Tensor:
@@ -111,7 +111,11 @@ class CudaDevice:
                     _forget_error()  # else the next kernel would be told of it
                 return error
 
-            return pinned_empty(num_bytes, self.name, self._cpus, register, runtime.cudaHostUnregister)
+            def unregister(address: int) -> None:
+                with torch.cuda.device(self.torch_device):  # whoever drops the last view, on whichever thread
+                    runtime.cudaHostUnregister(address)
+
+            return pinned_empty(num_bytes, self.name, self._cpus, register, unregister)
 
     def copy(self, lane: LaneName, pieces: Pieces, after: Event) -> Event:
         """Asynchronous, on a stream of the lane's. Threads have streams of their own: a layer's weights that wait for
@@ -120,7 +124,7 @@ class CudaDevice:
             stream = self._streams[lane, get_ident()]
             self._order(stream, after)
             began = timed_event(stream)
-            with torch.cuda.stream(stream):
+            with self._on(stream):
                 for destination, source in pieces:
                     destination.copy_(source, non_blocking=True)
             # The allocator must not hand the memory to compute again before this stream is done with it.
@@ -147,26 +151,34 @@ class CudaDevice:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """The thread's operations go to the compute stream; failures of the GPU become errors for people."""
-        with gpu_errors(self.name), torch.cuda.stream(self._compute):
+        with self._on(self._compute):
             if perf_counter() - self._zero[1] > _ZERO_HOLDS_S:
                 self._zero = self._now()
             yield
 
+    @contextmanager
+    def _on(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        """The thread's operations go to a stream. The device is made current first, or leaving the stream would make
+        another the current one, and a context on it: some hundred megabytes of a GPU that is somebody else's."""
+        with gpu_errors(self.name), torch.cuda.device(self.torch_device), torch.cuda.stream(stream):
+            yield
+
     def _now(self) -> _Zero:
         """A point on the compute stream, and when it was reached."""
-        event = timed_event(self._compute)
-        event.synchronize()
+        with torch.cuda.device(self.torch_device):
+            event = timed_event(self._compute)
+            event.synchronize()
         return event, perf_counter()
 
     def upload(self, values: Tensor) -> Tensor:
         """Through pinned memory, in order with compute."""
-        with gpu_errors(self.name), torch.cuda.stream(self._compute):
+        with self._on(self._compute):
             return values.pin_memory().to(self.torch_device, non_blocking=True)
 
     def download(self, values: Tensor) -> Tensor:
         """Blocks the host until compute has made the values: on an event, since a copy's own wait takes a core."""
         self.compute_mark().wait()
-        with gpu_errors(self.name), torch.cuda.stream(self._compute):
+        with self._on(self._compute):
             return values.cpu()
 
     def synchronize(self) -> None:

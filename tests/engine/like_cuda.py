@@ -52,7 +52,7 @@ class Recorded:
         return 0.0
 
 
-def stubbed_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> CudaDevice:
+def stubbed_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), index: int = 0) -> CudaDevice:
     """CUDA's device, whose memory must be given to it: nothing is there to allocate any."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: object())
@@ -62,9 +62,9 @@ def stubbed_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = 
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: index + 1)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(cuda, "timed_event", lambda _: Recorded())
     monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
-    return CudaDevice(0)
+    return CudaDevice(index)
