@@ -60,7 +60,8 @@ def block_cost(
     a decode step takes its host-to-device copies *plus* the longest of the rest, in which compute is the device's and
     the host's together, since its one thread waits for both. The pure maximum of its paper is commented out there.
 
-    ``lengths.requests`` is not looked at: the block is as large as the policy says.
+    ``lengths.requests`` is not looked at: the block is as large as the policy says. Nor are the machine's overheads,
+    which are this engine's: FlexGen's are contained in the throughputs that its authors fitted.
     """
     size = policy.batch * policy.num_batches
     prefill = _block_lanes(
@@ -140,7 +141,6 @@ def _block_lanes(
     compute_s += hardware.prompt_attention.seconds(pair_flops * pairs, prompt)
     per_sequence = max(1.0, read / tokens / layers)
     compute_s += hardware.decode_attention.seconds(read * (1 - below if attends else 1.0), per_sequence)
-    compute_s += hardware.layer_overhead.value * layers * tokens / batch_tokens
     lanes[LaneName.DEVICE_COMPUTE] = compute_s
     lanes[LaneName.HOST_COMPUTE] = 0.0
     if attends and hardware.host_attention is not None:

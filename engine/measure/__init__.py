@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -13,6 +13,7 @@ from engine.attention.table import kernel_for
 from engine.devices.facts import MachineFacts, free_disk_space
 from engine.devices.open import facts_of
 from engine.dtypes import DType
+from engine.measure.attention import OnHost
 from engine.measure.disk import copies, disk_writes, scratch_folder, small_reads
 from engine.measure.effort import FULL, ON_GPU, QUICK, SOURCE, Effort, Points
 from engine.measure.identity import identity_of
@@ -77,7 +78,7 @@ def measure(
     from_disk = [each.streamed for each in measured if each.streamed is not None]
     reads += [(float(each.layer_bytes), each.read_rate) for each in from_disk]
     disk_share = median(each.read_share for each in from_disk)
-    on_host = [each.host for each in measured if each.host is not None]
+    hosts = [each.host for each in measured if each.host is not None]
     return Hardware(
         name="this machine",
         description=f"{device.name} on {platform.node()}, measured {time.strftime('%Y-%m-%d %H:%M')}",
@@ -91,7 +92,7 @@ def measure(
         matmul=widths[-1].matmul,
         prompt_attention=widths[-1].prompt_attention,
         decode_attention=widths[-1].decode_attention,
-        host_attention=_merged(points for points, _ in on_host) if on_host else None,
+        host_attention=_on_host(hosts) if hosts else None,
         lanes={
             LaneName.DISK_READ: Rate(tuple(reads), SOURCE, busy_share=disk_share),
             LaneName.DISK_WRITE: Rate(writes, SOURCE, busy_share=disk_share),
@@ -102,9 +103,10 @@ def measure(
         segment_overhead=Figure(found.of_segment, SOURCE),
         pass_overhead=Figure(found.of_pass, SOURCE),
         sequence_overhead=Figure(found.of_sequence, SOURCE),
-        host_overhead=Figure(min(beside for _, beside in on_host), SOURCE) if on_host else CONTAINED,
+        host_overhead=Figure(min(each.beside_s for each in hosts), SOURCE) if hosts else CONTAINED,
         widths=tuple(widths),
-        scratch_attention=_merged(each.attention for each in spills),
+        # One call attends to a whole group elsewhere, as it does on the device.
+        scratch_attention=_merged(each.attention for each in spills) if device.shares_host_memory else None,
         kv_lanes={
             LaneName.DISK_READ: _merged(each.reads for each in spills),
             LaneName.DISK_WRITE: _merged(each.writes for each in spills),
@@ -116,6 +118,10 @@ def measure(
 def _merged(curves: Iterable[Points]) -> Rate:
     """One curve through the points of several; what they have in common, the last one says."""
     return Rate(tuple(sorted({size: rate for points in curves for size, rate in points}.items())), SOURCE)
+
+
+def _on_host(hosts: Sequence[OnHost]) -> Rate:
+    return replace(_merged(each.points for each in hosts), busy_share=median(each.busy_share for each in hosts))
 
 
 def _dtypes(device: Device, facts: MachineFacts) -> tuple[DType, ...]:

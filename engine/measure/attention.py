@@ -4,11 +4,12 @@ Shapes: T tokens of a micro-batch, N heads, H head size.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -113,14 +114,27 @@ def spilled(cache: "Cache") -> Spilled:
     return Spilled(*(tuple(sorted(each.items())) for each in (reads, writes, attends)))
 
 
-def host_points(cache: "Cache") -> tuple[Points, float]:
-    """``(bytes of a sequence's layer, bytes/s)`` of decode attention on the host, keys and values lying there; and the
-    seconds that a micro-batch takes in a layer beside: queries come down, results go up, from thread to thread."""
-    points, beside = [], []
+@dataclass(frozen=True, slots=True)
+class OnHost:
+    """Decode attention on the host, over keys and values that lie there."""
+
+    points: Points
+    """``(bytes of a sequence's layer, bytes/s)``."""
+    beside_s: float
+    """What a micro-batch takes in a layer beside: queries come down, results go up, from thread to thread."""
+    busy_share: float
+    """What is left of the rate while the device computes layers."""
+
+
+def on_host(cache: "Cache", computes: Callable[[int], Callable[[], object]]) -> OnHost:
+    """The rates of a cache on the host. ``computes(rows)``: what computes a layer for so many rows on the device."""
+    points, beside, shares = [], [], []
     for length in cache.effort.lengths:
         number = max(1, min(cache.effort.sequences, cache.effort.cached_tokens // (length + PAGE_TOKENS)))
         with cache.prompts(number, length, more=1) as prompts:
-            cache.moved(prompts)  # untouched memory would be read faster than any
+            for prompt in prompts:  # untouched memory would be read faster than any
+                cache.effort.pause()
+                cache.moved([prompt])
             steps = [replace(prompt, start=length, length=1) for prompt in prompts]
             cache.moved(steps)
             found = sorted(
@@ -128,10 +142,20 @@ def host_points(cache: "Cache") -> tuple[Points, float]:
                 for seconds, moved in (cache.moved(steps) for _ in range(5))
             )
             busy, seconds = found[2]
+            compute = computes(number)
+            layer_s = timed(cache.device, compute, cache.effort)
+            repeats = max(1, round(busy / cache.shape.num_layers / layer_s))
+
+            def meanwhile(compute: Callable[[], object] = compute, repeats: int = repeats) -> None:
+                for _ in range(repeats):
+                    compute()
+
+            both = median(cache.moved(steps, meanwhile)[1].seconds[LaneName.HOST_COMPUTE] for _ in range(3))
+            shares.append(min(1.0, busy / both))
             num_bytes = cache.layer_token_bytes * (length + 1)
             points.append((float(num_bytes), num_bytes * number * cache.shape.num_layers / busy))
             beside.append(max(0.0, seconds - busy) / cache.shape.num_layers)
-    return tuple(points), min(beside)
+    return OnHost(tuple(points), min(beside), median(shares))
 
 
 def _rate(moved: Moved, lane: LaneName) -> float:
@@ -149,6 +173,10 @@ def qkv_tokens(effort: Effort) -> int:
     return max(2 * max(effort.lengths), effort.sequences, _SPILLED * max(effort.spilled))
 
 
+def _nothing() -> None:
+    """What is done meanwhile, if nothing else is asked for."""
+
+
 class Cache:
     """A KV cache of a few layers, and random queries, keys and values to give to it."""
 
@@ -157,7 +185,7 @@ class Cache:
         self.layer_token_bytes = kv_layer_bytes(shape, Plain(dtype))
         self.books: KVCache
         self.attention: Attention
-        self._device = device
+        self.device = device
         self.effort = effort
         self._traffic = traffic
         tokens = qkv_tokens(effort)
@@ -184,11 +212,11 @@ class Cache:
             for sequence in found:
                 self.books.release(sequence)
 
-    def fill(self, batch: Sequence[Segment]) -> None:
-        """Attend in every layer."""
+    def fill(self, batch: Sequence[Segment], meanwhile: Callable[[], object] = _nothing) -> None:
+        """Attend in every layer; ``meanwhile`` is done in each while the host attends."""
         self.attention.begin([MicroBatch(tuple(batch))])
         for layer in range(self.shape.num_layers):
-            self._attend(layer, batch)
+            self._attend(layer, batch, meanwhile)
 
     def attend(self, batch: Sequence[Segment]) -> Attend:
         """Attention for a layer; each call takes the next layer's keys and values."""
@@ -198,24 +226,26 @@ class Cache:
     def seconds(self, batch: Sequence[Segment]) -> float:
         """Seconds of one layer; layers take turns, so that the processor's caches help no more than in a model."""
         self.attention.begin([MicroBatch(tuple(batch))])
-        return timed(self._device, lambda: self._attend(next(self._layers), batch), self.effort)
+        return timed(self.device, lambda: self._attend(next(self._layers), batch), self.effort)
 
-    def moved(self, batch: Sequence[Segment]) -> tuple[float, Moved]:
-        """Seconds of attending in all layers, and what the lanes did."""
-        self._device.compute_mark().wait()
+    def moved(self, batch: Sequence[Segment], meanwhile: Callable[[], object] = _nothing) -> tuple[float, Moved]:
+        """Seconds of attending in all layers, and what the lanes did; see ``fill``."""
+        self.device.compute_mark().wait()
         self._traffic.take()
         start = time.perf_counter()
         self._traffic.computes("attention")
-        self.fill(batch)
+        self.fill(batch, meanwhile)
         self._traffic.computes(None)
-        self._device.compute_mark().wait()
+        self.device.compute_mark().wait()
         seconds = time.perf_counter() - start
         self.attention.settle()  # what was written counts, but nobody has to wait for it
         return seconds, self._traffic.take()
 
-    def _attend(self, layer: int, batch: Sequence[Segment]) -> None:
+    def _attend(self, layer: int, batch: Sequence[Segment], meanwhile: Callable[[], object] = _nothing) -> None:
         tokens = sum(segment.length for segment in batch)
-        self.attention.attend(layer, 0, self._qkv[:tokens])
+        self.attention.start(layer, 0, self._qkv[:tokens])
+        meanwhile()
+        self.attention.finish()
 
 
 def cached_shape(hidden_size: int, effort: Effort) -> ModelShape:

@@ -68,10 +68,14 @@ class Layers:
 
         return lambda weights: run_layer(self.family.layer(weights, hidden_TD, prepared), attend or queries)
 
+    def step(self, tokens: int, attend: Attend | None = None) -> Callable[[], object]:
+        """What computes the next layer in turn, each time that it is called."""
+        work = self.work(tokens, attend)
+        return lambda: work(next(self._weights))
+
     def seconds(self, tokens: int, attend: Attend | None = None) -> float:
         """Seconds of one layer, measured over all layers in turn."""
-        work = self.work(tokens, attend)
-        return timed(self.device, lambda: work(next(self._weights)), self._effort)
+        return timed(self.device, self.step(tokens, attend), self._effort)
 
 
 def curve(measured: Sequence[tuple[float, float, float]]) -> Points:

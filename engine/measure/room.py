@@ -103,6 +103,8 @@ class _Width:
         }
         slots = STAGING_SLOTS if self._shares else BOUNCED_SLOTS
         caches[TierName.DEVICE] += (self._number + slots) * self._layer
+        if TierName.HOST in caches:
+            caches[TierName.HOST] += FEW_LAYERS * self._layer
         found = list(caches.values())
         rows = max(self._effort.rows)
         for dtype in self._dtypes:

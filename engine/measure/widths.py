@@ -7,12 +7,13 @@ from engine.devices.open import facts_of
 from engine.dtypes import DType
 from engine.measure.attention import (
     Cache,
+    OnHost,
     Spilled,
     cache_in,
     decode_points,
-    host_points,
     least_decode_s,
     measured_tiers,
+    on_host,
     prompt_points,
     spilled,
 )
@@ -40,8 +41,8 @@ class OfWidth:
     spilled: Spilled
     streamed: Streamed | None
     """``None``: layers of it were not read from the disk."""
-    host: tuple[Points, float] | None
-    """See ``host_points``; ``None``: the host's attention is the device's."""
+    host: OnHost | None
+    """``None``: the host's attention is the device's."""
 
 
 def width_of(
@@ -81,7 +82,7 @@ def width_of(
     host = None
     if TierName.HOST in measured_tiers(facts_of(device)):
         with cache_in(TierName.HOST, device, best, hidden_size, folder, effort) as cache:
-            host = host_points(cache)
+            host = on_host(cache, Layers(device, hidden_size, FEW_LAYERS, best, effort).step)
     one = Width(hidden_size=hidden_size, matmul=matmul, head=head, prompt_attention=prompt, decode_attention=decode)
     return OfWidth(one, found, from_disk, host)
 

@@ -106,12 +106,14 @@ class PassModel:
         batches = max(1, math.ceil(tokens / self._plan.micro_batch - 1e-9))
         if self._host_attends and self._plan.micro_batches > 1 and load.decode_tokens > 1:
             batches = max(2, batches)  # dealt out, so that one's attention goes on beside another's products
-        compute_s, host_s = self._compute_seconds(load, tokens, batches)
+        head_s = self._in_parts(self._head, self._head_flops, load.logits_rows, self._plan.logits_rows)
+        layers_s, host_s = self._layer_seconds(load, tokens, batches)
+        compute_s = layers_s + head_s
         kv, activations = self._link_bytes(load, tokens)
         lane_bytes: dict[LaneName, float] = {}
         lane_seconds: dict[LaneName, float] = {LaneName.DEVICE_COMPUTE: compute_s, LaneName.HOST_COMPUTE: host_s}
         batch_bytes = self._hidden_bytes * tokens / batches
-        waits_s = 0.0
+        waits_s, asked_s = 0.0, self._host_beside(host_s, layers_s)
         # One micro-batch alone is written back before it can be fetched again.
         overlaps = self._overlap.activations and batches > 1
         for lane in LINKS:
@@ -121,12 +123,16 @@ class PassModel:
             lane_bytes[lane] = self._weight_bytes[lane] + kv[lane] + activations[lane]
             lane_seconds[lane] = self._weight_seconds[lane] + kv_s + activations_s
             waits_s += (0.0 if self._overlap.kv else kv_s) + (0.0 if overlaps else activations_s)
+            if lane in (LaneName.DISK_READ, LaneName.HOST_TO_DEVICE):
+                asked_s = max(asked_s, kv_s)
         if not self._overlap.kv:
             waits_s += host_s
         seconds = self._longest(lane_seconds, compute_s + waits_s)
         if self._host_attends:
             # One micro-batch's host attention runs beside another's products: with one alone, nothing does.
-            seconds = max(seconds, (compute_s + host_s) / batches)
+            asked_s = max(asked_s, (layers_s + host_s) / batches)
+        # Which keys a pass needs is known when it begins, and that is when the tokens of the one before are chosen.
+        seconds = max(seconds, asked_s + head_s if asked_s else 0.0)
         seconds += self._hardware.pass_overhead.value
         bound_by = max(lane_seconds, key=lane_seconds.__getitem__)
         return PassCost(
@@ -137,17 +143,21 @@ class PassModel:
             bound_by=bound_by,
         )
 
+    def _host_beside(self, host_s: float, layers_s: float) -> float:
+        """Seconds of attention on the host while the device computes layers, too."""
+        share = self._busy_shares[LaneName.HOST_COMPUTE]
+        return host_s + min(host_s / share, layers_s) * (1 - share)
+
     @staticmethod
     def _in_parts(rate: Rate, flops: float, number: float, most: int) -> float:
         """Seconds of ``number`` tokens or rows of ``flops`` each, in parts of at most ``most`` and a last one."""
         full, rest = divmod(number, most)
         return rate.seconds(full * most * flops, most) + rate.seconds(rest * flops, rest)
 
-    def _compute_seconds(self, load: PassLoad, tokens: float, batches: int) -> tuple[float, float]:
-        """Busy seconds of the device and of the host."""
+    def _layer_seconds(self, load: PassLoad, tokens: float, batches: int) -> tuple[float, float]:
+        """Busy seconds of the device and of the host, between the first layer and the last."""
         hardware, layers = self._hardware, self._shape.num_layers
         compute_s = self._in_parts(self._matmul, self._layer_flops, tokens, self._plan.micro_batch)
-        compute_s += self._in_parts(self._head, self._head_flops, load.logits_rows, self._plan.logits_rows)
         pair_flops = 4 * self._shape.num_heads * self._shape.head_size * layers
         prompt_length = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 0.0
         compute_s += self._prompt_attention.seconds(pair_flops * load.prompt_pairs, prompt_length)

@@ -1,6 +1,7 @@
 """The planner against published figures, and what must hold of any prediction."""
 
 import json
+import re
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -50,6 +51,11 @@ POLICIES = {
 MANY = Workload.uniform(512, 32, 10_000)
 WAITING = Overlap(kv=False, activations=False)
 """Compute asks for both only when it needs them, as FlexGen's does. Weights run ahead in either case."""
+
+
+HOST_SHARE = 0.22
+"""What attention on the host reaches of the speed at which the host reads its memory, in float16, conversions included:
+measured by ``benchmarks.host_attention``."""
 
 
 def model(name: str) -> KnownModel:
@@ -484,3 +490,19 @@ def test_figures_are_numbers() -> None:
         Rate.constant(1, "a test", busy_share=0)
     with pytest.raises(ValueError, match="no figure for device"):
         replace(T4, capacity={tier: T4.capacity[tier] for tier in TierName if tier is not TierName.DEVICE})
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_know_what_this_engine_takes(name: str) -> None:
+    """No preset has the host attend faster than this engine does, or Python take no time."""
+    hardware = load_hardware(name)
+    assert hardware.layer_overhead.value >= 0.00024
+    assert hardware.host_overhead.value >= 0.00018
+    assert "pass_time" in hardware.layer_overhead.source
+    rate = hardware.host_attention
+    assert rate is not None
+    told = re.search(r"(\d+) % of (\d+) GB/s", rate.source)
+    assert told is not None
+    percent, memory = int(told[1]), int(told[2])
+    assert percent <= 100 * HOST_SHARE
+    assert rate.fastest == pytest.approx(percent / 100 * memory * 1e9, rel=0.02)

@@ -53,7 +53,8 @@ def test_every_figure_is_there_and_none_is_negative(either: Hardware) -> None:
     measured = either
     figures = measured.figures()
     assert {f"lanes.{lane}" for lane in LINKS} <= set(figures)
-    assert {"scratch_attention", "widths.64.decode_attention", "widths.128.prompt_attention"} <= set(figures)
+    assert {"widths.64.decode_attention", "widths.128.prompt_attention"} <= set(figures)
+    assert ("scratch_attention" in figures) == measured.shares_host_memory != ("host_attention" in figures)
     assert {"kv_lanes.disk_read", "kv_lanes.disk_write", "sequence_overhead", "prompt_attention"} <= set(figures)
     for place, figure in figures.items():
         if isinstance(figure, Rate):
