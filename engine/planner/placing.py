@@ -14,6 +14,8 @@ BOUNCED_SLOTS = 3
 """Where a layer is read to the host first and copied on from there: one is read, one copied, one computed."""
 KV_SHARE = 0.25
 """The share of the device budget that resident weights leave to the KV cache."""
+WHOLE_KV_SHARE = 0.1
+"""The same, where a GPU then holds all of them: no layer has to be streamed, and no KV cache pinned beside it."""
 
 
 def interleave(counts: Mapping[TierName, int]) -> tuple[TierName, ...]:
@@ -63,10 +65,12 @@ def place_layers(given: PlanInput, *, taken: int, batch_bytes: int) -> tuple[Tie
     bounces, budgets = not given.facts.shares_host_memory, given.budgets
     sizes = [stored.computed_bytes(layer_name(index), given.dtype) for index in range(num_layers)]
     kept = [stored.unit_bytes[layer_name(index)] for index in range(num_layers)]
-    room = int(budgets[TierName.DEVICE] * (1 - KV_SHARE)) - taken
-    room -= sum(stored.computed_bytes(unit, given.dtype) for unit in (EMBED, HEAD))
-    on_device = _how_many(sizes, room - batch_bytes * (options.micro_batches or 1))
+    taken += sum(stored.computed_bytes(unit, given.dtype) for unit in (EMBED, HEAD))
+    whole_share = WHOLE_KV_SHARE if bounces else KV_SHARE
+    whole_room = int(budgets[TierName.DEVICE] * (1 - whole_share)) - taken
+    on_device = _how_many(sizes, whole_room - batch_bytes * (options.micro_batches or 1))
     if on_device < num_layers:
+        room = int(budgets[TierName.DEVICE] * (1 - KV_SHARE)) - taken
         # Stored and, where it is cast on the way, as computed: never less than what the ring will take.
         room -= ((BOUNCED_SLOTS if bounces else STAGING_SLOTS) + 1) * max(*sizes, *kept)
         room -= batch_bytes * (options.micro_batches or STREAMED_MICRO_BATCHES)

@@ -326,6 +326,11 @@ def test_a_machine_that_nobody_knows_is_absent_among_others_too(run: Run) -> Non
     assert "'nosuch' is neither a file nor a hardware preset" in said
 
 
+def test_a_model_that_a_large_gpu_can_hold_is_there_whole(run: Run) -> None:
+    document = planned(run("plan", "--model", "opt-30b", "--hardware", "h100-80g", "--no-advice", "--json"))
+    assert document["plan"]["layers"] == {"device": 48, "host": 0, "disk": 0}
+
+
 def test_a_row_of_choices_is_a_sequence_for_each(run: Run) -> None:
     words = (*T4, "--model", "opt-1.3b", "--json", "--prompt-len", "100")
     choose = planned(run(*words, "--task", "choose", "--choices", "good,bad,unknown"))["predicted"]

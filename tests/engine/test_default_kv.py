@@ -75,11 +75,24 @@ def test_a_model_that_is_on_the_device_whole_keeps_its_cache_there(
         assert (plan.kv_bytes[TierName.HOST] > 0) == (kv.host > 0)
 
 
-@pytest.mark.parametrize(("model", "gpu"), [("facebook/opt-1.3b", "RTX 4090"), ("facebook/opt-6.7b", "RTX 4090")])
-def test_models_of_the_review_fit_whole(model: str, gpu: str) -> None:
-    plan = plan_of(model, MachineFacts(int(GPUS[gpu] * GIB), 60 * GIB, shares_host_memory=False))
+@pytest.mark.parametrize(
+    ("model", "gpu", "host"),
+    [("facebook/opt-1.3b", "RTX 4090", 60), ("facebook/opt-6.7b", "RTX 4090", 60), ("facebook/opt-30b", "H100", 220)],
+)
+def test_a_model_for_which_the_gpu_has_room_is_there_whole(model: str, gpu: str, host: int) -> None:
+    """And so are all its sequences, with nothing pinned: 40 to 140 GiB of host memory were, once."""
+    plan = plan_of(model, MachineFacts(int(GPUS[gpu] * GIB), host * GIB, shares_host_memory=False))
     assert set(plan.layers) == {TierName.DEVICE}
     assert plan.used_bytes[TierName.HOST] == 0
+    assert plan.kv_bytes[TierName.DEVICE] > 0
+
+
+def test_a_model_that_is_streamed_keeps_no_more_on_the_host_than_waits() -> None:
+    """OPT-30B on a T4: a hundred requests had 87 GiB pinned for them."""
+    facts = MachineFacts(int(GPUS["T4"] * GIB), 200 * GIB, shares_host_memory=False)
+    plan = plan_of("facebook/opt-30b", facts, workload=Workload.uniform(512, 32, 10))
+    assert plan.num_layers_in(TierName.HOST) > 40
+    assert plan.kv_bytes[TierName.HOST] < 32 * GIB
 
 
 @pytest.mark.parametrize("host_attention", [None, "on"])

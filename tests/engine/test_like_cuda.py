@@ -1,6 +1,8 @@
 """On a device whose copies are issued as CUDA's are: loading, planning and measuring, whatever mode a thread is in."""
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,16 +10,22 @@ import torch
 
 from engine.engine import Engine
 from engine.lengths import workload_of
-from engine.loading import plan_input
+from engine.loading import load_engine, plan_input
 from engine.measure import QUICK, measure
 from engine.memory.lane import LaneName, Reached, ThreadLane
 from engine.memory.tier import MemoryTier
-from engine.planner.decide import decide
+from engine.planner.decide import decide, input_for_machine
 from engine.planner.hardware import Hardware
+from engine.planner.known_models import known_model
 from engine.planner.plan import PlanOptions
+from engine.planner.profiles import load_hardware
+from engine.planner.search import search
+from engine.planner.workload import Workload
 from engine.request import Generate, Request, SamplingParams
 from engine.tiers import Shares, TierName
 from engine.units import MIB
+from engine.weights.importers.huggingface import import_checkpoint
+from tests.engine.checkpoints import make_checkpoint
 from tests.engine.like_cuda import LikeCuda, stubbed_cuda
 
 
@@ -58,3 +66,58 @@ def test_a_lane_of_a_gpu_copies_into_memory_made_in_any_mode(
     finally:
         lane.close()
     assert destination.tolist() == [7] * 16
+
+
+def test_the_first_gpu_is_left_alone_by_whoever_uses_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that is left while another GPU is the current one makes a context there."""
+    device = stubbed_cuda(monkeypatch, index=1)
+    current: list[object] = [0]
+
+    @contextmanager
+    def make_current(chosen: torch.device) -> Iterator[None]:
+        current.append(torch.device(chosen).index)
+        yield
+        current.pop()
+
+    @contextmanager
+    def enter(_: object) -> Iterator[None]:
+        assert current[-1] == 1
+        yield
+        assert current[-1] == 1
+
+    monkeypatch.setattr(torch.cuda, "device", make_current)
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    memory, source = torch.zeros(4), torch.ones(4)
+    with device.computing():
+        device.copy(LaneName.HOST_TO_DEVICE, [(memory, source)], device.compute_mark())
+    assert device.download(memory).tolist() == [1] * 4
+    assert current == [0]
+
+
+@pytest.mark.parametrize(("model", "requests"), [("facebook/opt-30b", 2000), ("facebook/opt-175b", 5000)])
+def test_what_is_predicted_for_a_t4_is_what_the_engine_can_run(model: str, requests: int, tmp_path: Path) -> None:
+    """The very options that the planner finds there, for a model of eight small layers: nothing but sizes differs."""
+    known, t4 = known_model(model), load_hardware("t4-gcp")
+    assert known is not None
+    workload = Workload.uniform(512, 32, requests)
+    given = input_for_machine(
+        t4, shape=known.shape, stored=known.stored(), options=PlanOptions(), workload=workload
+    )  # fmt: skip
+    found = search(given, t4).options
+    budgets = {"device_memory": 64 * MIB, "host_memory": 64 * MIB, "disk_space": 64 * MIB}
+    small = replace(found, **budgets, dtype=None, micro_batch=32, extent_tokens=32, disk_dir=tmp_path)
+    make_checkpoint(tmp_path / "hf", num_hidden_layers=8)
+    import_checkpoint(tmp_path / "hf", tmp_path / "model")
+    sampling = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    work = [Request(index, Generate("a b c d " * (index + 1), sampling)) for index in range(12)]
+    outputs = []
+    for options in (small, PlanOptions(device_memory=64 * MIB)):
+        with load_engine(tmp_path / "model", options, device=LikeCuda((7, 5))) as engine:
+            outputs.append({output.key: output.result for output in engine.run(work)})
+            plan = engine.plan
+            if options is small:
+                assert plan.host_attention == (found.host_attention == "on")
+                assert any(tier is not TierName.DEVICE for tier in plan.layers)
+                assert bool(plan.kv_bytes[TierName.DISK]) == bool(found.kv and found.kv.disk)
+    assert len(outputs[0]) == 12
+    assert outputs[0] == outputs[1]

@@ -14,6 +14,7 @@ from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
 from engine.formats.sizes import Plain
 from engine.model.family import EMBED, HEAD, layer_name
+from engine.planner.known_models import known_model
 from engine.planner.placing import interleave, whole_layers
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.plan_input import PlanInput
@@ -179,12 +180,23 @@ def test_with_plenty_of_memory_all_is_on_the_device(shares_host: bool) -> None:
 
 
 def test_with_little_memory_layers_go_to_the_host_and_then_to_disk() -> None:
-    chosen = plan(PlanOptions(device_memory=512 * MIB, host_memory=80 * MIB))
+    known = known_model("facebook/opt-1.3b")
+    assert known is not None
+    chosen = resolve_plan(
+        PlanInput(
+            options=PlanOptions(device_memory=2 * GIB, host_memory=GIB),
+            shape=known.shape,
+            stored=known.stored(DType.FLOAT16),
+            device="any",
+            facts=MachineFacts(64 * GIB, 64 * GIB, shares_host_memory=False),
+            disk_dir=Path("/"),
+        )
+    )
     counts = [chosen.num_layers_in(tier) for tier in TierName]
     assert all(counts)
     assert chosen.staging_slots == 3
     assert chosen.micro_batches > 1, "streamed weights are worth more tokens a pass"
-    assert chosen.kv_bytes[TierName.DEVICE] >= 100 * kv_bytes_per_token(SHAPE, Plain(DType.FLOAT16))
+    assert chosen.kv_bytes[TierName.DEVICE] >= 100 * kv_bytes_per_token(known.shape, Plain(DType.FLOAT16))
 
 
 @pytest.mark.parametrize(
