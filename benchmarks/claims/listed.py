@@ -39,9 +39,9 @@ _SCORING = _generate(
 )
 
 _LONG_PATH = Missed(
-    why="a quarter too long: of its lines 55% are code, 19% blank, 18% docstrings with shapes, units and errors, 8% "
-    "imports; closing what fails half-way, spill files that are claimed and several families are what grew",
-    yet=AtMost(4750),
+    why="nearly twice too long: attention for devices with memory of their own, beside that for the CPU, is 2,300 of "
+    "its lines; a fifth of all is docstrings with shapes, units and errors, another fifth blank",
+    yet=AtMost(7000),
 )
 
 _HALF_AS_FAST = (
