@@ -118,9 +118,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [predicted(row) for row in ROWS]
     if chosen.json:
         named = {f"{row['model']} {row['prompt_len']}".replace(".", "_"): row for row in rows}
-        of_published = {name: row["predicted_theirs"] / row["published"] for name, row in named.items()}
-        ours = {name: row["predicted_ours"] for name, row in named.items()}
-        print(json.dumps({"rows": rows, "of_published": of_published, "ours": ours}))
+        off = {name: abs(row["predicted_theirs"] / row["published"] - 1) for name, row in named.items()}
+        theirs, ours = (
+            {name: row[f"predicted_{whose}"] for name, row in named.items()} for whose in ("theirs", "ours")
+        )
+        print(json.dumps({"rows": rows, "off_published": off, "theirs": theirs, "ours": ours}))
         return 0
     print(f"{'MODEL':<9} {'PROMPT':>6} {'PUBLISHED':>9} {'SO PREDICTED':>12} {'OURS':>7} {'TIMES':>5}  BOUND BY")
     for row in rows:

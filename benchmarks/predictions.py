@@ -126,12 +126,15 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     known = ON_SLOW_GPU if asked.slow_gpu else CONFIGURATIONS
     chosen = [each for each in known if asked.only is None or asked.only in str(each)]
-    device = _slow_gpu if asked.slow_gpu else _no_device
     try:
-        hardware = load_hardware(asked.profile) if asked.profile else measured_here(asked.cache_dir, _say, device())
+        hardware = (
+            load_hardware(asked.profile)
+            if asked.profile
+            else measured_here(asked.cache_dir, _say, _device(slow_gpu=asked.slow_gpu))
+        )
         outcomes = []
         for configuration in chosen:
-            outcomes.append(_run(configuration, hardware, asked.cache_dir, device()))
+            outcomes.append(_run(configuration, hardware, asked.cache_dir, _device(slow_gpu=asked.slow_gpu)))
             _say(_line(outcomes[-1]))
     except (EngineError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
@@ -160,14 +163,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if holds else 1
 
 
-def _slow_gpu() -> "Device":
+def _device(*, slow_gpu: bool) -> "Device | None":
+    """A new one for each use, since an engine closes its own; ``None``: the processor, which an engine opens itself."""
+    if not slow_gpu:
+        return None
     from benchmarks.slow_gpu import SlowGpu
 
     return SlowGpu(**SLOW_GPU)
-
-
-def _no_device() -> None:
-    """The engine opens the processor itself."""
 
 
 def _run(configuration: Configuration, hardware: Hardware, cache: Path, device: "Device | None") -> Outcome:

@@ -1,8 +1,8 @@
 """A GPU that is as slow as one likes: memory of its own behind throttled links, and products that take their time.
 
-The processor computes what the device should, which is fast where a model is small; then the device's thread sleeps
-until a device of so many operations a second would have been done. Meanwhile the cores are free, as they are beside a
-GPU, for lanes that copy and for attention on the host.
+The processor computes what the device should, which is fast where a model is small. Then the thread sleeps for the rest
+of the time that a device of the given speed would take. The cores are free meanwhile, as they are beside a GPU, for
+lanes that copy and for attention on the host.
 """
 
 import time
@@ -55,7 +55,7 @@ class _Slowly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
     def _seconds(self, func: Any, args: Any, kwargs: Any, found: Any) -> float:
-        """Of products, attention included; all else takes what it takes."""
+        """What the device takes over an operation, at least: only products and attention are made slower."""
         if func is torch.ops.overnight.attend_packed.default:
             return self._attention_s(*args)
         if func is torch.ops.mkldnn._linear_pointwise.default:  # this engine's own; PyTorch's list has it not

@@ -181,7 +181,7 @@ def _read_workload(lengths: LengthOptions, model: Sizes, limits: "Limits") -> "W
 
 
 def with_disk_speed(hardware: "Hardware", per_second: int) -> "Hardware":
-    """The same machine with a disk that reads so many bytes a second."""
+    """The same machine with a disk that reads ``per_second`` bytes a second."""
     from engine.memory.lane import LaneName
     from engine.planner.rates import Rate
 

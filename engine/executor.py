@@ -117,7 +117,7 @@ class Executor:
                 one.at_work.close()
 
     def _finish_layers(self, paused: "deque[_Paused]", most: int) -> None:
-        """Go on with what was started first, until so many are left."""
+        """Finish those that were started first, until no more than ``most`` are left."""
         while len(paused) > most:
             one = paused.popleft()
             after_TD = resume_layer(one.at_work, [self._attention.finish()])

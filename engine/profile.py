@@ -36,7 +36,7 @@ def profile_path(home: Path, device: str) -> Path:
 
 
 def profile_paths(home: Path) -> list[Path]:
-    """Of all devices that were measured, the one measured last in front."""
+    """The profiles of all devices that were measured, the newest first."""
     return sorted(home.glob("profile-*.json"), key=lambda path: -path.stat().st_mtime)
 
 

@@ -113,6 +113,7 @@ class Elsewhere:
     def begin(self, batches: Sequence[MicroBatch]) -> None:
         """A pass begins: what its micro-batches attend to is fetched from now on."""
         groups = groups_of(batches, self._group_tokens, host_attends=self._host_attends)
+        # Only attention on the host reads whole pages; a page of one token has nothing that nobody wrote.
         page_tokens = self._pools.page_tokens if self._host_attends else 1
         self._work = [_work_of(each, kept_of(batch), page_tokens) for each, batch in zip(groups, batches, strict=True)]
         self._stored_upto = [-1] * self._shape.num_layers

@@ -25,6 +25,7 @@ from engine.attention.packed import (
     folding_of,
     ragged_numbers,
     ragged_of,
+    ragged_size,
 )
 from engine.attention.pools import KVPools
 from engine.attention.table import Kernel
@@ -271,7 +272,7 @@ class _Upload:
     def _calls(self, calls: Iterable[_Call]) -> list[tuple[slice, Ragged]]:
         found = []
         for call in calls:
-            count = len(ragged_numbers(call.places, call.folding))
+            count = ragged_size(call.places, call.folding)
             found.append((call.rows, ragged_of(call.places, self._take(0, count), call.folding)))
         return found
 

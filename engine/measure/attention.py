@@ -127,7 +127,7 @@ class OnHost:
 
 
 def on_host(cache: "Cache", computes: Callable[[int], Callable[[], object]]) -> OnHost:
-    """The rates of a cache on the host. ``computes(rows)``: what computes a layer for so many rows on the device."""
+    """The rates of a cache on the host. ``computes(rows)`` gives a function that computes a layer on the device."""
     points, beside, shares = [], [], []
     for length in cache.effort.lengths:
         number = max(1, min(cache.effort.sequences, cache.effort.cached_tokens // (length + PAGE_TOKENS)))

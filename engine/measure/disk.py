@@ -144,7 +144,7 @@ def _copy_rate(device: Device, lane: LaneName, size: int, effort: Effort) -> flo
 
 
 def copied_at_once(size: int) -> int:
-    """How many pieces of so many bytes are under way together."""
+    """How many pieces of ``size`` bytes are under way together."""
     return max(1, min(_UNDER_WAY, _UNDER_WAY_BYTES // size))
 
 

@@ -25,7 +25,7 @@ class Device(Protocol):
     Its compute is the calling thread's: done when it returns."""
 
     def limit_memory(self, num_bytes: int) -> None:
-        """Compute's own temporaries, too, are to find room within so many bytes, until the device is closed."""
+        """Until the device is closed, all that is allocated on it, compute's temporaries too, fits ``num_bytes``."""
 
     def allocate(self, num_bytes: int) -> Tensor:
         """Device memory, ``uint8 [num_bytes]``, uninitialised."""

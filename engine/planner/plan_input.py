@@ -19,7 +19,7 @@ from engine.weights.stored import StoredWeights
 DEVICE_SHARE, HOST_SHARE = 0.8, 0.7
 """The share of free memory that a plan takes unasked: the rest is for the page cache and for other people."""
 GPU_SHARE, GPU_REST = 0.95, GIB
-"""A plan takes this share of a GPU's own memory, or all but so many bytes of it: nobody else needs it."""
+"""A plan takes this share of a GPU's own memory, or all but these bytes if that is less: nobody else needs it."""
 DISK_SHARE = 0.9
 
 

@@ -231,7 +231,11 @@ class _Search:
             yield from (replace(options, kv=moved) for moved in _moved(kv, step))
 
     def _choices(self) -> Iterator[Choice]:
-        batches = (self._fixed.micro_batch,) if self._fixed.micro_batch else MICRO_BATCHES_TOKENS
+        # Room for more tokens than there are would be taken from the KV cache, and do nothing.
+        tokens = self._workload.prompt_tokens + self._workload.requests
+        enough = next((size for size in MICRO_BATCHES_TOKENS if size >= tokens), MICRO_BATCHES_TOKENS[-1])
+        useful = [size for size in MICRO_BATCHES_TOKENS if size <= enough]
+        batches = [self._fixed.micro_batch] if self._fixed.micro_batch else useful
         counts = (self._fixed.micro_batches,) if self._fixed.micro_batches else MICRO_BATCHES
         attends = [False, True] if self._can_attend_on_host() else [False]
         if self._fixed.host_attention == "on":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from engine.units import div_ceil
 
 MORE_MAY_COME = 4
-"""A plan is good for so many times the requests that it was made for, and its KV cache has room for them."""
+"""How many times the requests that a plan was made for it is still good for; its KV cache has room for them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,10 +113,13 @@ def test_what_is_predicted_for_a_t4_is_what_the_engine_can_run(model: str, reque
     outputs = []
     for options in (small, PlanOptions(device_memory=64 * MIB)):
         with load_engine(tmp_path / "model", options, device=LikeCuda((7, 5))) as engine:
-            outputs.append({output.key: output.result for output in engine.run(work)})
+            reports = list(engine.passes(iter(work)))
+            outputs.append({output.key: output.result for report in reports for output in report.outputs})
             plan = engine.plan
             if options is small:
                 assert plan.host_attention == (found.host_attention == "on")
+                attended_s = sum(report.stats.lane_seconds.get(LaneName.HOST_COMPUTE, 0.0) for report in reports)
+                assert (attended_s > 0) == plan.host_attention
                 assert any(tier is not TierName.DEVICE for tier in plan.layers)
                 assert bool(plan.kv_bytes[TierName.DISK]) == bool(found.kv and found.kv.disk)
     assert len(outputs[0]) == 12
