@@ -61,7 +61,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
 def launches(
     config: dict[str, Any], dtype: DType, capability: tuple[int, int], number: int, folder: Path
 ) -> Counter[str]:
-    """Of one layer: of a pass through two, less one through one."""
+    """What one layer launches: a pass through two layers, less a pass through one."""
     found = []
     for depth in (1, 2):
         family = family_for({**config, "num_hidden_layers": depth})

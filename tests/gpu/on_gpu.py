@@ -174,7 +174,7 @@ def options(name: str, disk_dir: Path, **more: Any) -> PlanOptions:
 
 
 def texts(lengths: Sequence[int] = LENGTHS) -> list[str]:
-    """Texts of so many letters, each of which is a token."""
+    """Texts of the given numbers of letters, each of which is a token."""
     return [
         "".join(chr(ord("a") + (index + i * i) % 26) for i in range(length)) for index, length in enumerate(lengths)
     ]
