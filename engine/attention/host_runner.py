@@ -11,9 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from engine.attention.blocks import attend_whole
 from engine.attention.elsewhere import Elsewhere
 from engine.attention.groups import Group
-from engine.attention.kernels import Decoder, attend, decoder
+from engine.attention.kernels import Decoder, attend, decoder, merge
 from engine.attention.pools import KVPools, MemoryKV
 from engine.attention.rows import Part, Rows
 from engine.attention.sharing import Shares, sharing
@@ -107,13 +108,15 @@ class HostRunner:
                             decode(share.row - first_row, kv_2KsH, share.past)
                         continue
                     q_NtH, k_KtH, v_KtH = rows.at(share.row, share.length)
+                    out_NtH = rows.out(share.row, share.length)
                     if not group.is_part:
                         kv_2KsH[0, :, share.past :], kv_2KsH[1, :, share.past :] = k_KtH, v_KtH
-                    pieces.append(attend(q_NtH, kv_2KsH[0], kv_2KsH[1], causal=not group.is_part))
-                    if group.is_part and group.is_last:
-                        pieces.append(attend(q_NtH, k_KtH, v_KtH, causal=True))
+                        attend_whole(q_NtH, kv_2KsH[0], kv_2KsH[1], out_NtH)
+                        continue
+                    pieces.append(attend(q_NtH, kv_2KsH[0], kv_2KsH[1], causal=False))
                     if group.is_last:
-                        rows.put(share.row, pieces)
+                        pieces.append(attend(q_NtH, k_KtH, v_KtH, causal=True))
+                        out_NtH.copy_(merge(pieces)[0])
                         pieces = []
 
     def _work_of(self, batch: MicroBatch) -> _Work:

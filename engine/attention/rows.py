@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from engine.attention.blocks import attend_whole
 from engine.attention.kernels import Decoder, attend, merge
 from engine.attention.pools import MemoryKV
 from engine.kvcache.segments import Segment
@@ -49,21 +50,9 @@ class Rows:
         rows = slice(row, row + length)
         return self.q_TNH[rows].transpose(0, 1), self.k_TKH[rows].transpose(0, 1), self.v_TKH[rows].transpose(0, 1)
 
-    def put(self, row: int, pieces: list[tuple[Tensor, Tensor]]) -> None:
-        """Set the output of rows, from the attention over pieces of their keys."""
-        out_NtH = merge(pieces)[0]
-        self.out_TNH[row : row + out_NtH.shape[1]] = out_NtH.transpose(0, 1)
-
-    def of(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries ``[N, t, H]``, keys and values ``[K, t, H]``."""
-        rows = slice(part.begin, part.begin + part.segment.length)
-        q_TNH, heads = self.q_TNH[rows, self._heads(part)], part.kv_heads
-        return q_TNH.transpose(0, 1), self.k_TKH[rows, heads].transpose(0, 1), self.v_TKH[rows, heads].transpose(0, 1)
-
-    def finish(self, part: Part, pieces: list[tuple[Tensor, Tensor]]) -> None:
-        """Set a part's output, from the attention over pieces of its keys."""
-        rows = slice(part.begin, part.begin + part.segment.length)
-        self.out_TNH[rows, self._heads(part)] = merge(pieces)[0].transpose(0, 1)
+    def out(self, row: int, length: int) -> Tensor:
+        """Where the output of some rows goes, ``[N, t, H]``."""
+        return self.out_TNH[row : row + length].transpose(0, 1)
 
     def attend(self, part: Part) -> None:
         """Store a part's keys and values where compute can address them, if they are kept, and attend."""
@@ -71,18 +60,26 @@ class Rows:
         if kv is not None and length == 1 and self.decode is not None and (layers := kv.only_extent(start)) is not None:
             self.decode(part.begin, layers[self.layer], start)
             return
-        q_NtH, k_KtH, v_KtH = self.of(part)
-        pieces, whole = [], False
-        if kv is not None:
-            kv.append(self.layer, start, part.kv_heads, k_KtH, v_KtH)
-            # Its own tokens, if they are read with the rest, are one piece less to merge.
-            whole = length == 1 or kv.only_extent(start + length - 1) is not None
-            stored = kv.read(self.layer, start + length if whole else start, part.kv_heads)
-            pieces = [attend(q_NtH, k_KsH, v_KsH, causal=whole) for k_KsH, v_KsH in stored]
-        if not whole:
+        q_NtH, k_KtH, v_KtH = self.at(part.begin, length)
+        k_KtH, v_KtH = k_KtH[part.kv_heads], v_KtH[part.kv_heads]
+        heads = self._heads(part)
+        q_NtH, out_NtH = q_NtH[heads], self.out(part.begin, length)[heads]
+        if kv is None:
+            attend_whole(q_NtH, k_KtH, v_KtH, out_NtH)
+            return
+        kv.append(self.layer, start, part.kv_heads, k_KtH, v_KtH)
+        if kv.only_extent(start + length - 1) is not None:
+            ((k_KsH, v_KsH),) = kv.read(self.layer, start + length, part.kv_heads)
+            attend_whole(q_NtH, k_KsH, v_KsH, out_NtH)
+            return
+        # A single token of its own is read with the rest: one piece less to merge.
+        stored = kv.read(self.layer, start + length if length == 1 else start, part.kv_heads)
+        pieces = [attend(q_NtH, k_KsH, v_KsH, causal=False) for k_KsH, v_KsH in stored]
+        if length > 1:
             pieces.append(attend(q_NtH, k_KtH, v_KtH, causal=True))
-        self.finish(part, pieces)
+        out_NtH.copy_(merge(pieces)[0])
 
     def _heads(self, part: Part) -> slice:
+        """The query heads that share a part's key/value heads."""
         group = self.q_TNH.shape[1] // self.k_TKH.shape[1]
         return slice(part.kv_heads.start * group, part.kv_heads.stop * group)

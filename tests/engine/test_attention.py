@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.attention import kernels
+from engine.attention.blocks import BLOCK_QUERIES, attend_in_blocks
 from engine.attention.kernels import attend, decoder, merge
 from tests.engine.plain_attention import attend_plainly
 
@@ -46,6 +47,24 @@ def test_the_kernel_computes_the_definition(
     assert lse.shape == (3, queries)
     torch.testing.assert_close(out.float(), plain_out, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     torch.testing.assert_close(lse, plain_lse, atol=max(1e-5, TOLERANCE[dtype]), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, BLOCK_QUERIES - 1, BLOCK_QUERIES, 2 * BLOCK_QUERIES + 5])
+@pytest.mark.parametrize("past", [0, 1, 300])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (4, 1)])
+def test_blocks_compute_the_definition(
+    dtype: torch.dtype, queries: int, past: int, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a head or two at a time, as where there are many of them, or keys."""
+    q, k, v = (x.to(dtype) for x in made(7, heads, kv_heads, queries, past + queries, 16))
+    times = heads // kv_heads
+    plain = attend_plainly(q.float(), *(x.float().repeat_interleave(times, 0) for x in (k, v)), causal=True)[0]
+    for num_bytes in (1, 2 * 4 * times * BLOCK_QUERIES * k.shape[1], 1 << 30):
+        monkeypatch.setattr("engine.attention.blocks.BLOCK_BYTES", num_bytes)
+        out = torch.full((queries, heads, 16), math.nan, dtype=dtype).transpose(0, 1)
+        attend_in_blocks(q, k, v, out)
+        torch.testing.assert_close(out.float(), plain, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 def test_the_definition_is_pytorchs() -> None:
