@@ -21,8 +21,9 @@ from benchmarks.checkpoints import default_cache, make_checkpoint
 from engine import Generate, PassStats, PlanOptions, Request, SamplingParams, Shares
 from engine.devices.simulated import SimulatedDevice
 from engine.loading import load_engine
+from engine.memory import ring
 from engine.memory.spill import DiskTier
-from engine.units import GIB
+from engine.units import GIB, KIB
 from engine.weights.files import WeightFiles
 
 LINE = 1.15
@@ -63,14 +64,20 @@ CASES = {
     "weights on disk, KV cache on host": Case("0/0/100", 300e6, 500e6, "0/100/0", 500),
     "weights on host, KV cache on disk": Case("0/100/0", 200e6, 500e6, "0/0/100", 500),
 }
+_EIGHT: dict[str, Any] = {"weights": "100/0/0", "requests": 64, "micro_batches": 8}
+"""The way to the disk and back has five steps with compute, so five micro-batches are on it."""
 OF_ACTIVATIONS = {
-    "activations on host": Case("100/0/0", 1e12, 3e6, activations="host", requests=64, micro_batches=4),
-    "activations on disk": Case("100/0/0", 3e6, 6e6, activations="disk", requests=64, micro_batches=4),
+    "activations on host": Case(disk_speed=1e12, link_speed=1.5e6, activations="host", **_EIGHT),
+    "activations on disk": Case(disk_speed=1.5e6, link_speed=3e6, activations="disk", **_EIGHT),
     "activations on disk, which is as fast as the link": Case(
-        "100/0/0", 3e6, 3e6, activations="disk", requests=64, micro_batches=4
+        disk_speed=1.5e6, link_speed=1.5e6, activations="disk", **_EIGHT
     ),
-    "weights and activations on host": Case("0/100/0", 1e12, 200e6, activations="host", requests=128, micro_batches=4),
+    "weights and activations on host": Case(
+        disk_speed=1e12, link_speed=150e6, activations="host", **{**_EIGHT, "weights": "0/100/0"}
+    ),
 }
+PACED_BYTES = 256 * KIB
+"""Bytes of a copy: as small a part of a layer as the engine's 16 MiB are where a layer has a gigabyte."""
 
 
 @contextmanager
@@ -119,6 +126,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    ring.PACED_BYTES = PACED_BYTES
     ratios: dict[str, float] = {}
     for name, case in {**CASES, **OF_ACTIVATIONS}.items():
         passes = measure(case)

@@ -114,20 +114,23 @@ class PassModel:
         lane_seconds: dict[LaneName, float] = {LaneName.DEVICE_COMPUTE: compute_s, LaneName.HOST_COMPUTE: host_s}
         batch_bytes = self._hidden_bytes * tokens / batches
         waits_s, asked_s = 0.0, self._host_beside(host_s, layers_s)
-        # One micro-batch alone is written back before it can be fetched again.
-        overlaps = self._overlap.activations and batches > 1
+        overlaps, round_trips_s = self._overlap.activations, layers_s
         for lane in LINKS:
             rate = self._hardware.lanes[lane]
             kv_s = self._kv_seconds(lane, kv[lane], load, tokens)
             activations_s = rate.seconds(activations[lane], batch_bytes)
             lane_bytes[lane] = self._weight_bytes[lane] + kv[lane] + activations[lane]
             lane_seconds[lane] = self._weight_seconds[lane] + kv_s + activations_s
+            round_trips_s += activations_s
             waits_s += (0.0 if self._overlap.kv else kv_s) + (0.0 if overlaps else activations_s)
             if lane in (LaneName.DISK_READ, LaneName.HOST_TO_DEVICE):
                 asked_s = max(asked_s, kv_s)
         if not self._overlap.kv:
             waits_s += host_s
         seconds = self._longest(lane_seconds, compute_s + waits_s)
+        if self._plan.activation_slots:
+            # A micro-batch is written back before it can be fetched again, and has a buffer until then.
+            seconds = max(seconds, round_trips_s / min(batches, self._plan.activation_slots) + head_s)
         if self._host_attends:
             # One micro-batch's host attention runs beside another's products: with one alone, nothing does.
             asked_s = max(asked_s, (layers_s + host_s) / batches)

@@ -36,8 +36,6 @@ GROUP_BYTES, GROUP_BYTES_ON_CPU = 64 * MIB, 16 * MIB
 call, which few sequences would not be worth."""
 GROUP_SHARE = 1 / 32
 """A group takes at most this share of the device's budget."""
-ACTIVATION_SLOTS = 3
-"""One micro-batch's hidden states are fetched while another's are computed and a third's are written back."""
 LOGITS_BYTES = 64 * MIB
 
 
@@ -77,8 +75,7 @@ def resolve_plan(given: PlanInput) -> Plan:
     kept_here = store_bytes if facts.shares_host_memory else 0
     batch_bytes = micro_batch * shape.hidden_size * dtype.num_bytes
 
-    is_addressable = activations is TierName.DEVICE or (activations is TierName.HOST and facts.shares_host_memory)
-    activation_slots = 0 if is_addressable else ACTIVATION_SLOTS
+    activation_slots = _activation_slots(activations, shares_host_memory=facts.shares_host_memory)
 
     def buffer_bytes(kv_slots: int) -> int:
         return kv_slots * slot_bytes + kept_here if kv_slots else 0
@@ -168,6 +165,15 @@ def resolve_plan(given: PlanInput) -> Plan:
         host_attention=host_attends,
         other_bytes=fixed,
     )
+
+
+def _activation_slots(tier: TierName, *, shares_host_memory: bool) -> int:
+    """Buffers through which hidden states of ``tier`` pass: one for each step of the way there and back, compute among
+    them, so that every step has a micro-batch to work on; and one more, since no two steps take equally long."""
+    if tier is TierName.DEVICE or (tier is TierName.HOST and shares_host_memory):
+        return 0
+    links = 1 if tier is TierName.HOST or shares_host_memory else 2
+    return 2 * links + 2
 
 
 def fitting_plan(given: PlanInput) -> Plan | None:

@@ -273,9 +273,12 @@ def test_histograms_are_gathered_and_keep_their_requests() -> None:
 SMALL = model("opt-1.3b")
 
 
-def small_plan(weights: Shares = HOST, kv: Shares | None = None, micro_batches: int = 4, room: int = 40 * GIB) -> Plan:
+def small_plan(
+    weights: Shares = HOST, kv: Shares | None = None, micro_batches: int = 4, room: int = 40 * GIB,
+    activations: TierName = TierName.DEVICE,
+) -> Plan:  # fmt: skip
     options = PlanOptions(
-        weights=weights, kv=kv, micro_batch=512, micro_batches=micro_batches,
+        weights=weights, kv=kv, micro_batch=512, micro_batches=micro_batches, activations=activations,
         device_memory=8 * GIB, host_memory=room, disk_space=room,
     )  # fmt: skip
     facts = MachineFacts(0, 0, shares_host_memory=False)
@@ -506,3 +509,20 @@ def test_presets_know_what_this_engine_takes(name: str) -> None:
     percent, memory = int(told[1]), int(told[2])
     assert percent <= 100 * HOST_SHARE
     assert rate.fastest == pytest.approx(percent / 100 * memory * 1e9, rel=0.02)
+
+
+@pytest.mark.parametrize(("tier", "steps"), [(TierName.HOST, 3), (TierName.DISK, 5)])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 5, 8])
+def test_hidden_states_are_written_back_before_they_are_fetched_again(
+    tier: TierName, steps: int, micro_batches: int
+) -> None:
+    """With few micro-batches, lanes and compute wait for each other; with one for each step of the way, hardly."""
+    plan = small_plan(DEVICE, DEVICE, micro_batches, activations=tier)
+    assert plan.activation_slots == steps + 1
+    load = PassLoad(prompt_tokens=512 * micro_batches, prompt_segments=1)
+    cost = PassModel(T4, SMALL.shape, SMALL.stored(), plan).cost(load)
+    busy_s = cost.lane_seconds.values()
+    moved_s = [cost.lane_seconds[lane] for lane in LINKS if cost.lane_bytes[lane]]
+    assert len(moved_s) == steps - 1
+    expected = max(*busy_s, sum(busy_s) / min(micro_batches, steps + 1))
+    assert cost.seconds == pytest.approx(expected + T4.pass_overhead.value, rel=0.01)
