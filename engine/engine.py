@@ -40,6 +40,13 @@ from engine.weights.files import WeightFiles
 from engine.weights.manifest import TOKENIZER_NAME, read_manifest
 
 REJECTIONS_A_PASS = 256
+_WITH_MORE_RANGE = {
+    DType.FLOAT16: "give the worker --dtype bfloat16 or float32, or import the model anew if they are not in float32, "
+    "either",
+    DType.BFLOAT16: "give the worker --dtype float32, or import the model anew if they are not in that, either",
+    DType.FLOAT32: "its weights are at fault: import the model anew, from a checkpoint that is sound",
+}
+"""What to do about logits that are not finite, by the number type they are not finite in."""
 
 
 class Engine:
@@ -260,9 +267,7 @@ class Engine:
         return rejected(
             request,
             "not_finite",
-            f"the model's logits are not finite numbers in {self.plan.dtype}; give the worker --dtype "
-            f"{'bfloat16 or float32' if self.plan.dtype is DType.FLOAT16 else 'float32'}, or import the model anew if "
-            "they are not in float32, either",
+            f"the model's logits are not finite numbers in {self.plan.dtype}; {_WITH_MORE_RANGE[self.plan.dtype]}",
         )
 
     def _retire_all(self, progress: InProgress) -> None:

@@ -138,6 +138,7 @@ class Drain:
             store=self._store,
             prospects=self._prospects,
             aside=self._aside,
+            policy=self._policy,
             box=self._box,
             bell=self._bell,
             joblog=self._joblog,

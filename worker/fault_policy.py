@@ -3,11 +3,16 @@
 from collections.abc import Iterable, Sequence
 
 from storage.jobs import Job
+from storage.results import RequestResult
 from worker.aside import DEATHS_SPARED, LOADING, RUNNING, Aside
 from worker.bell import Bell
 from worker.faults import Blame, blame
 from worker.job_store import JobStore
 from worker.logs import BoundLogger
+
+FIRST_ROWS = 16
+"""So many rows of a job that all are ``not_finite`` are no chance: the others would be so, too."""
+_NOT_FINITE = "not_finite"
 
 
 class FaultPolicy:
@@ -47,6 +52,17 @@ class FaultPolicy:
             elif fault.wait_s:
                 extra = {"action": "aside", "model": model}
                 self._log.warning("left alone for %.0f s: %s", fault.wait_s, message, extra=extra)
+
+    def judge(self, results: Iterable[RequestResult]) -> None:
+        """After results were recorded: a job fails whose first rows all lack finite numbers, and no row does not.
+
+        Which they are is asked of the database, so that it is the same whoever computed them, and before which restart.
+        """
+        errors = ((result.job_id, *result.error) for result in results if result.error is not None)
+        reasons = {job_id: message for job_id, code, message in errors if code == _NOT_FINITE}
+        for job_id, message in sorted(reasons.items()):
+            if self._store.begins_with_errors(job_id, _NOT_FINITE, FIRST_ROWS):
+                self._fail(self._store.jobs([job_id]), f"its first {FIRST_ROWS} rows all are errors: {message}")
 
     def _fail(self, jobs: Iterable[Job], message: str) -> None:
         for job in jobs:

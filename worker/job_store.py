@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from storage.beginning import begins_with_errors
 from storage.claims import (
     ClaimedRequest,
     claim,
@@ -59,6 +60,10 @@ class JobStore:
     def only_suspects(self, job_ids: Sequence[int]) -> set[int]:
         """Those whose waiting rows were all in a crash."""
         return self._patiently(lambda: only_suspects(self._database, job_ids))
+
+    def begins_with_errors(self, job_id: int, code: str, number: int) -> bool:
+        """Whether so many first rows of an unfinished job all are errors of this code, and none has a result."""
+        return self._patiently(lambda: begins_with_errors(self._database, job_id, code, number))
 
     def note_plan(self, job_id: int, plan: dict[str, Any]) -> None:
         """What the job's rows are computed under from now on."""

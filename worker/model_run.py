@@ -13,6 +13,7 @@ from storage.jobs import Job
 from worker.aside import Aside
 from worker.bell import Bell
 from worker.blackbox import BlackBox
+from worker.fault_policy import FaultPolicy
 from worker.feed import Feed, Refill
 from worker.job_store import JobStore
 from worker.joblog import JobLog
@@ -37,6 +38,7 @@ class ModelRun:
         store: JobStore,
         prospects: Prospects,
         aside: Aside,
+        policy: FaultPolicy,
         box: BlackBox,
         bell: Bell,
         joblog: JobLog,
@@ -52,6 +54,7 @@ class ModelRun:
         self._store = store
         self._prospects = prospects
         self._aside = aside
+        self._policy = policy
         self._box = box
         self._bell = bell
         self._joblog = joblog
@@ -91,7 +94,7 @@ class ModelRun:
                 began_at = self._clock()
                 if began_at - committed_at >= _COMMIT_S or not self._ledger.jobs:
                     self.commit()
-                    self._drop_cancelled(feed)
+                    self._drop_unwanted(feed)
                     committed_at = began_at
                     if began_at - reconciled_at >= self._reconcile_s:
                         self._reconcile(feed)
@@ -102,10 +105,11 @@ class ModelRun:
         self.commit()
 
     def commit(self) -> None:
-        """Record what is computed."""
+        """Record what is computed, and fail a job that this shows to be hopeless."""
         results, passes = self._ledger.take()
         if results or passes:
             self._store.record(results, passes)
+            self._policy.judge(results)
         if passes and self._aside.is_any:
             for job in self._store.jobs({result.job_id for result in results}):
                 self._aside.clear(job.model)
@@ -171,12 +175,12 @@ class ModelRun:
             except ValueError as error:
                 self._ledger.refuse(key, "invalid_request", str(error))
 
-    def _drop_cancelled(self, feed: Feed) -> None:
+    def _drop_unwanted(self, feed: Feed) -> None:
         if not self._ledger.jobs:
             return
         for job_id in sorted(self._store.cancelled(self._ledger.jobs)):
             dropped = self._forget(feed, JobKeys([job_id]))
-            self._log.info("dropped %d rows: cancelled", dropped, extra={"action": "cancel", "job": job_id})
+            self._log.info("dropped %d rows: their job has ended", dropped, extra={"action": "cancel", "job": job_id})
 
     def _reconcile(self, feed: Feed) -> None:
         """What the database thinks that we run, and what we do run, made equal.

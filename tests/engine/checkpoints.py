@@ -1,7 +1,9 @@
 """Random OPT checkpoints with a tokenizer of their own, as Hugging Face folders, and their oracle."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -75,6 +77,28 @@ def make_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, **changes:
     model.save_pretrained(folder)
     make_tokenizer(folder)
     return Checkpoint(folder, model)
+
+
+def make_poisoned(folder: Path, token: str, **changes: Any) -> None:
+    """A checkpoint that gives no finite numbers for any sequence with this token in it, and says the token to nobody.
+
+    The embedding that its logits come from is another one: otherwise no sequence at all would have any.
+    """
+    model = make_checkpoint(folder, tie_word_embeddings=False, **changes).model
+    token_id = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(token)
+    with torch.no_grad():
+        model.model.decoder.embed_tokens.weight[token_id] = math.nan
+        model.lm_head.weight[token_id] = 0.0
+    model.save_pretrained(folder)
+
+
+def make_overflowing(folder: Path, **changes: Any) -> None:
+    """A checkpoint whose weights have a value in float16 and whose last layer's output has none there."""
+    model = make_checkpoint(folder, **changes).model
+    with torch.no_grad():
+        weight = model.model.decoder.layers[-1].fc2.weight
+        weight *= 60_000 / weight.abs().max()
+    model.save_pretrained(folder)
 
 
 def unit_of(manifest: Manifest, name: str) -> UnitEntry:
