@@ -1,6 +1,5 @@
 """From a stored payload to an engine request, and from an engine output to a stored row."""
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -85,28 +84,17 @@ def to_request(
 
 
 def to_row(output: Output) -> Row:
-    """What is stored of an engine output, in the shapes that ``fetch`` hands out."""
+    """What is stored of an engine output, in the shapes that ``fetch`` hands out.
+
+    Its numbers are finite, as JSON's are: the engine rejects what has others.
+    """
     result = output.result
     if isinstance(result, Generation):
         return Row(GenerateOutput(text=result.text, finish_reason=str(result.finish_reason)), None)
     if isinstance(result, Scoring):
         tokens = [ScoredToken(id=token.id, text=token.text, logprob=token.logprob) for token in result.tokens]
-        return _finite(
-            ScoreOutput(logprob=result.logprob, is_greedy=result.is_greedy, tokens=tokens),
-            [result.logprob, *(token.logprob for token in result.tokens)],
-        )
+        return Row(ScoreOutput(logprob=result.logprob, is_greedy=result.is_greedy, tokens=tokens), None)
     if isinstance(result, Choice):
-        chosen = ChooseOutput(label=result.label, logprobs=dict(result.logprobs))
-        return _finite(chosen, list(result.logprobs.values()))
+        return Row(ChooseOutput(label=result.label, logprobs=dict(result.logprobs)), None)
     assert isinstance(result, Rejection)
     return Row(None, (result.code, result.message))
-
-
-def _finite(output: Mapping[str, Any], logprobs: list[float]) -> Row:
-    # JSON has no infinities, and a NaN would be believed: better a row that says so.
-    if all(math.isfinite(logprob) for logprob in logprobs):
-        return Row(output, None)
-    return Row(
-        None,
-        ("not_finite", "the model gave a log-probability that is not a finite number; try --dtype float32 or bfloat16"),
-    )

@@ -13,6 +13,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from engine.weights.manifest import Manifest, UnitEntry
 
 VOCABULARY = 512
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
 SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -52,14 +53,19 @@ class Checkpoint:
 def make_tokenizer(folder: Path) -> None:
     """A byte-level tokenizer whose every id below the vocabulary has a text, with OPT's special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<s>", "<pad>", "</s>", "<unk>", *alphabet]
+    names = [*SPECIAL_TOKENS, *alphabet]
     names += [f"{a}{b}" for a in alphabet[:40] for b in alphabet[:40]][: VOCABULARY - len(names)]
-    merges = [(name[0], name[1]) for name in names[4 + len(alphabet) :]]
+    merges = [(name[0], name[1]) for name in names[len(SPECIAL_TOKENS) + len(alphabet) :]]
     tokenizer = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def token_of(letter: str) -> int:
+    """The token of an ASCII letter that the tokenizer joins with no other: a small one."""
+    return len(SPECIAL_TOKENS) + sorted(pre_tokenizers.ByteLevel.alphabet()).index(letter)
 
 
 def make_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Checkpoint:
@@ -79,16 +85,15 @@ def make_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, **changes:
     return Checkpoint(folder, model)
 
 
-def make_poisoned(folder: Path, token: str, **changes: Any) -> None:
-    """A checkpoint that gives no finite numbers for any sequence with this token in it, and says the token to nobody.
+def make_poisoned(folder: Path, letter: str, **changes: Any) -> None:
+    """A checkpoint that gives no finite numbers for any sequence with this letter in it, and says the letter to nobody.
 
     The embedding that its logits come from is another one: otherwise no sequence at all would have any.
     """
     model = make_checkpoint(folder, tie_word_embeddings=False, **changes).model
-    token_id = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(token)
     with torch.no_grad():
-        model.model.decoder.embed_tokens.weight[token_id] = math.nan
-        model.lm_head.weight[token_id] = 0.0
+        model.model.decoder.embed_tokens.weight[token_of(letter)] = math.nan
+        model.lm_head.weight[token_of(letter)] = 0.0
     model.save_pretrained(folder)
 
 

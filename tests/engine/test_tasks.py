@@ -1,5 +1,6 @@
 """From requests to sequences and back: joining, limits, ends, and what is counted. No model is run."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -221,6 +222,17 @@ def test_one_token_that_is_not_greedy_makes_the_score_not_greedy(tokenizer: Toke
     result = progress.output().result
     assert isinstance(result, Scoring)
     assert not result.is_greedy
+
+
+def test_sums_of_finite_numbers_are_finite(tokenizer: Tokenizer) -> None:
+    """The engine looks at the float32 of each token alone: their sum, which has more range, cannot overflow."""
+    roomy = replace(SHAPE, max_positions=100_002)
+    lowest = [-3.4028234663852886e38] * 100_000
+    score = scored(started(Score("a", "b" * len(lowest)), tokenizer, roomy), lowest).result
+    choice = scored(started(Choose("a", ("b" * len(lowest),)), tokenizer, roomy), [-1.0, *lowest]).result
+    assert isinstance(score, Scoring)
+    assert isinstance(choice, Choice)
+    assert all(math.isfinite(logprob) for logprob in (score.logprob, *choice.logprobs.values()))
 
 
 def test_an_empty_context_is_bos(tokenizer: Tokenizer, without_bos: Tokenizer) -> None:

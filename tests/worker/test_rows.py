@@ -80,15 +80,6 @@ def test_an_output_is_stored_in_the_contracts_shape(result: object, row: Row) ->
     assert to_row(Output(KEY, result, 1, 1)) == row  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-def test_what_json_cannot_say_becomes_an_error_row(bad: float) -> None:
-    row = to_row(Output(KEY, Choice("x", {"x": bad, "y": -1.0}), 1, 0))
-
-    assert row.output is None
-    assert row.error is not None
-    assert row.error[0] == "not_finite"
-
-
 def test_the_keys_of_some_jobs() -> None:
     keys = JobKeys({3})
 
