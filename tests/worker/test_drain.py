@@ -362,10 +362,10 @@ def test_a_model_that_is_found_damaged_in_the_middle_fails_its_job_and_the_worke
     streamed = tmp_path / "streamed"
     shutil.copytree(tiny_model, streamed)
     bench.placement = replace(bench.placement, weights=Shares(0, 0, 100))
-    bench.drain.preload(str(streamed))
     layer = streamed / "layer.1.bin"
     whole = layer.read_bytes()
-    layer.write_bytes(bytes(len(whole)))
+    layer.write_bytes(bytes(len(whole)))  # before anything is read ahead: a layer is looked at the first time only
+    bench.drain.preload(str(streamed))
     bad = bench.enqueue(streamed, prompts(40), priority=9)
     good = bench.enqueue(tiny_model, prompts(3))
 
