@@ -52,7 +52,7 @@ def measure(
     """
     facts = facts_of(device)
     effort = effort or (ON_GPU if device.torch_device.type == "cuda" else FULL)
-    dtypes = _dtypes(device, facts)
+    dtypes = _dtypes(facts)
     if options is not None:
         effort = within(effort, measuring_budgets(options, facts, folder), dtypes, facts, device.name)
     effort = replace(effort, stopped=stop)
@@ -70,10 +70,10 @@ def measure(
                 measured.append(width_of(device, width, dtypes, found, share, scratch, effort))
                 share = measured[-1].width.matmul[dtypes[0]].busy_share
             say("links")
-            writes = disk_writes(scratch, effort)
             to_device, to_host = (
                 copies(device, lane, effort) for lane in (LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
             )
+        writes = disk_writes(scratch, effort)
     widths, spills = [each.width for each in measured], [each.spilled for each in measured]
     from_disk = [each.streamed for each in measured if each.streamed is not None]
     reads += [(float(each.layer_bytes), each.read_rate) for each in from_disk]
@@ -124,10 +124,10 @@ def _on_host(hosts: Sequence[OnHost]) -> Rate:
     return replace(_merged(each.points for each in hosts), busy_share=median(each.busy_share for each in hosts))
 
 
-def _dtypes(device: Device, facts: MachineFacts) -> tuple[DType, ...]:
-    """Those that the device computes in, the best first."""
+def _dtypes(facts: MachineFacts) -> tuple[DType, ...]:
+    """Those that the device computes in, the best first: a card's begin with float16."""
     of_gpus = (DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32)
-    dtypes = of_gpus if device.torch_device.type == "cuda" else (DType.BFLOAT16, DType.FLOAT32)
+    dtypes = of_gpus if facts.capability is not None else (DType.BFLOAT16, DType.FLOAT32)
     return tuple(dtype for dtype in dtypes if kernel_for(dtype, facts.capability) is not None)
 
 

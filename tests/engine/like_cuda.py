@@ -1,16 +1,38 @@
 """CUDA where there is none: a device that copies as CUDA does, and CUDA's own device on streams that are stubs."""
 
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from engine.attention.table import Capability
 from engine.devices import cuda
 from engine.devices.cuda import CudaDevice
 from engine.devices.simulated import SimulatedDevice, poison
+from engine.dtypes import DType
 from engine.memory.device import Pieces
 from engine.memory.lane import Event, LaneName, Reached
+
+
+class Card(NamedTuple):
+    """A GPU's compute capability, which says what kernels it has, and a number type to compute in."""
+
+    capability: Capability | None
+    dtype: DType
+
+
+CARDS = {
+    "7.5 in float16": Card((7, 5), DType.FLOAT16),
+    "8.0 in float16": Card((8, 0), DType.FLOAT16),
+    "8.0 in bfloat16": Card((8, 0), DType.BFLOAT16),
+}
+"""A T4, whose attention is the memory-efficient kernel, and the first card that has flash attention; in all that they
+have of half precision."""
+ROUNDING = {DType.FLOAT32: 1e-4, DType.FLOAT16: 0.02, DType.BFLOAT16: 0.15}
+"""How far sums of ten or so log-probabilities may be from each other: pieces of a sequence's keys that are merged, and
+attention on the host, round otherwise."""
 
 
 class LikeCuda(SimulatedDevice):
@@ -19,7 +41,7 @@ class LikeCuda(SimulatedDevice):
     It has the kernels of a card: see ``engine.attention.table``.
     """
 
-    def __init__(self, capability: tuple[int, int] | None = None) -> None:
+    def __init__(self, capability: Capability | None = None) -> None:
         super().__init__()
         self.capability = capability
 

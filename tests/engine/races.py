@@ -20,11 +20,13 @@ from itertools import chain
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from engine.attention import elsewhere, host_attention
 from engine.attention.pages import PageTable, attend_pages
+from engine.attention.table import Capability
 from engine.devices.simulated import SimulatedDevice
 from engine.memory import closing
 from engine.memory.device import Pieces
@@ -311,10 +313,16 @@ class _LanePoint:
 
 
 class CheckedDevice(SimulatedDevice):
-    """Writes down what is done on it and beside it; see ``watching``."""
+    """Writes down what is done on it and beside it; see ``watch``.
 
-    def __init__(self, trace: Trace) -> None:
+    It has the kernels of a card, and orders copies as CUDA's device does: those of one lane and one thread follow each
+    other, since they are given to one stream; those of two threads share a link and no stream, so that nothing says
+    which of them is first.
+    """
+
+    def __init__(self, trace: Trace, capability: Capability | None = None) -> None:
         super().__init__()
+        self.capability = capability
         self._trace = trace
 
     def allocate(self, num_bytes: int) -> Tensor:
@@ -399,8 +407,10 @@ class _Watch(TorchDispatchMode):
         }
         storages = {tensor.untyped_storage().data_ptr() for tensor in given}
         made = [each for each in tensors_in(result) if each.untyped_storage().data_ptr() not in storages]
-        if not made and not written and tensors_in(result):
-            return result  # a view touches nothing
+        if (not made and not written and tensors_in(result)) or torch.Tag.inplace_view in func.tags:
+            # A view touches nothing, be it another tensor or the same. ``torch.tensor`` ends with the latter, in memory
+            # of the host that nobody has heard of, where perhaps a tensor lay that a lane copied from.
+            return result
         self._trace.follow(COMPUTE, host())
         for tensor in given:
             self._trace.access(COMPUTE, tensor, name, writes=id(tensor) in written)
@@ -409,7 +419,7 @@ class _Watch(TorchDispatchMode):
         return result
 
 
-def watch(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> CheckedDevice:
+def watch(trace: Trace, monkeypatch: pytest.MonkeyPatch, capability: Capability | None = None) -> CheckedDevice:
     """A device, with lanes, files and the release of memory written down, too."""
     submit, close, read_unit, put = ThreadLane.submit, ThreadLane.close, WeightFiles.read_unit, elsewhere.put
     write, read, release, unpack = DiskTier.write, DiskTier.read, Block.release, WeightFiles.unpack
@@ -487,4 +497,4 @@ def watch(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> CheckedDevice:
     monkeypatch.setattr(DiskTier, "write", write_watched)
     monkeypatch.setattr(DiskTier, "read", read_watched)
     monkeypatch.setattr(Block, "release", release_watched)
-    return CheckedDevice(trace)
+    return CheckedDevice(trace, capability)

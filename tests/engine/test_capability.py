@@ -107,6 +107,6 @@ def test_a_card_is_asked_what_it_is(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (GIB, 2 * GIB))
     found = facts_of(device)
     assert found.capability == capability
-    assert _dtypes(device, found) == (
+    assert _dtypes(found) == (
         (DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32) if has_bfloat16 else (DType.FLOAT16, DType.FLOAT32)
     )

@@ -21,12 +21,13 @@ from engine.planner.plan import PlanOptions
 from engine.planner.profiles import load_hardware
 from engine.planner.search import search
 from engine.planner.workload import Workload
-from engine.request import Generate, Request, SamplingParams
+from engine.request import Generate, Request, SamplingParams, Score, Scoring
 from engine.tiers import Shares, TierName
 from engine.units import MIB
 from engine.weights.importers.huggingface import import_checkpoint
 from tests.engine.checkpoints import make_checkpoint
-from tests.engine.like_cuda import LikeCuda, stubbed_cuda
+from tests.engine.like_cuda import CARDS, ROUNDING, Card, LikeCuda, stubbed_cuda
+from tests.engine.planned import WIDE, decide_by_measuring
 
 
 def test_an_engine_loads_for_a_workload_by_measuring_first(
@@ -49,6 +50,29 @@ def test_an_engine_loads_for_a_workload_by_measuring_first(
     assert decision.hardware is not None
     with Engine.load(tiny_model, decision.plan, device=device, expects=decision.expects) as engine:
         assert len(list(engine.run(requests))) == 6
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_a_card_plans_by_what_it_measured_and_computes_what_it_would_with_all_on_the_device(
+    card: Card, tmp_path: Path
+) -> None:
+    make_checkpoint(tmp_path / "hf", **WIDE)
+    import_checkpoint(tmp_path / "hf", tmp_path / "model", dtype=card.dtype)
+    requests = [Request(length, Score("a b c d " * length, " and so on")) for length in (1, 5, 20, 40)]
+    device = LikeCuda(card.capability)
+    decision = decide_by_measuring(tmp_path / "model", requests, device, tmp_path)
+    found = []
+    for engine in (
+        Engine.load(tmp_path / "model", decision.plan, device=device, expects=decision.expects),
+        load_engine(tmp_path / "model", PlanOptions(device_memory=64 * MIB), device=LikeCuda(card.capability)),
+    ):
+        with engine:
+            assert engine.plan.dtype == card.dtype
+            outputs = list(engine.run(requests))
+            engine.check_integrity()
+        found.append({output.key: output.result.logprob for output in outputs if isinstance(output.result, Scoring)})
+    assert len(found[0]) == len(requests)
+    assert found[0] == pytest.approx(found[1], abs=ROUNDING[card.dtype])
 
 
 @pytest.mark.parametrize("made_in_inference_mode", [False, True])

@@ -6,17 +6,26 @@ The waits are found in the source, so that a new one is held to the same.
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 import engine
-from engine import PlanOptions
+from engine import Engine, PlanOptions
+from engine.attention.table import Kernel, kernel_for
+from engine.dtypes import DType
 from engine.loading import load_engine
+from engine.memory import ring
 from engine.memory.lane import REACHED, LaneName, ThreadLane
+from engine.units import KIB
+from engine.weights.importers.huggingface import import_checkpoint
+from tests.engine.checkpoints import make_checkpoint
+from tests.engine.like_cuda import CARDS, Card
 from tests.engine.placements import BESIDE_A_DEVICE, PLACEMENTS, options_of
+from tests.engine.planned import WIDE, decide_by_measuring
 from tests.engine.races import CheckedDevice, Position, Trace, watch
-from tests.engine.test_late import make_models, requests
+from tests.engine.test_late import requests
 
 ROOT = Path(engine.__file__).parent
 NOT_WAITS_OF_THE_SCHEDULE = (
@@ -29,7 +38,10 @@ NOT_FOR_SAFETY = {
     "memory/ring.py:Ring._copy_in: given.popleft().wait()",
 }
 """Where memory would be safe without: what a run has moved is counted when it has ended; and large copies are paced."""
+PACED_BYTES = 16 * KIB
+"""So few that copies of these small models are made in several pieces, as those of large ones are."""
 NARROW = "weights cast as they are staged"
+PLACED = (*PLACEMENTS, *BESIDE_A_DEVICE, NARROW)
 
 
 def is_wait(node: ast.Call) -> bool:
@@ -70,42 +82,80 @@ def waits() -> dict[str, list[Position]]:
     return found
 
 
-def options(name: str) -> PlanOptions:
+def options(name: str, dtype: DType) -> PlanOptions:
     # More micro-batches than a ring has buffers, so that each buffer is used again within a pass.
-    more = {"micro_batch": 24, "micro_batches": 4, "extent_tokens": 16}
-    return options_of("all-device", dtype="float32", **more) if name == NARROW else options_of(name, **more)
+    more = {"micro_batch": 24, "micro_batches": 4, "extent_tokens": 16, "dtype": dtype}
+    return options_of("all-device" if name == NARROW else name, **more)
 
 
 @pytest.fixture(scope="module")
-def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trace]:
-    """What is done under each placement, loading and closing included."""
-    models = make_models(tmp_path_factory.mktemp("races"))
-    found = {}
-    for name in (*PLACEMENTS, *BESIDE_A_DEVICE, NARROW):
-        found[name] = Trace()
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            load_engine(
-                models["narrow" if name == NARROW else "model"], options(name), device=watch(found[name], patch)
-            ) as loaded,
-        ):
-            assert len(list(loaded.run(requests()))) == 3
-    return found
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a model that is larger than what else a plan needs."""
+    return make_checkpoint(tmp_path_factory.mktemp("races") / "wide", **WIDE).folder
 
 
-@pytest.mark.parametrize("name", [*PLACEMENTS, *BESIDE_A_DEVICE, NARROW])
-def test_nothing_races(name: str, traces: dict[str, Trace]) -> None:
-    assert [str(race) for race in traces[name].races(most=5)] == []
+class Traced(NamedTuple):
+    """What was done on a card under each placement, loading and closing included."""
+
+    card: Card
+    traces: dict[str, Trace]
 
 
-def test_without_any_one_wait_something_does(traces: dict[str, Trace]) -> None:
+@pytest.fixture(scope="module", params=[Card(None, DType.FLOAT32), *CARDS.values()], ids=["no card", *CARDS])
+def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    card: Card = request.param
+    folder = tmp_path_factory.mktemp("races")
+    other = DType.FLOAT32 if card.dtype is DType.BFLOAT16 else DType.BFLOAT16
+    make_checkpoint(folder / "hf", num_hidden_layers=4)
+    for dtype in (card.dtype, other):
+        import_checkpoint(folder / "hf", folder / dtype, dtype=dtype)
+    traces = {}
+    for name in PLACED:
+        traces[name] = Trace()
+        model_dir = folder / (other if name == NARROW else card.dtype)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ring, "PACED_BYTES", PACED_BYTES)
+            device = watch(traces[name], patch, card.capability)
+            with load_engine(model_dir, options(name, card.dtype), device=device) as loaded:
+                assert len(list(loaded.run(requests()))) == 3
+    return Traced(card, traces)
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_nothing_races(name: str, traced: Traced) -> None:
+    assert [str(race) for race in traced.traces[name].races(most=5)] == []
+
+
+def test_without_any_one_wait_something_does(traced: Traced) -> None:
+    """On each card by itself, since each attends with a kernel of its own."""
+    waited = set().union(*(trace.positions() for trace in traced.traces.values()))
+    never = {name for name, positions in waits().items() if not waited.issuperset(positions)}
+    assert never == set(), "no placement waits there"
     superfluous = {
         name
         for name, positions in waits().items()
         for position in positions
-        if not any(trace.races(without=position) for trace in traces.values())
+        if not any(trace.races(without=position) for trace in traced.traces.values())
     }
-    assert superfluous == NOT_FOR_SAFETY, "not needed, or not seen under any placement"
+    assert superfluous == NOT_FOR_SAFETY, "not needed"
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_nothing_races_where_the_machine_is_measured_and_the_plan_searched_for(
+    card: Card, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_checkpoint(wide, tmp_path / "model", dtype=card.dtype)
+    trace = Trace()
+    device = watch(trace, monkeypatch, card.capability)
+    decision = decide_by_measuring(tmp_path / "model", requests(), device, tmp_path)
+    with Engine.load(tmp_path / "model", decision.plan, device=device, expects=decision.expects) as loaded:
+        assert loaded.plan.dtype == card.dtype
+        assert len(list(loaded.run(requests()))) == 3
+    assert [str(race) for race in trace.races(most=5)] == []
+
+
+def test_the_cards_attend_with_either_kernel() -> None:
+    assert {kernel_for(card.dtype, card.capability) for card in CARDS.values()} == set(Kernel)
 
 
 def test_the_waits_are_found() -> None:
@@ -123,6 +173,40 @@ def test_two_copies_to_the_same_bytes_need_an_order(in_order: bool) -> None:
     up = device.copy(LaneName.HOST_TO_DEVICE, [(memory[:48], host[:48])], ready)
     device.copy(LaneName.DEVICE_TO_HOST, [(host[48:], memory[40:56])], up if in_order else ready)
     assert bool(trace.races()) is not in_order
+
+
+@pytest.mark.parametrize("one_thread", [True, False])
+def test_copies_of_one_lane_are_in_order_if_one_thread_gave_them(
+    one_thread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with CUDA's streams, which are a thread's own: that they share a link orders nothing."""
+    trace = Trace()
+    device = watch(trace, monkeypatch)
+    memory, host = device.allocate(64), device.allocate_host(64)
+    ready = device.compute_mark()
+
+    def copy() -> None:
+        device.copy(LaneName.HOST_TO_DEVICE, [(memory, host)], ready)
+
+    copy()
+    if one_thread:
+        copy()
+    else:
+        lane = ThreadLane(LaneName.HOST_TO_DEVICE)
+        lane.submit(copy)
+        lane.close()
+    assert bool(trace.races()) is not one_thread
+
+
+@pytest.mark.parametrize("touches", [True, False])
+def test_a_view_touches_nothing_though_it_is_made_in_place(touches: bool) -> None:
+    trace = Trace()
+    device = CheckedDevice(trace)
+    memory, host = device.allocate(64), device.allocate_host(64)
+    device.copy(LaneName.DEVICE_TO_HOST, [(host, memory)], device.compute_mark())
+    with device.computing():
+        memory.add_(1) if touches else memory.unsqueeze_(0)
+    assert bool(trace.races()) is touches
 
 
 @pytest.mark.parametrize("waited", [True, False])
