@@ -104,10 +104,13 @@ class PassModel:
         """Seconds of one pass, lane by lane."""
         tokens = load.tokens
         batches = max(1, math.ceil(tokens / self._plan.micro_batch - 1e-9))
+        batch_tokens = float(self._plan.micro_batch)
         if self._host_attends and self._plan.micro_batches > 1 and load.decode_tokens > 1:
-            batches = max(2, batches)  # dealt out, so that one's attention goes on beside another's products
+            # Dealt out evenly, so that one's attention goes on beside another's products.
+            batches = max(2, batches)
+            batch_tokens = tokens / batches
         head_s = self._in_parts(self._head, self._head_flops, load.logits_rows, self._plan.logits_rows)
-        layers_s, host_s = self._layer_seconds(load, tokens, batches)
+        layers_s, host_s = self._layer_seconds(load, batches, batch_tokens)
         compute_s = layers_s + head_s
         kv, activations = self._link_bytes(load, tokens)
         lane_bytes: dict[LaneName, float] = {}
@@ -152,15 +155,18 @@ class PassModel:
         return host_s + min(host_s / share, layers_s) * (1 - share)
 
     @staticmethod
-    def _in_parts(rate: Rate, flops: float, number: float, most: int) -> float:
+    def _in_parts(rate: Rate, flops: float, number: float, most: float) -> float:
         """Seconds of ``number`` tokens or rows of ``flops`` each, in parts of at most ``most`` and a last one."""
         full, rest = divmod(number, most)
         return rate.seconds(full * most * flops, most) + rate.seconds(rest * flops, rest)
 
-    def _layer_seconds(self, load: PassLoad, tokens: float, batches: int) -> tuple[float, float]:
-        """Busy seconds of the device and of the host, between the first layer and the last."""
+    def _layer_seconds(self, load: PassLoad, batches: int, batch_tokens: float) -> tuple[float, float]:
+        """Busy seconds of the device and of the host, between the first layer and the last.
+
+        ``batch_tokens``: of every micro-batch but a smaller one at the end.
+        """
         hardware, layers = self._hardware, self._shape.num_layers
-        compute_s = self._in_parts(self._matmul, self._layer_flops, tokens, self._plan.micro_batch)
+        compute_s = self._in_parts(self._matmul, self._layer_flops, load.tokens, batch_tokens)
         pair_flops = 4 * self._shape.num_heads * self._shape.head_size * layers
         prompt_length = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 0.0
         compute_s += self._prompt_attention.seconds(pair_flops * load.prompt_pairs, prompt_length)
