@@ -6,6 +6,7 @@ watched by a signal and memory by the limit of the process's address space; what
 millions of digits, is refused before it is computed.
 """
 
+import gc
 import resource
 import signal
 import threading
@@ -127,6 +128,9 @@ class Bounds:
     def _run_in_time(self, compute: Callable[[], Result]) -> Result:
         # The time that is computed, not that of a clock: a busy or a sleeping machine is nobody's fault.
         before = signal.signal(signal.SIGPROF, self._expire)
+        # Nor is anybody's garbage this row's: its finalizers would swallow what the signal raises, and end half done.
+        collects = gc.isenabled()
+        gc.disable()
         try:
             # The signal may come anywhere between these lines: then the outer one catches it.
             try:
@@ -141,6 +145,8 @@ class Bounds:
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.signal(signal.SIGPROF, before)
+            if collects:
+                gc.enable()
 
     def _expire(self, number: int, frame: FrameType | None) -> None:
         if self._running:

@@ -1,8 +1,10 @@
+import gc
 import os
 import resource
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,23 @@ def test_a_template_that_takes_too_long_is_stopped_and_names_the_limit(template:
     with pytest.raises((RowFault, TemplateFault), match=r"takes too long: the limit is 0\.2 s \(OVERNIGHT_RENDER_S"):
         PromptTemplate(template, BRIEF).render({})
     assert time.process_time() - before < 2
+
+
+@pytest.mark.parametrize("template", ["{{ range(9999) | batch(1) | list | length }}", SLOW[2]])
+def test_nobody_elses_garbage_is_collected_meanwhile(template: str) -> None:
+    """A finalizer would swallow what ends a template, and be left half done by it."""
+    collected: list[str] = []
+    gc.callbacks.append(lambda phase, _: collected.append(phase) if phase == "start" else None)
+    try:
+        prompt = PromptTemplate(template, BRIEF)
+        gc.collect()
+        collected.clear()
+        with suppress(RowFault, TemplateFault):
+            prompt.render({})
+        assert collected == []
+    finally:
+        gc.callbacks.pop()
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize(
