@@ -67,10 +67,10 @@ CASES = {
 _EIGHT: dict[str, Any] = {"weights": "100/0/0", "requests": 64, "micro_batches": 8}
 """The way to the disk and back has five steps with compute, so five micro-batches are on it."""
 OF_ACTIVATIONS = {
-    "activations on host": Case(disk_speed=1e12, link_speed=1.5e6, activations="host", **_EIGHT),
-    "activations on disk": Case(disk_speed=1.5e6, link_speed=3e6, activations="disk", **_EIGHT),
+    "activations on host": Case(disk_speed=1e12, link_speed=1e6, activations="host", **_EIGHT),
+    "activations on disk": Case(disk_speed=1e6, link_speed=2e6, activations="disk", **_EIGHT),
     "activations on disk, which is as fast as the link": Case(
-        disk_speed=1.5e6, link_speed=1.5e6, activations="disk", **_EIGHT
+        disk_speed=1e6, link_speed=1e6, activations="disk", **_EIGHT
     ),
     "weights and activations on host": Case(
         disk_speed=1e12, link_speed=150e6, activations="host", **{**_EIGHT, "weights": "0/100/0"}
@@ -111,7 +111,7 @@ def measure(case: Case) -> list[PassStats]:
         micro_batches=case.micro_batches, device="simulated", activations=case.activations, disk_dir=default_cache(),
     )  # fmt: skip
     # Prompts that begin late must still be there when the last has begun.
-    sampling = SamplingParams(max_new_tokens=8 if case.micro_batches == 1 else 40, ignore_eos=True)
+    sampling = SamplingParams(max_new_tokens=8 if case.micro_batches == 1 else 24, ignore_eos=True)
     device = SimulatedDevice(bytes_per_second=case.link_speed)
     requests = [Request(index, Generate("w9 " * case.words, sampling)) for index in range(case.requests)]
     with load_engine(checkpoint.model_dir, options, device=device) as engine, throttled_disk(case.disk_speed):

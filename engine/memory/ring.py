@@ -89,7 +89,7 @@ class _Slot:
     """The last that it was begun for."""
     filled: LaneEvent | None = None
     ready: Event = REACHED
-    """The device's buffer holds what was fetched; known once ``filled`` was waited for."""
+    """The device's buffer is free and holds what was fetched; known once ``filled`` was waited for."""
     left: Event = REACHED
     """Nobody needs the device's buffer for the last item any more."""
     file_left: Event = REACHED
@@ -135,7 +135,9 @@ class Ring:
         self._device = device = memory.device
         self._traffic = memory.traffic
         # Threads of its own: a large item that waits for a buffer must not hold up a small one of another ring.
-        self._fetching = ThreadLane(LaneName.DISK_READ if from_files else LaneName.HOST_TO_DEVICE)
+        # Two, so that what is read and what is copied go on at the same time, however many pieces a copy is made in.
+        self._reading = ThreadLane(LaneName.DISK_READ)
+        self._copying = ThreadLane(LaneName.HOST_TO_DEVICE)
         self._writing = ThreadLane(LaneName.DISK_WRITE)
         self._slots: list[_Slot] = []
         self._order: Iterator[Item] = iter(())
@@ -210,7 +212,8 @@ class Ring:
         blocks = [block for slot in self._slots for block in (slot.device, slot.host) if block is not None]
         run_all(
             [
-                self._fetching.close,
+                self._reading.close,
+                self._copying.close,
                 self._writing.close,
                 self.settle,
                 self._forget,
@@ -248,28 +251,34 @@ class Ring:
         if slot.item is item and item.changed is None:
             return  # nothing else was in the buffer since
         slot.item = item
-        slot.filled = self._fetching.submit(lambda: self._fill(item, slot, stored))
-
-    def _fill(self, item: Item, slot: _Slot, stored: Event) -> None:
-        """On the lane: fetch an item into its buffer."""
         place = item.place
-        if not isinstance(place, HostPlace | Scattered):
-            slot.file_left.wait()
-        if not item.fetched:
-            slot.ready = slot.left
+        if isinstance(place, Scattered | HostPlace):
+            pieces = place.pieces if isinstance(place, Scattered) else [(0, place.data[: item.fetched])]
+            slot.filled = self._copying.submit(lambda: self._copy(item, slot, pieces, stored))
             return
-        stored.wait()
-        if isinstance(place, Scattered):
-            slot.ready = self._copy_in(item, slot, place.pieces)
-        elif isinstance(place, HostPlace):
-            slot.ready = self._copy_in(item, slot, [(0, place.data[: item.fetched])])
-        else:
-            buffer = (slot.host or slot.device).data[: item.fetched]
+        slot.filled = read = self._reading.submit(lambda: self._read(item, slot, place, stored))
+        if slot.host is not None:
+            on_host = [(0, slot.host.data[: item.fetched])]
+            slot.filled = self._copying.submit(lambda: self._copy(item, slot, on_host, read))
+
+    def _read(self, item: Item, slot: _Slot, place: FilePlace, stored: Event) -> None:
+        """On a lane: read an item into the host's buffer, which is the device's where there is no other."""
+        slot.file_left.wait()
+        if item.fetched:
+            stored.wait()
             began = perf_counter()
-            count = place.read(buffer)
+            count = place.read((slot.host or slot.device).data[: item.fetched])
             span = began, perf_counter()
             self._traffic.add(LaneName.DISK_READ, count, span, item.what, weights=item.is_weights)
-            slot.ready = slot.file_left = REACHED if slot.host is None else self._copy_in(item, slot, [(0, buffer)])
+        slot.ready = slot.left
+
+    def _copy(self, item: Item, slot: _Slot, pieces: Sequence[tuple[int, Tensor]], there: Event) -> None:
+        """On a lane: copy an item into the device's buffer, from where it is ``there``."""
+        there.wait()
+        if item.fetched:
+            slot.ready = slot.file_left = self._copy_in(item, slot, pieces)
+        else:
+            slot.ready = slot.left
 
     def _copy_in(self, item: Item, slot: _Slot, pieces: Iterable[tuple[int, Tensor]]) -> Event:
         """A copy engine takes one copy after the other, whosever they are. What compute needs next must not wait behind

@@ -1,8 +1,9 @@
 """The staging ring: whatever the order of visits, compute sees what was written last, and all of it is kept."""
 
 import random
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
 from engine.errors import EngineError, LaneFailed
-from engine.memory.device import Device
+from engine.memory.device import Device, Pieces
 from engine.memory.lane import REACHED, Event, LaneName
 from engine.memory.memory import Memory
 from engine.memory.ring import FilePlace, HostPlace, Item, Ring
@@ -132,12 +133,54 @@ def test_an_item_that_is_still_there_is_not_fetched_again() -> None:
     device.close()
 
 
+@dataclass(slots=True, eq=False)
+class Told(Bytes):
+    """A file that tells when it is read."""
+
+    is_read: threading.Event = field(default_factory=threading.Event)
+
+    def read(self, into: Tensor) -> int:
+        self.is_read.set()
+        return Bytes.read(self, into)
+
+
+class Held(SimulatedDevice):
+    """Its copies come to no end before they may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_copy = threading.Event()
+
+    def copy(self, lane: LaneName, pieces: Pieces, after: Event) -> Event:
+        self._lanes[lane].submit(self._wait)
+        return super().copy(lane, pieces, after)
+
+    def _wait(self) -> None:
+        self.may_copy.wait()
+
+
+def test_the_next_is_read_while_a_copy_of_many_pieces_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of every large layer are: a disk and a link that wait for each other take twice as long."""
+    monkeypatch.setattr("engine.memory.ring.PACED_BYTES", SIZE // 8)
+    device = Held()
+    opened = open_ring(device, 2, from_files=True)
+    places = [Told(torch.full((SIZE,), index, dtype=torch.uint8)) for index in range(2)]
+    opened.ring.begin([Item("test", place, SIZE) for place in places])
+    assert places[1].is_read.wait(60)
+    device.may_copy.set()
+    for place in places:
+        with opened.ring.enter(place) as (_, data):
+            assert torch.equal(data, place.data)
+    opened.close()
+    device.close()
+
+
 def test_a_visit_is_fetched_ahead_unless_one_before_changes_its_place() -> None:
     opened = open_ring(HostDevice(), 3, from_files=True)
     first, second = Bytes(torch.zeros(SIZE, dtype=torch.uint8)), Bytes(torch.zeros(SIZE, dtype=torch.uint8))
 
     def reads() -> int:
-        opened.ring._fetching.submit(lambda: None).wait()
+        opened.ring._reading.submit(lambda: None).wait()
         return opened.traffic.take().num_bytes.get(LaneName.DISK_READ, 0) // SIZE
 
     opened.ring.begin([Item("a", first, SIZE), Item("b", first, SIZE, slice(0, 1)), Item("c", first, SIZE)])

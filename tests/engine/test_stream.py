@@ -117,8 +117,9 @@ def make_device(kind: str) -> Device:
 
 def fetch_all(opened: Opened) -> None:
     """Wait until whatever is fetched ahead is on its way, and out of its file."""
-    if opened.stream._ring is not None:
-        opened.stream._ring._fetching.submit(lambda: None).wait()
+    if (ring := opened.stream._ring) is not None:
+        for lane in (ring._reading, ring._copying):
+            lane.submit(lambda: None).wait()
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
