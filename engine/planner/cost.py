@@ -104,12 +104,13 @@ class PassModel:
         """Seconds of one pass, lane by lane."""
         tokens = load.tokens
         batches = max(1, math.ceil(tokens / self._plan.micro_batch - 1e-9))
-        batch_tokens = float(self._plan.micro_batch)
+        batch_tokens, batch_rows = float(self._plan.micro_batch), float(self._plan.logits_rows)
         if self._host_attends and self._plan.micro_batches > 1 and load.decode_tokens > 1:
             # Dealt out evenly, so that one's attention goes on beside another's products.
             batches = max(2, batches)
             batch_tokens = tokens / batches
-        head_s = self._in_parts(self._head, self._head_flops, load.logits_rows, self._plan.logits_rows)
+            batch_rows = min(batch_rows, max(1.0, load.logits_rows / batches))
+        head_s = self._in_parts(self._head, self._head_flops, load.logits_rows, batch_rows)
         layers_s, host_s = self._layer_seconds(load, batches, batch_tokens)
         compute_s = layers_s + head_s
         kv, activations = self._link_bytes(load, tokens)

@@ -526,3 +526,14 @@ def test_hidden_states_are_written_back_before_they_are_fetched_again(
     assert len(moved_s) == steps - 1
     expected = max(*busy_s, sum(busy_s) / min(micro_batches, steps + 1))
     assert cost.seconds == pytest.approx(expected + T4.pass_overhead.value, rel=0.01)
+
+
+def test_what_is_dealt_out_reads_the_weights_once_for_each_micro_batch() -> None:
+    """Few tokens take as long as their weights: in two micro-batches, nearly twice as long."""
+    load = PassLoad(decode_tokens=8, attended=8, logits_rows=8)
+    whole, dealt_out = (
+        PassModel(T4, SMALL.shape, SMALL.stored(), replace(small_plan(DEVICE, HOST), host_attention=attends)).cost(load)
+        for attends in (False, True)
+    )
+    once, twice = (each.lane_seconds[LaneName.DEVICE_COMPUTE] for each in (whole, dealt_out))
+    assert 1.9 * once < twice < 2.1 * once
