@@ -19,6 +19,7 @@ from engine.planner.hardware import Hardware
 from engine.planner.known_models import known_model
 from engine.planner.plan import PlanOptions
 from engine.planner.profiles import load_hardware
+from engine.planner.resolve import resolve_plan
 from engine.planner.search import search
 from engine.planner.workload import Workload
 from engine.request import Generate, Request, SamplingParams, Score, Scoring
@@ -132,6 +133,9 @@ def test_what_is_predicted_for_a_t4_is_what_the_engine_can_run(model: str, reque
     small = replace(found, **budgets, dtype=None, micro_batch=32, extent_tokens=32, disk_dir=tmp_path)
     make_checkpoint(tmp_path / "hf", num_hidden_layers=8)
     import_checkpoint(tmp_path / "hf", tmp_path / "model")
+    # As there, the device holds the keys and values of few sequences, and the rest must go elsewhere.
+    needed = resolve_plan(plan_input(tmp_path / "model", small, LikeCuda((7, 5)))).other_bytes[TierName.DEVICE]
+    small = replace(small, device_memory=needed + MIB // 4)
     sampling = SamplingParams(max_new_tokens=8, ignore_eos=True)
     work = [Request(index, Generate("a b c d " * (index + 1), sampling)) for index in range(12)]
     outputs = []
