@@ -62,7 +62,7 @@ class JobStore:
         return self._patiently(lambda: only_suspects(self._database, job_ids))
 
     def begins_with_errors(self, job_id: int, code: str, number: int) -> bool:
-        """Whether so many first rows of an unfinished job all are errors of this code, and none has a result."""
+        """Whether the first ``number`` rows of an unfinished job are all errors of this code, and none has a result."""
         return self._patiently(lambda: begins_with_errors(self._database, job_id, code, number))
 
     def note_plan(self, job_id: int, plan: dict[str, Any]) -> None:

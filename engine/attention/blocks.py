@@ -18,10 +18,10 @@ from engine.formats.linear import has_products
 from engine.units import MIB
 
 BLOCK_QUERIES = 64
-"""Queries of a block, which is computed over the keys that its last one sees: half as many beyond the diagonal are
-computed in vain. Fewer than that are left to the kernel."""
+"""Queries computed together. All are multiplied with the keys that the last of them sees, so that a larger block
+computes more that is masked. Prompts of fewer tokens are left to the kernel."""
 BLOCK_BYTES = 2 * MIB
-"""Scores of a block: what a core's caches hold. Those of one key/value head may be more."""
+"""Bytes of scores computed together, unless one key/value head has more: what a core's caches hold."""
 
 
 def attend_whole(q_NtH: Tensor, k_KsH: Tensor, v_KsH: Tensor, out_NtH: Tensor) -> None:

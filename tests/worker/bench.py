@@ -43,7 +43,7 @@ class Clock:
         return self.now
 
     def after(self, looks: int, action: Callable[[], object]) -> None:
-        """Do something when the time has been looked at so many times more."""
+        """Do something when the time has been looked at this many more times."""
         self.actions.append((next(self._looks) + looks, action))
 
 
