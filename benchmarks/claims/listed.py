@@ -40,11 +40,16 @@ _SCORING = _generate(
 )
 
 _LONG_PATH = Missed(
-    why="nearly twice too long, a third of it attention, for the CPU and for devices with memory of their own; of all "
-    "lines 18% are blank, 18% docstrings with shapes, units and errors, 7% imports",
-    yet=AtMost(4750),
+    why="nearly twice too long: 3,996 lines are code, 1,289 blank, 1,250 docstrings with shapes, units and errors, 523 "
+    "imports; 1,764 of all are there for GPUs (packed attention, attention on the host beside one, pinned memory)",
+    yet=AtMost(7100),
 )
 
+_PEER_NEAR_PEAK = (
+    "transformers itself reaches 0.60 of the matrix peak here, so that the line is 1.02 of it; of the seconds 86% are "
+    "prompts, at 0.93 of the peak with their attention in float32, and 11% are decode passes, which read weights and "
+    "the KV cache as fast as memory gives them"
+)
 _HALF_AS_FAST = (
     "seconds on a processor that takes twice as long over the interpreter's own loops as those that the line is for"
 )
@@ -115,15 +120,16 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="times as fast as transformers, opt-1.3b in memory, 512 → 32",
         command=_MEMORY_1_3B,
         figure="ratio.transformers",
-        line={_AMX: AtLeast(1.5), _CPU: AtLeast(1.15), _FLOAT32: AtLeast(1.15)},
+        line={_AMX: AtLeast(1.9), _CPU: AtLeast(1.7), _FLOAT32: AtLeast(1.7)},
         requires=_AGREES,
+        missed={_CPU: Missed(why=_PEER_NEAR_PEAK, yet=AtLeast(1.35))},
     ),
     Claim(
         name="memory-1.3b-peak",
         sentence="of the matrix peak measured in the same run, opt-1.3b in memory, 512 → 32",
         command=_MEMORY_1_3B,
         figure="ours.peak_fraction",
-        line={_AMX: AtLeast(0.5), _CPU: AtLeast(0.6), _FLOAT32: AtLeast(0.6)},
+        line={_AMX: AtLeast(0.62), _CPU: AtLeast(0.8), _FLOAT32: AtLeast(0.8)},
         requires=_AGREES,
     ),
     Claim(
@@ -131,7 +137,7 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="times as fast as transformers where prompts have 32 to 1,024 tokens and outputs 8 to 128",
         command=_SPREAD_LENGTHS,
         figure="ratio.transformers",
-        line=AtLeast(2.0),
+        line=AtLeast(3.2),
         requires=_AGREES,
     ),
     Claim(
@@ -139,7 +145,7 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="of the matrix peak, scoring 512 + 4 tokens with opt-125m in memory",
         command=_SCORING,
         figure="ours.peak_fraction",
-        line=AtLeast(0.55),
+        line=AtLeast(0.78),
     ),
     Claim(
         name="disk-1.3b",
