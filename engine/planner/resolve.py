@@ -36,7 +36,11 @@ GROUP_BYTES, GROUP_BYTES_ON_CPU = 64 * MIB, 16 * MIB
 call, which few sequences would not be worth."""
 GROUP_SHARE = 1 / 32
 """A group takes at most this share of the device's budget."""
-LOGITS_BYTES = 64 * MIB
+LOGITS_BYTES, LOGITS_BYTES_ON_CPU = 64 * MIB, 16 * MIB
+"""Logits of as many rows are computed together. On a CPU they stay in its caches until they have been looked at; and
+larger ones, of another size in each pass, would leave the C library with memory in pieces that grow for hours."""
+_FEWEST_LOGITS_ROWS = 64
+"""On a CPU, whatever the vocabulary: for fewer rows a product takes as long, since it reads the same weights."""
 
 
 def resolve_plan(given: PlanInput) -> Plan:
@@ -61,7 +65,7 @@ def resolve_plan(given: PlanInput) -> Plan:
     micro_batch = options.micro_batch or MICRO_BATCH_TOKENS
     activations = TierName(options.activations or TierName.DEVICE)
     extent_tokens = _extent_tokens(given)
-    logits_rows = _logits_rows(shape, micro_batch)
+    logits_rows = _logits_rows(shape, micro_batch, on_cpu=facts.shares_host_memory)
     workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows)
     kv_format = Plain(dtype)
     group_tokens = group_tokens_for(given)
@@ -247,8 +251,12 @@ def _host_attention_bytes(given: PlanInput, kv_format: Plain, micro_batch: int, 
     return host_attention_bytes(given.shape, kv_format, micro_batch, pages, page_tokens)
 
 
-def _logits_rows(shape: ModelShape, micro_batch: int) -> int:
-    return max(1, min(LOGITS_BYTES // (4 * shape.vocab_size), micro_batch))
+def _logits_rows(shape: ModelShape, micro_batch: int, *, on_cpu: bool) -> int:
+    row_bytes = 4 * shape.vocab_size
+    rows = LOGITS_BYTES // row_bytes
+    if on_cpu:
+        rows = min(rows, max(LOGITS_BYTES_ON_CPU // row_bytes, _FEWEST_LOGITS_ROWS))
+    return max(1, min(rows, micro_batch))
 
 
 def _workspace_bytes(shape: ModelShape, dtype: DType, micro_batch: int, logits_rows: int) -> int:

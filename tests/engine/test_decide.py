@@ -162,7 +162,7 @@ def test_a_refusal_of_flags_says_where_the_weights_should_go(facts: MachineFacts
         decide(asked_for(PlanOptions(device_memory=2 * GIB, weights=Shares(100, 0, 0)), None, facts))
 
 
-@pytest.mark.parametrize(("budget", "micro_batch"), [(GIB, 2048), (660 * MIB, 256)])
+@pytest.mark.parametrize(("budget", "micro_batch"), [(GIB, 2048), (588 * MIB, 256)])
 def test_where_measuring_has_too_little_room_the_rules_decide(budget: int, micro_batch: int) -> None:
     """Where the cache of the rules' plan has no room for a request, with small batches."""
 
@@ -325,9 +325,9 @@ def test_work_that_no_plan_fits_leaves_the_loaded_model_alone(work: Workload, ma
 def test_no_request_is_refused_for_speed(machine: Hardware) -> None:
     """A few long requests among many short ones: the search knows faster plans, which hold only the short ones."""
     work = Workload((Lengths(32, 8, 190), Lengths(1500, 500, 3)))
-    asked = asked_for(PlanOptions(device_memory=3000 * MIB, host_memory=0), work)
+    asked = asked_for(PlanOptions(device_memory=2928 * MIB, host_memory=0), work)
     assert decide(asked, machine).plan.largest_sequence(SHAPE) >= 1999
-    only_short = asked_for(PlanOptions(device_memory=3000 * MIB, host_memory=0), Workload.uniform(32, 8, 190))
+    only_short = asked_for(PlanOptions(device_memory=2928 * MIB, host_memory=0), Workload.uniform(32, 8, 190))
     assert decide(only_short, machine).plan.largest_sequence(SHAPE) < 1999
 
 

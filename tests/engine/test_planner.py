@@ -1,6 +1,7 @@
 """Plans: shares as whole layers, spread evenly; within every budget, or a sentence that says what to change."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -85,12 +86,14 @@ SHAPE = ModelShape(
 UNIT_BYTES = {EMBED: 80 * MIB, HEAD: 4 * KIB, **{layer_name(i): 14 * MIB for i in range(12)}}
 
 
-def plan(options: PlanOptions, facts: MachineFacts | None = None, dtype: DType = DType.FLOAT16) -> Plan:
+def plan(
+    options: PlanOptions, facts: MachineFacts | None = None, dtype: DType = DType.FLOAT16, shape: ModelShape = SHAPE
+) -> Plan:
     facts = facts or MachineFacts(64 * GIB, 64 * GIB, shares_host_memory=False)
     return resolve_plan(
         PlanInput(
             options=options,
-            shape=SHAPE,
+            shape=shape,
             stored=StoredWeights.of_one_tensor(dtype, UNIT_BYTES),
             device="any",
             facts=facts,
@@ -282,3 +285,23 @@ def test_each_attention_thread_has_its_keys_in_the_workspace() -> None:
     )
     keys = SHAPE.num_kv_heads * few.extent_tokens * SHAPE.head_size * 4
     assert many.workspace_bytes - few.workspace_bytes == 4 * keys
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "shares_host", "micro_batch", "rows"),
+    [
+        (50272, False, 2048, 333),
+        (50272, True, 2048, 83),  # 16 MiB in float32: a CPU's caches hold them
+        (50272, True, 16, 16),
+        (151_936, False, 2048, 110),
+        (151_936, True, 2048, 64),  # for fewer, the head's weights would be read too often
+        (1_000_000, True, 2048, 16),  # never more than a GPU computes together
+    ],
+)
+def test_logits_of_as_many_rows_are_computed_together(
+    vocab_size: int, shares_host: bool, micro_batch: int, rows: int
+) -> None:
+    facts = MachineFacts(64 * GIB, 64 * GIB, shares_host_memory=shares_host)
+    chosen = plan(PlanOptions(micro_batch=micro_batch), facts, shape=replace(SHAPE, vocab_size=vocab_size))
+    assert chosen.logits_rows == rows
+    assert chosen.workspace_bytes >= rows * vocab_size * (2 + 4 + 4)
