@@ -12,7 +12,6 @@ import json
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -23,6 +22,7 @@ from benchmarks.workload import Range
 from benchmarks.workload import Workload as Texts
 from engine.attention.sizes import kv_bytes_per_token
 from engine.errors import EngineError
+from engine.kvcache.cache import unit_tokens
 from engine.planner.hardware import Hardware
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.profiles import load_hardware
@@ -30,7 +30,7 @@ from engine.planner.workload import Workload
 from engine.process import tune
 from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
-from engine.units import GIB, format_bytes
+from engine.units import GIB, align_up, format_bytes
 
 if TYPE_CHECKING:
     from engine.memory.device import Device
@@ -218,7 +218,8 @@ def bytes_taken(plan: Plan, shape: ModelShape, workload: Workload) -> dict[TierN
     disk as sequences come."""
     taken = plan.used_bytes
     token_bytes = kv_bytes_per_token(shape, plan.kv_format)
-    needed = workload.requests * ceil(workload.mean(lambda each: each.reserved)) * token_bytes
+    unit = unit_tokens(plan.kv_layouts[TierName.DISK], plan.extent_tokens)
+    needed = sum(align_up(each.reserved, unit) * each.requests for each in workload.lengths) * token_bytes
     taken[TierName.DISK] -= max(0, plan.kv_bytes[TierName.DISK] - needed)
     return taken
 
