@@ -30,7 +30,7 @@ from engine.planner.workload import Workload
 from engine.process import tune
 from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
-from engine.units import GIB, align_up, format_bytes
+from engine.units import GIB, format_bytes
 
 if TYPE_CHECKING:
     from engine.memory.device import Device
@@ -219,7 +219,7 @@ def bytes_taken(plan: Plan, shape: ModelShape, workload: Workload) -> dict[TierN
     taken = plan.used_bytes
     token_bytes = kv_bytes_per_token(shape, plan.kv_format)
     unit = unit_tokens(plan.kv_layouts[TierName.DISK], plan.extent_tokens)
-    needed = sum(align_up(each.reserved, unit) * each.requests for each in workload.lengths) * token_bytes
+    needed = workload.reserved_tokens(unit) * token_bytes
     taken[TierName.DISK] -= max(0, plan.kv_bytes[TierName.DISK] - needed)
     return taken
 

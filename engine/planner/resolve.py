@@ -37,10 +37,10 @@ call, which few sequences would not be worth."""
 GROUP_SHARE = 1 / 32
 """A group takes at most this share of the device's budget."""
 LOGITS_BYTES, LOGITS_BYTES_ON_CPU = 64 * MIB, 16 * MIB
-"""Logits of as many rows are computed together. On a CPU they stay in its caches until they have been looked at; and
-larger ones, of another size in each pass, would leave the C library with memory in pieces that grow for hours."""
+"""Bytes of the logits that are computed together, in float32. On a CPU they stay in its caches until a token has been
+chosen; larger ones, of another size in each pass, would leave the C library's memory in ever more pieces."""
 _FEWEST_LOGITS_ROWS = 64
-"""On a CPU, whatever the vocabulary: for fewer rows a product takes as long, since it reads the same weights."""
+"""Rows of them on a CPU, however large the vocabulary: fewer would take as long, since the same weights are read."""
 
 
 def resolve_plan(given: PlanInput) -> Plan:
@@ -238,7 +238,7 @@ def _wanted_on_host(given: PlanInput, on_device: int, extent_tokens: int) -> int
     if given.workload is None or given.facts.shares_host_memory:
         return given.budgets[TierName.HOST]
     page_tokens = unit_tokens(Layout.PAGES, extent_tokens)
-    tokens = sum(align_up(each.reserved, page_tokens) * each.requests for each in given.workload.lengths)
+    tokens = given.workload.reserved_tokens(page_tokens)
     fixed = given.options.kv
     kept_there = on_device if fixed is None else 0
     return max(page_tokens * given.token_bytes, MORE_MAY_COME * tokens * given.token_bytes - kept_there)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from engine.units import div_ceil
+from engine.units import align_up, div_ceil
 
 MORE_MAY_COME = 4
 """How many times the requests that a plan was made for it is still good for; its KV cache has room for them."""
@@ -92,6 +92,10 @@ class Workload:
     def longest(self) -> int:
         """KV tokens that the longest request reserves."""
         return max(each.reserved for each in self.lengths)
+
+    def reserved_tokens(self, unit: int) -> int:
+        """KV tokens that all requests together reserve, each in whole units of as many tokens."""
+        return sum(align_up(each.reserved, unit) * each.requests for each in self.lengths)
 
     def times(self, factor: float) -> "Workload":
         """So many times the requests, of the same lengths; at least one of each."""

@@ -152,6 +152,12 @@ def test_in_little_room_every_token_is_computed_once_and_all_room_is_given_back(
     assert simulation._free == list(plan.kv_tokens(MODEL.shape).values())
 
 
+def test_each_request_reserves_whole_units() -> None:
+    workload = Workload((Lengths(256, 8, 32), Lengths(64, 1, 2)))  # 263 and 64 tokens each
+    assert workload.reserved_tokens(1) == 32 * 263 + 2 * 64
+    assert workload.reserved_tokens(64) == 32 * 320 + 2 * 64
+
+
 @pytest.mark.parametrize("requests", [10, 100_000])
 def test_many_requests_are_as_few_numbers(requests: int) -> None:
     simulation = Simulation(
