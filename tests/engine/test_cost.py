@@ -338,7 +338,13 @@ def test_a_pass_is_bound_by_the_lane_that_makes_it_shorter(load: PassLoad, weigh
     longest, second = sorted(before.lane_seconds.values(), reverse=True)[:2]
     assume(second < 0.999 * longest)
     shorter = {lane for lane in LINKS if cost(faster(T4, lane, 2)).seconds < before.seconds}
-    assert shorter == {before.bound_by} - {LaneName.DEVICE_COMPUTE}
+    if before.exposed_s > 1.001 * T4.pass_overhead.value:
+        # Keys are asked for when the pass before has chosen its tokens: fetching them, and then the head, may take
+        # longer than the longest lane.
+        assert shorter <= {LaneName.DISK_READ, LaneName.HOST_TO_DEVICE}
+        assert any(kv.of(tier) for tier in (TierName.HOST, TierName.DISK))
+    else:
+        assert shorter == {before.bound_by} - {LaneName.DEVICE_COMPUTE}
 
 
 @settings(max_examples=100, deadline=None)
