@@ -13,7 +13,7 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @click.command("doctor", short_help="Check the installation, or measure the machine.")
-@click.option("--measure", "measures", is_flag=True, help="Measure the machine for the planner; takes under a minute.")
+@click.option("--measure", "measures", is_flag=True, help="Measure the machine for the planner; takes a minute or two.")
 @click.option("--device", type=DeviceName(), help="With --measure: cpu or cuda:0. Default: the first GPU, else cpu.")
 @json_option
 @settings_options

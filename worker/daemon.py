@@ -232,7 +232,7 @@ def _measured(home: Path, options: PlanOptions, disk_dir: Path, bell: Bell, tell
 
     log = get_logger()
     tell("measuring")
-    log.info("measuring this machine, once: it takes up to a minute", extra={"action": "measure"})
+    log.info("measuring this machine, once: it takes a minute or two", extra={"action": "measure"})
     device = open_device(options.device)  # one of its own: closing it gives back what PyTorch keeps for it
     try:
         hardware = measure(

@@ -1,4 +1,4 @@
-"""The machine, measured: what the planner needs to know, by running what the engine runs. It takes under a minute."""
+"""The machine, measured in a minute or two: what the planner needs to know, by running what the engine runs."""
 
 import platform
 import time

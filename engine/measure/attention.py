@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -21,9 +22,10 @@ from engine.dtypes import DType
 from engine.formats.sizes import Plain
 from engine.kvcache.cache import PAGE_TOKENS, KVCache
 from engine.kvcache.segments import MicroBatch, Segment
-from engine.measure.effort import Effort, Points, timed
+from engine.measure.effort import Effort, Points
 from engine.measure.overheads import Overheads
-from engine.measure.products import curve, family_of, without
+from engine.measure.products import family_of, without
+from engine.measure.timing import Timed, curve, in_turns, one_turn, timed
 from engine.memory.device import Device
 from engine.memory.lane import LaneName
 from engine.memory.memory import Memory
@@ -48,39 +50,50 @@ _HOST_BUFFERS = GIB
 """Bytes that a cache in host memory may take beside its pool."""
 
 
-def prompt_points(cache: "Cache", overheads: Overheads) -> Points:
-    """``(tokens of a prompt, FLOP/s)``, counted over the whole square of a prompt; of as many as a pass carries."""
-    measured = []
-    for length in cache.effort.lengths:
-        at_once = max(2, max(cache.effort.lengths) // length)
-        with cache.prompts(at_once, length) as prompts:
-            seconds = without(cache.seconds(prompts) / at_once, overheads.of_segment)
-            measured.append((length, cache.pair_flops * length**2, seconds))
-    return curve(measured)
+def prompt_works(cache: "Cache") -> list[Timed]:
+    """Seconds of one prompt in one layer, of as many as a pass carries: for each length."""
+    return [partial(_prompt_s, cache, length) for length in cache.effort.lengths]
 
 
-def decode_points(cache: "Cache", overheads: Overheads) -> Points:
+def prompt_points(cache: "Cache", seconds: Sequence[float], overheads: Overheads) -> Points:
+    """``(tokens of a prompt, FLOP/s)``, counted over the whole square of a prompt."""
+    lengths = cache.effort.lengths
+    left = [without(each, overheads.of_segment) for each in seconds]
+    return curve(lengths, [cache.pair_flops * length**2 for length in lengths], left)
+
+
+def decode_works(cache: "Cache") -> list[Timed]:
+    """Seconds of one sequence's decode token in one layer: for each length. All of the cache has been written to."""
+    longest = max(cache.effort.lengths)
+    with cache.prompts(max(2, cache.effort.cached_tokens // align_up(longest, PAGE_TOKENS)), longest) as prompts:
+        for prompt in prompts:  # untouched memory would be read faster than any
+            cache.effort.pause()
+            cache.fill([prompt])
+    return [partial(_decode_s, cache, length) for length in cache.effort.lengths]
+
+
+def decode_points(cache: "Cache", seconds: Sequence[float], overheads: Overheads) -> Points:
     """``(bytes of a sequence's layer, bytes/s)``."""
-    measured = []
-    for length in cache.effort.lengths:
-        num_bytes = cache.layer_token_bytes * length
-        measured.append((num_bytes, num_bytes, without(_decode_s(cache, length), overheads.of_segment)))
-    return curve(measured)
+    sizes = [cache.layer_token_bytes * length for length in cache.effort.lengths]
+    return curve(sizes, sizes, [without(each, overheads.of_segment) for each in seconds])
 
 
 def least_decode_s(cache: "Cache") -> float:
     """Seconds of one sequence's decode token in one layer, however short the sequence is."""
-    return min(_decode_s(cache, length) for length in cache.effort.lengths[:3])
+    (seconds,) = in_turns(cache.effort, decode_works(cache)[:3])
+    return min(seconds)
+
+
+def _prompt_s(cache: "Cache", length: int) -> float:
+    number = max(2, max(cache.effort.lengths) // length)
+    with cache.prompts(number, length) as prompts:
+        return cache.seconds(prompts) / number
 
 
 def _decode_s(cache: "Cache", length: int) -> float:
     number = max(2, min(cache.effort.sequences, cache.effort.cached_tokens // length))
     with cache.prompts(number, length) as prompts:
-        for prompt in prompts:  # untouched memory would be read faster than any
-            cache.effort.pause()
-            cache.fill([prompt])
-        steps = [replace(prompt, start=length - 1, length=1) for prompt in prompts]
-        return cache.seconds(steps) / number
+        return cache.seconds([replace(prompt, start=length - 1, length=1) for prompt in prompts]) / number
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,9 +237,10 @@ class Cache:
         return lambda qkv: self.attention.attend(next(self._layers), 0, qkv)
 
     def seconds(self, batch: Sequence[Segment]) -> float:
-        """Seconds of one layer; layers take turns, so that the processor's caches help no more than in a model."""
+        """Seconds of one layer, in one turn; one layer comes after the other, so that the processor's caches help no
+        more than in a model."""
         self.attention.begin([MicroBatch(tuple(batch))])
-        return timed(self.device, lambda: self._attend(next(self._layers), batch), self.effort)
+        return one_turn(self.device, lambda: self._attend(next(self._layers), batch), self.effort)
 
     def moved(self, batch: Sequence[Segment], meanwhile: Callable[[], object] = _nothing) -> tuple[float, Moved]:
         """Seconds of attending in all layers, and what the lanes did; see ``fill``."""

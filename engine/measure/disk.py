@@ -5,8 +5,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -14,8 +15,9 @@ from statistics import median
 import torch
 
 from engine.dtypes import DType
-from engine.measure.effort import Effort, Points, timed
-from engine.memory.device import Device, Pieces
+from engine.measure.effort import Effort, Points
+from engine.measure.timing import Timed, curve, in_turns, one_turn
+from engine.memory.device import Device
 from engine.memory.lane import LaneName
 from engine.memory.spill import DiskTier
 from engine.memory.tensors import torch_dtype
@@ -131,22 +133,20 @@ def disk_writes(folder: Path, effort: Effort) -> Points:
 
 def copies(device: Device, lane: LaneName, effort: Effort) -> Points:
     """One way between host and device, ``(bytes of a piece, bytes/s)``."""
-    return tuple((float(size), _copy_rate(device, lane, size, effort)) for size in effort.copies)
-
-
-def _copy_rate(device: Device, lane: LaneName, size: int, effort: Effort) -> float:
-    total = size * copied_at_once(size)
-    host, on_device = device.allocate_host(total), device.allocate(total)
+    totals = [size * copied_at_once(size) for size in effort.copies]
+    host, on_device = device.allocate_host(max(totals)), device.allocate(max(totals))
     into, source = (on_device, host) if lane is LaneName.HOST_TO_DEVICE else (host, on_device)
-    source.zero_()
-    pieces = list(zip(torch.split(into, size), torch.split(source, size), strict=True))
-    return total / timed(device, _copy(device, lane, pieces), effort)
+    for memory in (into, source):
+        memory.zero_()  # untouched memory comes from the kernel page by page
+
+    def copied(size: int, total: int) -> Timed:
+        pieces = list(zip(torch.split(into[:total], size), torch.split(source[:total], size), strict=True))
+        return partial(one_turn, device, lambda: device.copy(lane, pieces, device.compute_mark()).wait(), effort)
+
+    (seconds,) = in_turns(effort, [copied(size, total) for size, total in zip(effort.copies, totals, strict=True)])
+    return curve(effort.copies, totals, seconds)
 
 
 def copied_at_once(size: int) -> int:
     """How many pieces of ``size`` bytes are under way together."""
     return max(1, min(_UNDER_WAY, _UNDER_WAY_BYTES // size))
-
-
-def _copy(device: Device, lane: LaneName, pieces: Pieces) -> Callable[[], None]:
-    return lambda: device.copy(lane, pieces, device.compute_mark()).wait()

@@ -1,12 +1,9 @@
-"""How much is measured, and how a piece of work is timed."""
+"""How much is measured."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import median
 
 from engine.errors import Interrupted
-from engine.memory.device import Device
 from engine.units import KIB, MIB
 
 SOURCE = "measured on this machine"
@@ -89,36 +86,3 @@ QUICK = Effort(
     small_layers=(2, 4), small_steps=4, figure_s=0.001, busy_s=0.02,
 )  # fmt: skip
 """For tests."""
-
-_LEAST, _MOST = 3, 40
-_SHORTEST_S = 0.002
-"""Seconds of a sample, at least: in less, waiting for the device to be done would be most of it."""
-
-
-def timed(device: Device, work: Callable[[], object], effort: Effort) -> float:
-    """Seconds of one call, the median over as many as ``effort.figure_s`` allows and three at least.
-
-    The first calls are thrown away: they allocate and compile.
-
-    Raises:
-        Interrupted: somebody wants an end of it.
-    """
-    budget_s = effort.figure_s
-    effort.pause()
-    if _sample(device, work, 1) > 4 * budget_s:
-        return _sample(device, work, 1)
-    repeats = max(1, round(_SHORTEST_S / max(_sample(device, work, 1), 1e-7)))
-    found: list[float] = []
-    while len(found) < _LEAST or (sum(found) < budget_s and len(found) < _MOST):
-        effort.pause()
-        found.append(_sample(device, work, repeats))
-    return median(found) / repeats
-
-
-def _sample(device: Device, work: Callable[[], object], repeats: int) -> float:
-    device.compute_mark().wait()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    device.compute_mark().wait()
-    return time.perf_counter() - start

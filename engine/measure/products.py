@@ -4,6 +4,7 @@ Norms and residuals are in proportion to tokens, as products are, so their time 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from engine.dtypes import DType
 from engine.formats.linear import padded_rows
-from engine.measure.effort import Effort, Points, timed
+from engine.measure.effort import Effort, Points
+from engine.measure.timing import Timed, curve, in_turns, one_turn
 from engine.memory.device import Device
 from engine.memory.tensors import torch_dtype
 from engine.model.family import EMBED, HEAD, Attend, Family, NamedWeights, layer_name, run_layer
@@ -74,13 +76,14 @@ class Layers:
         return lambda: work(next(self._weights))
 
     def seconds(self, tokens: int, attend: Attend | None = None) -> float:
-        """Seconds of one layer, measured over all layers in turn."""
-        return timed(self.device, self.step(tokens, attend), self._effort)
+        """Seconds of one layer, measured over all layers, one after the other: one turn."""
+        return one_turn(self.device, self.step(tokens, attend), self._effort)
 
 
-def curve(measured: Sequence[tuple[float, float, float]]) -> Points:
-    """Points of a rate, ``(size, amount per second)``, from ``(size, amount, seconds)``."""
-    return tuple((float(size), amount / seconds) for size, amount, seconds in measured)
+def layer_points(layers: Layers, tokens: Sequence[int], effort: Effort) -> Points:
+    """``(tokens, FLOP/s)`` of layers without attention."""
+    (seconds,) = in_turns(effort, [partial(layers.seconds, count) for count in tokens])
+    return curve(tokens, [layers.token_flops * count for count in tokens], seconds)
 
 
 def without(seconds: float, counted_s: float) -> float:
@@ -95,7 +98,7 @@ def head_points(device: Device, hidden_size: int, dtype: DType, rows: Sequence[i
     kind = torch_dtype(dtype)
     row_flops = flops_of(family)[HEAD]
 
-    def seconds(count: int) -> float:
+    def row_choice(count: int) -> Timed:
         padded = padded_rows(count, kind, device.torch_device)
         hidden_RD = torch.randn(padded, hidden_size, dtype=kind, device=device.torch_device)
         params, numbers = [SamplingParams()] * count, [0.0] * count
@@ -104,6 +107,7 @@ def head_points(device: Device, hidden_size: int, dtype: DType, rows: Sequence[i
             logits_RV = family.head(head, embedding, hidden_RD)[:count]
             device.download(next_tokens(logits_RV, params, numbers, device.upload))
 
-        return timed(device, choose, effort)
+        return partial(one_turn, device, choose, effort)
 
-    return curve([(count, row_flops * count, seconds(count)) for count in rows])
+    (seconds,) = in_turns(effort, [row_choice(count) for count in rows])
+    return curve(rows, [row_flops * count for count in rows], seconds)

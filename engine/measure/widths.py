@@ -1,6 +1,8 @@
 """All that depends on a model's width: layers, logits and attention."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from engine.devices.open import facts_of
@@ -11,16 +13,19 @@ from engine.measure.attention import (
     Spilled,
     cache_in,
     decode_points,
+    decode_works,
     least_decode_s,
     measured_tiers,
     on_host,
     prompt_points,
+    prompt_works,
     spilled,
 )
 from engine.measure.effort import SOURCE, Effort, Points
 from engine.measure.overheads import Overheads
-from engine.measure.products import Layers, curve, head_points, without
+from engine.measure.products import Layers, head_points, layer_points, without
 from engine.measure.streaming import Streamed, streamed
+from engine.measure.timing import curve, in_turns
 from engine.memory.device import Device
 from engine.planner.hardware import Width
 from engine.planner.rates import Rate
@@ -61,10 +66,12 @@ def width_of(
     hidden_size, number = width
     best = dtypes[0]
     with cache_in(TierName.DEVICE, device, best, hidden_size, folder, effort) as cache:
-        prompt = Rate(prompt_points(cache, overheads), SOURCE)
-        decode = Rate(decode_points(cache, overheads), SOURCE)
         layers = Layers(device, hidden_size, number, best, effort)
-        points = _layer_points(layers, cache, prompt, overheads)
+        works = [partial(_layer_s, layers, cache, tokens) for tokens in effort.tokens]
+        prompt_s, decode_s, layer_s = in_turns(effort, prompt_works(cache), decode_works(cache), works)
+        prompt = Rate(prompt_points(cache, prompt_s, overheads), SOURCE)
+        decode = Rate(decode_points(cache, decode_s, overheads), SOURCE)
+        points = _layer_points(layers, cache, layer_s, prompt, overheads)
         from_disk = None
         if hidden_size <= effort.most_streamed_width:
             share, from_disk = _beside_reads(layers, cache, folder, effort)
@@ -73,9 +80,8 @@ def width_of(
     head = {best: Rate(head_points(device, hidden_size, best, effort.rows, effort), SOURCE)}
     for dtype in dtypes[1:]:
         layers = Layers(device, hidden_size, FEW_LAYERS, dtype, effort)
-        measured = [(count, layers.token_flops * count, layers.seconds(count)) for count in effort.few_tokens]
+        matmul[dtype] = Rate(layer_points(layers, effort.few_tokens, effort), SOURCE, busy_share=share)
         del layers
-        matmul[dtype] = Rate(curve(measured), SOURCE, busy_share=share)
         head[dtype] = Rate(head_points(device, hidden_size, dtype, effort.few_rows, effort), SOURCE)
     with cache_in(TierName.DISK, device, best, hidden_size, folder, effort) as cache:
         found = spilled(cache)
@@ -93,32 +99,38 @@ def least_segment_s(device: Device, dtype: DType, overheads: Overheads, folder: 
         return min(overheads.of_segment, _LEAST_SHARE * least_decode_s(cache))
 
 
-def _layer_points(layers: Layers, cache: Cache, prompt: Rate, overheads: Overheads) -> Points:
+def _layer_points(
+    layers: Layers, cache: Cache, measured_s: Sequence[float], prompt: Rate, overheads: Overheads
+) -> Points:
     """``(tokens, FLOP/s)`` of whole layers with their attention, which is then taken off: products between which other
     things are done are slower than one product after the other."""
-    measured = []
-    for tokens in cache.effort.tokens:
-        seconds, number, length = _seconds(layers, cache, tokens)
+    sizes = cache.effort.tokens
+    left = []
+    for tokens, seconds in zip(sizes, measured_s, strict=True):
+        number, length = _prompts(tokens, cache.effort)
         attention_s = number * (prompt.seconds(cache.pair_flops * length**2, length) + overheads.of_segment)
-        seconds = without(seconds, attention_s + overheads.of_layer)
-        measured.append((tokens, layers.token_flops * tokens, seconds))
-    return curve(measured)
+        left.append(without(seconds, attention_s + overheads.of_layer))
+    return curve(sizes, [layers.token_flops * tokens for tokens in sizes], left)
 
 
-def _seconds(layers: Layers, cache: Cache, tokens: int) -> tuple[float, int, int]:
-    """Seconds of a layer for ``tokens`` tokens; how many prompts they were, and of how many tokens each."""
+def _prompts(tokens: int, effort: Effort) -> tuple[int, int]:
+    """How many prompts a layer's tokens are, and of how many tokens each."""
     most = min(tokens, _LONGEST_PROMPT)
-    length = max((each for each in cache.effort.lengths if each <= most), default=tokens)
-    number = max(1, tokens // length)
-    with cache.prompts(number, length) as prompts:
-        return layers.seconds(tokens, cache.attend(prompts)), number, length
+    length = max((each for each in effort.lengths if each <= most), default=tokens)
+    return max(1, tokens // length), length
+
+
+def _layer_s(layers: Layers, cache: Cache, tokens: int) -> float:
+    """Seconds of a layer for ``tokens`` tokens, attention included, in one turn."""
+    with cache.prompts(*_prompts(tokens, cache.effort)) as prompts:
+        return layers.seconds(tokens, cache.attend(prompts))
 
 
 def _beside_reads(layers: Layers, cache: Cache, folder: Path, effort: Effort) -> tuple[float, Streamed]:
     """What is left of a layer's speed while others are read from the disk."""
     tokens = min(_LONGEST_PROMPT, max(effort.tokens))
-    alone_s, number, length = _seconds(layers, cache, tokens)
-    with cache.prompts(number, length) as prompts:
+    ((alone_s,),) = in_turns(effort, [partial(_layer_s, layers, cache, tokens)])
+    with cache.prompts(*_prompts(tokens, effort)) as prompts:
         compute = layers.work(tokens, cache.attend(prompts))
         hidden_size = layers.family.shape.hidden_size
         found = streamed(layers.device, layers.dtype, hidden_size, compute, folder, effort)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from engine.devices.host import HostDevice
 from engine.errors import HardwareError
 from engine.measure import QUICK, identity_of, measure
-from engine.measure.effort import timed
 from engine.measure.overheads import Overheads
 from engine.planner.hardware import LINKS, Hardware, Width
 from engine.planner.profiles import load_hardware, profile_json
@@ -195,9 +194,3 @@ def test_what_a_width_lacks_comes_from_elsewhere(measured: Hardware) -> None:
     assert hardware.kv_rate(LINKS[0]) == measured.lanes[LINKS[0]]
     with pytest.raises(HardwareError, match="float16"):
         hardware.head_rate("float16", 768)
-
-
-def test_slow_work_is_not_repeated_often() -> None:
-    calls = []
-    timed(HostDevice(), lambda: calls.append(1), replace(QUICK, figure_s=0.0))
-    assert len(calls) == 2

@@ -17,7 +17,8 @@ from engine.attention.packed import NO_FOLDING, Folding, Places, Ragged, attend_
 from engine.attention.table import Kernel
 from engine.devices.cuda import CudaDevice
 from engine.dtypes import DType
-from engine.measure.effort import QUICK, timed
+from engine.measure.effort import QUICK
+from engine.measure.timing import timed
 from tests.gpu.on_gpu import ON_A_GPU, Arithmetic, tell
 from tests.gpu.test_kernels import placed, ragged_on
 
