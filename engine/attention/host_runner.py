@@ -105,7 +105,7 @@ class HostRunner:
                     kv_2KsH = kv_S2KH[share.at : end].permute(1, 2, 0, 3)
                     if decode is not None and share.length == 1 and not group.is_part:
                         with one_core():  # others read what comes next meanwhile
-                            decode(share.row - first_row, kv_2KsH, share.past)
+                            decode(share.row - first_row, (kv_2KsH,), share.past)
                         continue
                     q_NtH, k_KtH, v_KtH = rows.at(share.row, share.length)
                     out_NtH = rows.out(share.row, share.length)

@@ -129,8 +129,9 @@ def _weigh(weights_Nts: Tensor, v_NsH: Tensor, out_NtH: Tensor) -> None:
         out_NtH.copy_(torch.bmm(weights_Nts, v_NsH.float()))
 
 
-Decoder = Callable[[int, Tensor, int], None]
-"""Attends to one token: given its row, its sequence's keys and values ``[k|v, K, c, H]``, and its position."""
+Decoder = Callable[[int, Sequence[Tensor], int], None]
+"""Attends to one token: given its row, its sequence's keys and values in pieces of ``[k|v, K, c, H]``, up to the one
+that the token is in, and its place in that."""
 
 
 def decoder(num_rows: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor) -> Decoder | None:
@@ -144,41 +145,60 @@ def decoder(num_rows: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH:
     q_TKGH, out_TKGH = q_TNH[:num_rows].view(grouped), out_TNH[:num_rows].view(grouped)
     if not flash_decodes():
         scaled_TKGH = q_TKGH.float() * q_TNH.shape[-1] ** -0.5
-        return lambda row, kv_2KcH, position: attend_decode(
-            scaled_TKGH[row], k_TKH[row], v_TKH[row], kv_2KcH, position, out_TKGH[row]
+        return lambda row, pieces, place: attend_decode(
+            scaled_TKGH[row], k_TKH[row], v_TKH[row], pieces, place, out_TKGH[row]
         )
     kv_T2KH = torch.stack((k_TKH[:num_rows], v_TKH[:num_rows]), 1)
     q_T1KGH, out_T1KGH = q_TKGH[:, None], out_TKGH[:, None]
-    return lambda row, kv_2KcH, position: attend_decode_by_flash(
-        q_T1KGH[row], kv_T2KH[row], kv_2KcH, position, out_T1KGH[row]
-    )
+    return lambda row, pieces, place: attend_decode_by_flash(q_T1KGH[row], kv_T2KH[row], pieces, place, out_T1KGH[row])
 
 
 def attend_decode(
-    scaled_KGH: Tensor, k_KH: Tensor, v_KH: Tensor, kv_2KcH: Tensor, position: int, out_KGH: Tensor
+    scaled_KGH: Tensor, k_KH: Tensor, v_KH: Tensor, pieces: Sequence[Tensor], place: int, out_KGH: Tensor
 ) -> None:
-    """Store one decode token's key and value at ``position``, and attend to all up to it: in as few steps as it takes.
+    """Store one decode token's key and value at its place, and attend to all up to it: in as few steps as it takes.
 
     Args:
         scaled_KGH: the query in float32, times ``H ** -0.5``; G query heads share a key/value head.
         k_KH, v_KH: the token's own key and value.
-        kv_2KcH: the sequence's keys and values, ``[k|v, K, capacity, H]``; written at ``position``.
-        position: the token's place.
+        pieces: the sequence's keys and values, ``[k|v, K, capacity, H]`` each; the last is written at ``place``.
+        place: that of the token in the last piece.
         out_KGH: receives the result.
     """
-    kv_2KcH[0, :, position] = k_KH
-    kv_2KcH[1, :, position] = v_KH
-    k_KsH, v_KsH = kv_2KcH[:, :, : position + 1]
-    _weigh(torch.bmm(scaled_KGH, k_KsH.float().mT).softmax(-1), v_KsH, out_KGH)
+    kv_2KcH = pieces[-1]
+    kv_2KcH[0, :, place] = k_KH
+    kv_2KcH[1, :, place] = v_KH
+    k_KsH, v_KsH = kv_2KcH[:, :, : place + 1]
+    if len(pieces) == 1:
+        _weigh(torch.bmm(scaled_KGH, k_KsH.float().mT).softmax(-1), v_KsH, out_KGH)
+        return
+    # One softmax over all: nothing but sums of values is left to merge.
+    keys, values = [*(kv[0] for kv in pieces[:-1]), k_KsH], [*(kv[1] for kv in pieces[:-1]), v_KsH]
+    weights_KGs = torch.cat([torch.bmm(scaled_KGH, each.float().mT) for each in keys], -1).softmax(-1)
+    found = []
+    for weights_KGp, v_KpH in zip(
+        torch.split(weights_KGs, [each.shape[1] for each in values], -1), values, strict=True
+    ):
+        found.append(torch.empty_like(out_KGH))
+        _weigh(weights_KGp, v_KpH, found[-1])
+    out_KGH.copy_(torch.stack(found).sum(0, dtype=torch.float32))
 
 
-def attend_decode_by_flash(q_1KGH: Tensor, kv_2KH: Tensor, kv_2KcH: Tensor, position: int, out_1KGH: Tensor) -> None:
+def attend_decode_by_flash(
+    q_1KGH: Tensor, kv_2KH: Tensor, pieces: Sequence[Tensor], place: int, out_1KGH: Tensor
+) -> None:
     """As ``attend_decode``, by the flash kernel: ``q_1KGH`` is not scaled, ``kv_2KH`` the token's own key and value.
 
     Nothing here but what must be: for one token, a Python object more or less is a hundredth of the whole.
     """
-    kv_2KcH.select(2, position).copy_(kv_2KH)
-    k_1KsH, v_1KsH = kv_2KcH.narrow(2, 0, position + 1).chunk(2)
+    kv_2KcH = pieces[-1]
+    kv_2KcH.select(2, place).copy_(kv_2KH)
+    kv_2KsH = kv_2KcH.narrow(2, 0, place + 1)
+    if len(pieces) > 1:
+        seen = (*pieces[:-1], kv_2KsH)
+        out_1KGH[0] = merge([_flash(q_1KGH[0], k_KpH, v_KpH, None) for k_KpH, v_KpH in seen])[0]
+        return
+    k_1KsH, v_1KsH = kv_2KsH.chunk(2)
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_1KGH, k_1KsH, v_1KsH, 0.0, False, attn_mask=None, scale=q_1KGH.shape[-1] ** -0.5
     )

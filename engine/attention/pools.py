@@ -37,9 +37,14 @@ class MemoryKV:
         self._extents = extents
         self._layers = layers
 
-    def only_extent(self, position: int) -> tuple[Tensor, ...] | None:
-        """The layers of the first extent, if the tokens up to ``position`` all lie in it."""
-        return self._layers[0] if position < self._extents[0].capacity else None
+    def up_to(self, layer: int, position: int) -> tuple[list[Tensor], int]:
+        """The extents up to the one that ``position`` is in, in one layer, and where it is in that."""
+        found: list[Tensor] = []
+        for extent, layers in zip(self._extents, self._layers, strict=True):
+            found.append(layers[layer])
+            if position < extent.start + extent.capacity:
+                break
+        return found, position - extent.start
 
     def read(self, layer: int, num_tokens: int, heads: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values of the first ``num_tokens``, ``[K, s, H]`` each, one pair an extent."""

@@ -57,8 +57,8 @@ class Rows:
     def attend(self, part: Part) -> None:
         """Store a part's keys and values where compute can address them, if they are kept, and attend."""
         kv, start, length = part.kv, part.segment.start, part.segment.length
-        if kv is not None and length == 1 and self.decode is not None and (layers := kv.only_extent(start)) is not None:
-            self.decode(part.begin, layers[self.layer], start)
+        if kv is not None and length == 1 and self.decode is not None:
+            self.decode(part.begin, *kv.up_to(self.layer, start))
             return
         q_NtH, k_KtH, v_KtH = self.at(part.begin, length)
         k_KtH, v_KtH = k_KtH[part.kv_heads], v_KtH[part.kv_heads]
@@ -68,15 +68,13 @@ class Rows:
             attend_whole(q_NtH, k_KtH, v_KtH, out_NtH)
             return
         kv.append(self.layer, start, part.kv_heads, k_KtH, v_KtH)
-        if kv.only_extent(start + length - 1) is not None:
-            ((k_KsH, v_KsH),) = kv.read(self.layer, start + length, part.kv_heads)
-            attend_whole(q_NtH, k_KsH, v_KsH, out_NtH)
+        seen = list(kv.read(self.layer, start + length, part.kv_heads))
+        if len(seen) == 1:
+            attend_whole(q_NtH, *seen[0], out_NtH)
             return
-        # A single token of its own is read with the rest: one piece less to merge.
-        stored = kv.read(self.layer, start + length if length == 1 else start, part.kv_heads)
+        stored = kv.read(self.layer, start, part.kv_heads)
         pieces = [attend(q_NtH, k_KsH, v_KsH, causal=False) for k_KsH, v_KsH in stored]
-        if length > 1:
-            pieces.append(attend(q_NtH, k_KtH, v_KtH, causal=True))
+        pieces.append(attend(q_NtH, k_KtH, v_KtH, causal=True))
         out_NtH.copy_(merge(pieces)[0])
 
     def _heads(self, part: Part) -> slice:

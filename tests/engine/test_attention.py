@@ -158,6 +158,7 @@ def test_narrow_pieces_merge_in_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("position", [0, 1, 30])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
 @pytest.mark.parametrize(("flash", "products"), [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("extents", [(31,), (1, 30), (30, 1), (10, 10, 11)])
 def test_a_decode_token_is_stored_and_sees_all_up_to_itself(
     dtype: torch.dtype,
     position: int,
@@ -165,6 +166,7 @@ def test_a_decode_token_is_stored_and_sees_all_up_to_itself(
     kv_heads: int,
     flash: bool,
     products: bool,
+    extents: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kernels, "flash_decodes", lambda: flash)
@@ -180,9 +182,11 @@ def test_a_decode_token_is_stored_and_sees_all_up_to_itself(
 
     decode = decoder(2, q_TNH, k_TKH, v_TKH, out_TNH)
     assert decode is not None
-    decode(1, kv_2KcH, position)
+    pieces = [each.contiguous() for each in kv_2KcH.split(extents, 2)]
+    held = next(number for number in range(len(extents)) if position < sum(extents[: number + 1]))
+    decode(1, pieces[: held + 1], position - sum(extents[:held]))
 
-    assert torch.equal(kv_2KcH, expected_kv)
+    assert torch.equal(torch.cat(pieces, 2), expected_kv)
     torch.testing.assert_close(out_TNH[1], expected[:, 0], atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
     assert out_TNH[0].isnan().all()
     assert out_TNH[2].isnan().all()
