@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable, Iterator
 from sqlalchemy import Connection, and_, func, or_, select, update
 
 from storage.claims import lock_jobs
-from storage.database import Database, one_at_a_time
+from storage.database import Database
+from storage.dialects import one_at_a_time
 from storage.schema import requests
 from storage.states import RequestState
 

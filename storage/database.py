@@ -6,27 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from sqlalchemy import URL, Connection, Engine, Insert, Table, create_engine, exc, func, inspect, select
-from sqlalchemy.engine import make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, exc, inspect, select
 
-from storage.errors import (
-    DatabaseFull,
-    DatabaseLocked,
-    DatabaseMisnamed,
-    DatabaseReadOnly,
-    DatabaseUnreachable,
-    NotADatabase,
-    SchemaTooNew,
-    StorageError,
-    ValueTooBig,
-)
+from storage.connecting import make_engine, parsed_url, sqlite_path, text_of, unusable
+from storage.dialects import one_at_a_time
+from storage.errors import DatabaseReadOnly, NotADatabase, SchemaTooNew
 from storage.reading import connect_for_reading, is_closed_wal
 from storage.schema import HEAD, REVISIONS, alembic_version, metadata
-from storage.sqlite import OLDEST_SQLITE, install_events, prepare_file
-from storage.urls import shown_error, without_password
+from storage.sqlite import install_events, prepare_file
+from storage.translation import translate
+from storage.urls import without_password
 
-_REFUSALS = ("password authentication failed", "no password supplied", '" does not exist')  # PostgreSQL's words
-_READ_ONLY = "25006"
 _ADVISORY_LOCK = 0x6F766E74  # "ovnt": PostgreSQL's name for "one process creates or upgrades the schema"
 
 
@@ -48,11 +38,11 @@ class Database:
         `busy_timeout_s`: how long to wait for another process's write.
         Raises DatabaseUnreachable or one of its kinds (locked, read-only, full, no database, too new, unsafe disk).
         """
-        parsed = _parse(url)
+        parsed = parsed_url(url)
         path = None
         if parsed.get_backend_name() == "sqlite":
-            parsed, path = _sqlite_path(parsed, url)
-        database = cls(parsed, _make_engine(parsed, path, busy_timeout_s), path)
+            parsed, path = sqlite_path(parsed, url)
+        database = cls(parsed, make_engine(parsed, path, busy_timeout_s), path)
         try:
             if path is not None:
                 prepare_file(path)
@@ -69,10 +59,10 @@ class Database:
 
         Raises DatabaseReadOnly where that would be needed first, DatabaseUnreachable or one of its other kinds.
         """
-        parsed = _parse(url)
+        parsed = parsed_url(url)
         if parsed.get_backend_name() != "sqlite":
             return cls.open(url, busy_timeout_s=busy_timeout_s)
-        parsed, path = _sqlite_path(parsed, url)
+        parsed, path = sqlite_path(parsed, url)
         immutable = is_closed_wal(path)
         engine = create_engine(
             parsed, hide_parameters=True, creator=lambda: connect_for_reading(path, busy_timeout_s, immutable=immutable)
@@ -89,7 +79,7 @@ class Database:
     @property
     def url(self) -> str:
         """The URL, its password hidden."""
-        return without_password(_text_of(self._url))
+        return without_password(text_of(self._url))
 
     @property
     def dialect(self) -> str:
@@ -139,7 +129,7 @@ class Database:
         try:
             yield
         except exc.DBAPIError as error:
-            translated = translate(error, str(self.path or self.url), _text_of(self._url))
+            translated = translate(error, str(self.path or self.url), text_of(self._url))
             if translated is None:
                 raise
             raise translated from error
@@ -150,7 +140,7 @@ class Database:
             with self._translated(), self._engine.connect():
                 pass
         except (TypeError, ValueError, exc.ProgrammingError) as error:
-            raise _unusable(given, error) from error
+            raise unusable(given, error) from error
 
     def _open_schema(self, busy_timeout_s: float) -> None:
         with self.read() as connection:
@@ -166,7 +156,7 @@ class Database:
         from storage.migrations import upgrade  # Alembic, only now
 
         # Rebuilding a table, SQLite's way to alter it, must not trip over foreign keys: its own connection, without.
-        engine = _make_engine(self._url, self.path, busy_timeout_s, foreign_keys=False)
+        engine = make_engine(self._url, self.path, busy_timeout_s, foreign_keys=False)
         try:
             with self._translated(), engine.connect() as connection:
                 writer = connection.execution_options(overnight_write=True)
@@ -217,129 +207,8 @@ class Database:
         return HEAD
 
 
-def translate(error: exc.DBAPIError, place: str, url: str = "") -> StorageError | None:
-    """The failure that a person can act on behind a driver's error; None when it is a fault of ours.
-
-    `place`: what to call the database. `url`: with its password, so that no driver's text shows it.
-    """
-    code = getattr(error.orig, "sqlite_errorcode", None)
-    if code is None:
-        said = shown_error(error.orig or error, url)
-        # libpq gives no code for a connection that was refused, only a text.
-        if any(words in str(error.orig) for words in _REFUSALS):
-            return DatabaseMisnamed(f"The database {place} does not let us in: {said}")
-        if getattr(error.orig, "sqlstate", None) == _READ_ONLY:  # a fail-over, or a full disk: it may pass
-            return DatabaseUnreachable(f"The database {place} takes no writes: {said}")
-        if isinstance(error, exc.OperationalError | exc.InterfaceError):
-            return DatabaseUnreachable(f"Cannot reach the database {place}: {said}")
-        return None
-    if code == sqlite3.SQLITE_CANTOPEN:
-        return DatabaseUnreachable(f"The database {place} cannot be opened: {error.orig}.")
-    if code == sqlite3.SQLITE_READONLY_ROLLBACK:
-        return DatabaseReadOnly(
-            f"The database {place} was left in the middle of a write, which can be undone only where it can be "
-            "written. Run `overnight status` once there, or name a copy of it and of its -journal with --database."
-        )
-    match code & 0xFF:  # the primary code; the rest says more than a person needs
-        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return DatabaseLocked(
-                f"The database {place} is locked by another process. Try again; if it stays so, look for a program "
-                "that keeps it open (`fuser` or `lsof` name it)."
-            )
-        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM:
-            return DatabaseReadOnly(f"The database {place} is read-only. Change its permissions, owner or mount.")
-        case sqlite3.SQLITE_FULL:
-            return DatabaseFull(f"No room left on the disk for the database {place}. Free some space and try again.")
-        case sqlite3.SQLITE_TOOBIG:
-            return ValueTooBig(
-                f"A row is larger than the database {place} can hold ({error.orig}). Shorten the texts, or lower "
-                "OVERNIGHT_PROMPT_BYTES and OVERNIGHT_ROW_BYTES, so that such rows become error rows."
-            )
-        case sqlite3.SQLITE_NOTADB:
-            return NotADatabase(f"{place} is not a database. Name another file with --database or OVERNIGHT_DATABASE.")
-        case sqlite3.SQLITE_CORRUPT:
-            return NotADatabase(f"The database {place} is damaged ({error.orig}). Restore it from a copy.")
-        case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR | sqlite3.SQLITE_PROTOCOL:
-            return DatabaseUnreachable(f"The database {place} cannot be read or written: {error.orig}.")
-    return None
-
-
-def _parse(url: str) -> URL:
-    if "://" not in url:
-        return URL.create("sqlite", database=url)
-    try:
-        return make_url(url)
-    except (exc.ArgumentError, ValueError) as error:
-        raise _unusable(url, error) from error
-
-
-def _unusable(url: str, error: Exception) -> DatabaseMisnamed:
-    said = shown_error(getattr(error, "orig", None) or error, url).splitlines()[0].removesuffix(".")
-    return DatabaseMisnamed(
-        f"The database URL {without_password(url)} cannot be used: {said}. Correct it in --database or "
-        "OVERNIGHT_DATABASE."
-    )
-
-
-def _text_of(url: URL) -> str:
-    """With its password: never for people."""
-    return url.render_as_string(hide_password=False)
-
-
-def _sqlite_path(parsed: URL, given: str) -> tuple[URL, Path]:
-    if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
-        raise DatabaseMisnamed(
-            f"The database {without_password(given)} is not a file. Give a path, or sqlite:////absolute/path.db."
-        )
-    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
-        oldest = ".".join(map(str, OLDEST_SQLITE))
-        raise DatabaseMisnamed(f"SQLite {sqlite3.sqlite_version} is too old: overnight needs {oldest} or later.")
-    try:
-        path = Path(parsed.database).expanduser().resolve()
-    except (RuntimeError, ValueError) as error:  # ~nobody, or a zero character
-        raise _unusable(given, error) from error
-    return parsed.set(database=str(path)), path
-
-
-def _make_engine(url: URL, path: Path | None, busy_timeout_s: float, *, foreign_keys: bool = True) -> Engine:
-    # Parameters are prompts: they stay out of error texts and logs.
-    try:
-        if path is None:
-            return create_engine(url, hide_parameters=True, pool_pre_ping=True)
-        engine = create_engine(url, hide_parameters=True, connect_args={"timeout": busy_timeout_s})
-    except (ModuleNotFoundError, exc.NoSuchModuleError) as error:
-        raise DatabaseMisnamed(
-            f"No driver for the database {without_password(_text_of(url))}: {shown_error(error, _text_of(url))}. "
-            "For PostgreSQL: pip install 'overnight[postgres]'."
-        ) from error
-    except (TypeError, ValueError, exc.ArgumentError) as error:
-        raise _unusable(_text_of(url), error) from error
-    install_events(engine, path, busy_timeout_s=busy_timeout_s, foreign_keys=foreign_keys)
-    return engine
-
-
 def _version(connection: Connection) -> str | None:
     """The stamped revision; None where there is no stamp."""
     if not connection.dialect.has_table(connection, alembic_version.name):
         return None
     return connection.execute(select(alembic_version.c.version_num)).scalar_one_or_none()
-
-
-def insert_once(connection: Connection, table: Table) -> Insert:
-    """INSERT .. ON CONFLICT DO NOTHING, in the database's own words."""
-    if connection.dialect.name == "postgresql":
-        from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-
-        return postgresql_insert(table).on_conflict_do_nothing()
-    from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-
-    return sqlite_insert(table).on_conflict_do_nothing()
-
-
-def one_at_a_time(connection: Connection, what: int) -> None:
-    """Within a write transaction: nobody else is past this call with the same number until it ends.
-
-    SQLite's write lock already lets only one in; PostgreSQL needs to be asked.
-    """
-    if connection.dialect.name == "postgresql":
-        connection.execute(select(func.pg_advisory_xact_lock(what)))

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from sqlalchemy import delete, select, update
 
-from storage.database import Database, insert_once
+from storage.database import Database
+from storage.dialects import insert_once
 from storage.schema import faults
 
 

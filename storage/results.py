@@ -9,7 +9,8 @@ from typing import Any
 from sqlalchemy import Connection, Text, insert, select, type_coerce, update
 
 from storage.claims import hold_worker
-from storage.database import Database, insert_once
+from storage.database import Database
+from storage.dialects import insert_once
 from storage.jobs import get_job
 from storage.schema import jobs, outputs, passes, requests, value_of
 from storage.states import JobState, OutputStatus, RequestState, jobs_before

@@ -1,19 +1,18 @@
 """The best plan within the budgets: discrete choices enumerated, placements by a linear program for each.
 
-An optimum is rounded to whole layers and whole percents of KV cache, which is what ``--weights`` and ``--kv`` say, and
-each rounding is sized by ``resolve_plan``, which also sizes what the engine allocates: no second formula for memory.
+Optima are rounded to plans that could be written with flags, and each of these is sized by ``resolve_plan``, which also
+sizes what the engine allocates: no second formula for memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from math import ceil, floor
+from math import ceil
 
 from engine.errors import PlanDoesNotFit
 from engine.planner.cost import OVERLAPPED, Overlap, PassModel
 from engine.planner.hardware import Hardware
 from engine.planner.load import mean_request_load, residency_passes
-from engine.planner.placing import whole_layers
 from engine.planner.plan import Plan, PlanOptions
 from engine.planner.plan_input import PlanInput
 from engine.planner.predict import (
@@ -26,6 +25,7 @@ from engine.planner.predict import (
 )
 from engine.planner.relaxation import TIE, Choice, Optimum, Relaxation
 from engine.planner.resolve import fitting_plan, resolve_plan
+from engine.planner.rounding import moves, roundings
 from engine.planner.workload import Workload
 from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
@@ -174,7 +174,7 @@ class _Search:
             for optimum in sorted(group, key=lambda each: -each.bound)[:ROUNDED]:
                 if optimum.bound < best * SLOWER:
                     break
-                for options in self._roundings(optimum):
+                for options in roundings(optimum, self._fixed, self._num_layers):
                     rounding = self._rounding(options)
                     if rounding is not None:
                         best = max(best, rounding.rate)
@@ -212,23 +212,12 @@ class _Search:
             better = True
             while better:
                 better = False
-                for options in self._moves(best, step):
+                for options in moves(best.options, best.plan, self._fixed, step):
                     moved = self._rounding(options)
                     if moved is not None and moved.seconds < best.seconds * (1 - TIE / 10):
                         best, better = moved, True
                         break
         return best
-
-    def _moves(self, best: "_Rounding", step: int) -> Iterator[PlanOptions]:
-        options, pool = best.options, sum(best.plan.kv_bytes.values())
-        kv = options.kv
-        if kv is None:
-            device = round(100 * best.plan.kv_bytes[TierName.DEVICE] / pool)
-            kv = Shares(device, 100 - device, 0)
-        if self._fixed.weights is None and options.weights is not None:
-            yield from (replace(options, weights=moved) for moved in _moved(options.weights, step))
-        if self._fixed.kv is None:
-            yield from (replace(options, kv=moved) for moved in _moved(kv, step))
 
     def _choices(self) -> Iterator[Choice]:
         # Room for more tokens than there are would be taken from the KV cache, and do nothing.
@@ -273,40 +262,6 @@ class _Search:
             seconds += steps * model.cost(load.decodes.scaled(workload.requests / steps)).seconds
         return rate / pass_s, min(steadily_s, seconds)
 
-    def _roundings(self, optimum: Optimum) -> Iterator[PlanOptions]:
-        """Whole layers and whole percents near an optimum; sequences on device and host as room is left, too."""
-        choice, layers, kv = optimum.choice, optimum.layers, optimum.kv
-        weights = [self._fixed.weights] if self._fixed.weights else list(self._layer_shares(choice, layers))
-        caches: list[Shares | None] = [self._fixed.kv] if self._fixed.kv else list(_near_percents(kv))
-        if self._fixed.kv is None and kv[TierName.DISK] < 0.01:
-            caches.append(None)
-        for shares, cache in product(weights, caches):
-            yield replace(
-                self._fixed,
-                micro_batch=choice.micro_batch,
-                micro_batches=choice.micro_batches,
-                weights=shares,
-                kv=cache,
-                host_attention="on" if choice.host_attention else self._fixed.host_attention,
-            )
-
-    def _layer_shares(self, choice: Choice, layers: Mapping[TierName, float]) -> Iterator[Shares]:
-        total = self._num_layers
-        seen = set()
-        around = [sorted({floor(layers[tier]), ceil(layers[tier] - 1e-6)}) for tier in (TierName.DEVICE, TierName.HOST)]
-        for device, host in product(*around):
-            for on_device in {device, max(0, device - 1)}:
-                on_host = min(host, total - on_device)
-                counts = {
-                    TierName.DEVICE: on_device, TierName.HOST: on_host, TierName.DISK: total - on_device - on_host,
-                }  # fmt: skip
-                if any(counts[tier] for tier in _TIERS[1:] if tier not in choice.streams):
-                    continue
-                shares = _shares_for(total, counts)
-                if shares is not None and shares not in seen:
-                    seen.add(shares)
-                    yield shares
-
     def _nothing_fits(self) -> PlanDoesNotFit:
         """What is short even of the plan that needs least."""
         least = replace(
@@ -336,38 +291,3 @@ def _check_lengths(shape: ModelShape, workload: Workload) -> None:
             f"{shape.max_positions} positions by {longest.prompt + longest.generated - shape.max_positions}; shorten "
             "the prompts or generate fewer tokens"
         )
-
-
-def _moved(shares: Shares, step: int) -> Iterator[Shares]:
-    """Up to ``step`` percent moved from one tier to another."""
-    for source, target in product(_TIERS, _TIERS):
-        percent = min(step, shares.of(source))
-        if source is not target and percent:
-            parts = {tier: shares.of(tier) for tier in _TIERS}
-            parts[source] -= percent
-            parts[target] += percent
-            yield Shares(*parts.values())
-
-
-def _near_percents(shares: Mapping[TierName, float]) -> Iterable[Shares]:
-    """Whole percents within one of the shares of device and host; the disk has the rest."""
-    device, host = (100 * shares[tier] for tier in (TierName.DEVICE, TierName.HOST))
-    if shares[TierName.DISK] < TIE:
-        yield from (Shares(on_device, 100 - on_device, 0) for on_device in sorted({floor(device), ceil(device)}))
-        return
-    for on_device, on_host in product({floor(device), ceil(device)}, {floor(host), ceil(host)}):
-        if on_device + on_host <= 100:
-            yield Shares(on_device, on_host, 100 - on_device - on_host)
-
-
-def _shares_for(total: int, counts: Mapping[TierName, int]) -> Shares | None:
-    """Percents that ``whole_layers`` turns into exactly these counts, if there are any."""
-    device, host = (round(100 * counts[tier] / total) for tier in (TierName.DEVICE, TierName.HOST))
-    for step_device, step_host in product((0, -1, 1), repeat=2):
-        on_device, on_host = device + step_device, host + step_host
-        if min(on_device, on_host) < 0 or on_device + on_host > 100:
-            continue
-        shares = Shares(on_device, on_host, 100 - on_device - on_host)
-        if whole_layers(total, shares) == dict(counts):
-            return shares
-    return None

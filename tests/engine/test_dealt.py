@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from engine.kvcache.cache import Holding, Layout
 from engine.kvcache.segments import Segment
 from engine.request import SamplingParams
-from engine.schedule.scheduler import _Packer, dealt
+from engine.schedule.packing import Packer, dealt
 from engine.sequence import Sequence
 from engine.tiers import TierName
 from engine.units import div_ceil
@@ -17,7 +17,7 @@ from engine.units import div_ceil
 ON_HOST = Holding(TierName.HOST, (), Layout.PAGES)
 ON_DEVICE = Holding(TierName.DEVICE, (), Layout.ONE_PIECE)
 Batches = list[list[Segment]]
-Pack = Callable[[_Packer], object]
+Pack = Callable[[Packer], object]
 
 
 def decoding(start: int, holding: Holding) -> Pack:
@@ -31,7 +31,7 @@ def prompt(start: int, length: int, holding: Holding) -> Pack:
 def _cuttable(start: int, length: int, num_prompt: int, holding: Holding) -> Pack:
     sequence = Sequence([0] * (start + length), num_prompt, start + length + 9, sampling=SamplingParams())
 
-    def pack(packer: _Packer) -> None:
+    def pack(packer: Packer) -> None:
         packer.add(sequence, start, min(length, packer.left), holding)
 
     return pack
@@ -56,7 +56,7 @@ def passes(draw: st.DrawFn, *, wholes: bool = True, start: int | None = None) ->
     packs |= st.builds(prompt, st.integers(0, 9), st.integers(1, 20), holdings)
     if wholes:
         packs |= st.builds(whole, st.integers(1, most))
-    packer = _Packer(most, draw(st.integers(1, 4)))
+    packer = Packer(most, draw(st.integers(1, 4)))
     for pack in draw(st.lists(packs, max_size=30)):
         pack(packer)
     return packer.finish(), most
@@ -121,7 +121,7 @@ def test_where_all_can_be_cut_and_is_alike_two_on_the_host_are_always_dealt_out(
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_nothing_changes_where_the_host_has_nothing_to_share_out(number: int) -> None:
-    packer = _Packer(4, 3)
+    packer = Packer(4, 3)
     for pack in [decoding(5, ON_HOST)] * number + [decoding(9, ON_DEVICE), prompt(0, 6, ON_HOST)]:
         pack(packer)
     batches = packer.finish()
@@ -130,7 +130,7 @@ def test_nothing_changes_where_the_host_has_nothing_to_share_out(number: int) ->
 
 def test_a_prompt_fills_up_what_the_hosts_parts_leave() -> None:
     """The host's long sequence beside the prompt's beginning, its short ones beside the rest."""
-    packer = _Packer(8, 2)
+    packer = Packer(8, 2)
     for pack in [decoding(100, ON_HOST), *(decoding(9, ON_HOST) for _ in range(3)), prompt(0, 6, ON_DEVICE)]:
         pack(packer)
     found = dealt(packer.finish(), 8)
@@ -150,7 +150,7 @@ def test_a_prompt_fills_up_what_the_hosts_parts_leave() -> None:
     ],
 )
 def test_what_does_not_fit_when_dealt_out_stays_as_packed(most: int, packs: list[Pack]) -> None:
-    packer = _Packer(most, 2)
+    packer = Packer(most, 2)
     for pack in packs:
         pack(packer)
     batches = packer.finish()

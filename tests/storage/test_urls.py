@@ -7,8 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy import exc
 
-from storage.database import Database, translate
+from storage.database import Database
 from storage.errors import DatabaseUnreachable, ValueTooBig
+from storage.translation import translate
 from storage.urls import hide_passwords, shown_error, without_password
 
 MARK = "Zq7"
