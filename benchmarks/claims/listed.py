@@ -42,7 +42,7 @@ _SCORING = _generate(
 _LONG_PATH = Missed(
     why="nearly twice too long: 3,996 lines are code, 1,289 blank, 1,250 docstrings with shapes, units and errors, 523 "
     "imports; 1,764 of all are there for GPUs (packed attention, attention on the host beside one, pinned memory)",
-    yet=AtMost(7100),
+    yet=AtMost(7150),
 )
 
 _PEER_NEAR_PEAK = (
