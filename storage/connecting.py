@@ -25,7 +25,7 @@ def parsed_url(url: str) -> URL:
 
 
 def unusable(url: str, error: Exception) -> DatabaseMisnamed:
-    """The sentence for a URL that a driver refuses."""
+    """What to raise for a URL that a driver refuses: the sentence hides its password."""
     said = shown_error(getattr(error, "orig", None) or error, url).splitlines()[0].removesuffix(".")
     return DatabaseMisnamed(
         f"The database URL {without_password(url)} cannot be used: {said}. Correct it in --database or "

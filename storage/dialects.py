@@ -1,4 +1,4 @@
-"""What databases say in words of their own."""
+"""SQL that differs between SQLite and PostgreSQL."""
 
 from sqlalchemy import Connection, Insert, Table, func, select
 

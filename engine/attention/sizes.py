@@ -19,9 +19,15 @@ def kv_layer_bytes(shape: ModelShape, stored: TensorFormat, num_tokens: int = 1)
     return 2 * shape.num_kv_heads * num_tokens * stored.num_bytes((shape.head_size,))
 
 
-def decode_workspace_bytes(shape: ModelShape, extent_tokens: int, num_threads: int) -> int:
-    """Bytes of the float32 copies of an extent's keys that decoding on the CPU makes, one a thread."""
-    return num_threads * kv_layer_bytes(shape, Plain(DType.FLOAT32), extent_tokens) // 2
+def decode_workspace_bytes(shape: ModelShape, extent_tokens: int, num_threads: int, pool_tokens: int) -> int:
+    """Bytes that decoding on the CPU takes: a float32 copy of an extent's keys for each thread, and scores.
+
+    Each thread has another sequence, and the scores of all its tokens in two copies: together no more than
+    ``pool_tokens``, which is how many the cache may have room for.
+    """
+    keys = num_threads * kv_layer_bytes(shape, Plain(DType.FLOAT32), extent_tokens) // 2
+    attended = min(num_threads * (shape.max_positions + 1), pool_tokens)
+    return keys + 2 * DType.FLOAT32.num_bytes * shape.num_heads * attended
 
 
 HOST_SLOTS = 2

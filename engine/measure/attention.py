@@ -51,7 +51,7 @@ _HOST_BUFFERS = GIB
 
 
 def prompt_works(cache: "Cache") -> list[Timed]:
-    """Seconds of one prompt in one layer, of as many as a pass carries: for each length."""
+    """For each length, what measures the seconds of one prompt in one layer, of as many as a pass carries."""
     return [partial(_prompt_s, cache, length) for length in cache.effort.lengths]
 
 
@@ -63,9 +63,12 @@ def prompt_points(cache: "Cache", seconds: Sequence[float], overheads: Overheads
 
 
 def decode_works(cache: "Cache") -> list[Timed]:
-    """Seconds of one sequence's decode token in one layer: for each length. All of the cache has been written to."""
+    """For each length, what measures the seconds of one sequence's decode token in one layer.
+
+    Nearly all of the cache is written to before.
+    """
     longest = max(cache.effort.lengths)
-    with cache.prompts(max(2, cache.effort.cached_tokens // align_up(longest, PAGE_TOKENS)), longest) as prompts:
+    with cache.prompts(max(2, cache.effort.cached_tokens // longest), longest) as prompts:
         for prompt in prompts:  # untouched memory would be read faster than any
             cache.effort.pause()
             cache.fill([prompt])

@@ -46,7 +46,7 @@ class Effort:
     """Depths of two models that are too small to compute anything: what differs is the overhead of a layer."""
     small_steps: int = 24
     figure_s: float = 0.3
-    """Seconds one figure may take, more or less."""
+    """Seconds one figure may take in all its turns, more or less; slow work takes up to a few times as many."""
     busy_s: float = 2.0
     stopped: Callable[[], bool] = lambda: False
     """Whether the measurement was told to stop."""

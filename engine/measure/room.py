@@ -129,7 +129,8 @@ class _Width:
         """What a layer and its attention take while they are computed."""
         tokens = max(*self._effort.tokens, *self._effort.lengths)
         values = tokens * (self._shape.workspace_values + self._shape.hidden_size)
-        keys = decode_workspace_bytes(self._shape, max(self._effort.lengths), self._threads)
+        longest = max(self._effort.lengths)
+        keys = decode_workspace_bytes(self._shape, longest, self._threads, self._threads * longest)
         return values * dtype.num_bytes + keys
 
     def _unit(self, name: str, dtype: DType) -> int:

@@ -16,38 +16,38 @@ _MOST = 40
 """Samples in one turn."""
 _SHORTEST_S = 0.002
 """Seconds of a sample, at least: in less, waiting for the device to be done would be most of it."""
-_SLOW = 8
-"""Times ``figure_s`` that one work may take in all its turns; then it has no more of them."""
+_SLOW = 4
+"""Times ``figure_s`` that a work may take, in the mean: where all together have taken more, no other round begins."""
 
 
 def in_turns(effort: Effort, *curves: Sequence[Timed]) -> list[list[float]]:
-    """For each curve, the seconds of each work: the median over its turns.
+    """For each curve, the seconds of each work: the median over its turns, of which all works have equally many.
 
     Measured one after the other, the points of a curve would be of moments in which the machine is not equally fast,
-    and much of its slope would be that. The first turn of each work is thrown away: it allocates and compiles.
+    and much of its slope would be that. The first round is thrown away: works allocate and compile in it.
 
     Raises:
         Interrupted: somebody wants an end of it.
     """
-    works = [work for curve in curves for work in curve]
+    works = [work for each in curves for work in each]
     found: list[list[float]] = [[] for _ in works]
-    spent = [0.0] * len(works)
-    for turn in range(1 + _TURNS):
-        for index, work in enumerate(works):
-            if spent[index] > _SLOW * effort.figure_s:
-                continue
-            start = time.perf_counter()
-            seconds = work()
-            if turn:
-                found[index].append(seconds)
-                spent[index] += time.perf_counter() - start
+    for work in works:
+        work()
+    begin = time.perf_counter()
+    for _ in range(_TURNS):
+        for work, seconds in zip(works, found, strict=True):
+            seconds.append(work())
+        if time.perf_counter() - begin > _SLOW * effort.figure_s * len(works):
+            break
     medians = iter([median(seconds) for seconds in found])
-    return [list(islice(medians, len(curve))) for curve in curves]
+    return [list(islice(medians, len(each))) for each in curves]
 
 
 def one_turn(device: Device, call: Callable[[], object], effort: Effort) -> float:
-    """Seconds of one call, the median over as many as a turn has time for. The first is thrown away, if it is short:
-    other work had its turn before.
+    """Seconds of one call, the median over as many as a turn has time for.
+
+    Other work had its turn before, so that the first call, which finds none of its own in caches, is thrown away;
+    unless it takes a whole turn, of which that is a small part.
 
     Raises:
         Interrupted: somebody wants an end of it.

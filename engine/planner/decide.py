@@ -22,7 +22,7 @@ from engine.units import GIB, format_bytes
 from engine.weights.stored import StoredWeights
 
 WORTH_MEASURING = GIB
-"""Bytes of weights streamed in a pass from which measuring the machine pays, which takes up to a minute."""
+"""Bytes of weights streamed in a pass from which measuring the machine pays, which takes a minute or two."""
 MACHINE_SHARES = {TierName.DEVICE: 0.92, TierName.HOST: 0.9, TierName.DISK: 0.95}
 """The share of another machine's capacity that a plan takes unasked: the rest is for the runtime and other people."""
 

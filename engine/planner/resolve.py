@@ -74,7 +74,8 @@ def resolve_plan(given: PlanInput) -> Plan:
     at_once = extent_tokens
     if options.kv is not None and options.kv.disk:
         at_once = max(extent_tokens, min(group_tokens, shape.max_positions + 1))
-    workspace += decode_workspace_bytes(shape, at_once, facts.attention_threads)
+    pool_tokens = (budgets[TierName.DEVICE] + budgets[TierName.HOST]) // kv_bytes_per_token(shape, kv_format)
+    workspace += decode_workspace_bytes(shape, at_once, facts.attention_threads, pool_tokens)
     # On the CPU, what is stored waits in the one memory that there is.
     kept_here = store_bytes if facts.shares_host_memory else 0
     batch_bytes = micro_batch * shape.hidden_size * dtype.num_bytes

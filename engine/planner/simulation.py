@@ -1,6 +1,6 @@
 """The passes of a workload, as the scheduler fills them, in counts alone. No torch.
 
-``schedule.scheduler`` packs sequences one by one; here those of one length that are at the same token are one number,
+``schedule.packing`` takes sequences one by one; here those of one length that are at the same token are one number,
 so that a thousand passes take a moment. For requests of one length both fill the same passes with the same tokens, as
 long as no gap of the KV cache is too short for an extent.
 """

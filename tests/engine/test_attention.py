@@ -12,6 +12,8 @@ from torch import Tensor
 from engine.attention import kernels
 from engine.attention.blocks import BLOCK_QUERIES, attend_in_blocks
 from engine.attention.kernels import attend, decoder, merge
+from engine.attention.pools import MemoryKV
+from engine.kvcache.cache import Extent
 from tests.engine.plain_attention import attend_plainly
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -190,6 +192,17 @@ def test_a_decode_token_is_stored_and_sees_all_up_to_itself(
     torch.testing.assert_close(out_TNH[1], expected[:, 0], atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
     assert out_TNH[0].isnan().all()
     assert out_TNH[2].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("position", "held", "place"), [(0, 1, 0), (3, 1, 3), (4, 2, 0), (6, 2, 2), (7, 3, 0), (8, 3, 1)]
+)
+def test_a_position_lies_in_the_last_of_the_extents_up_to_it(position: int, held: int, place: int) -> None:
+    extents = (Extent(0, 4, 50), Extent(4, 3, 0), Extent(7, 2, 10))
+    layers = [tuple(torch.full((2, 1, extent.capacity, 1), layer) for layer in range(2)) for extent in extents]
+    found, where = MemoryKV(extents, layers).up_to(1, position)
+    assert [each is layers[number][1] for number, each in enumerate(found)] == [True] * held
+    assert where == place
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 
 import pytest
 from hypothesis import given
@@ -23,18 +24,14 @@ def test_a_machine_that_is_fast_and_slow_in_turns_bends_no_curve(
     curves: list[list[float]], slowness: list[float]
 ) -> None:
     """Each round has its own speed: all points are slowed down by the same, that of the same round."""
-    rounds: dict[tuple[int, int], int] = {}
+    number = sum(map(len, curves))
+    calls = count()
 
-    def work(place: tuple[int, int], seconds: float) -> Callable[[], float]:
-        def done() -> float:
-            rounds[place] = rounds.get(place, -1) + 1
-            return seconds * slowness[rounds[place]]
+    def work(seconds: float) -> Callable[[], float]:
+        return lambda: seconds * slowness[next(calls) // number]
 
-        return done
-
-    works = [[work((a, b), each) for b, each in enumerate(points)] for a, points in enumerate(curves)]
-    found = in_turns(ENOUGH, *works)
-    counted = sorted(slowness[1 : 1 + max(rounds.values(), default=0)])
+    found = in_turns(ENOUGH, *([work(each) for each in points] for points in curves))
+    counted = sorted(slowness[1 : next(calls) // max(1, number)])
     assert [len(each) for each in found] == [len(each) for each in curves]
     for points, measured in zip(curves, found, strict=True):
         assert measured == [each * counted[len(counted) // 2] for each in points]

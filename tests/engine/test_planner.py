@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.attention.sizes import kv_bytes_per_token
+from engine.attention.sizes import decode_workspace_bytes, kv_bytes_per_token
 from engine.devices.facts import MachineFacts, free_disk_space, free_host_memory
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
@@ -278,13 +278,22 @@ def test_this_machines_free_memory_is_plausible(tmp_path: Path) -> None:
         pass
 
 
-def test_each_attention_thread_has_its_keys_in_the_workspace() -> None:
+def test_each_attention_thread_has_its_keys_and_scores_in_the_workspace() -> None:
     few, many = (
         plan(PlanOptions(), MachineFacts(64 * GIB, 64 * GIB, shares_host_memory=True, attention_threads=threads))
         for threads in (1, 5)
     )
     keys = SHAPE.num_kv_heads * few.extent_tokens * SHAPE.head_size * 4
-    assert many.workspace_bytes - few.workspace_bytes == 4 * keys
+    scores = 2 * 4 * SHAPE.num_heads * (SHAPE.max_positions + 1)
+    assert many.workspace_bytes - few.workspace_bytes == 4 * (keys + scores)
+
+
+def test_no_more_scores_are_counted_than_keys_find_room() -> None:
+    """Long contexts that many threads could have, and no memory could."""
+    one = decode_workspace_bytes(SHAPE, 64, 1, pool_tokens=1000)
+    assert decode_workspace_bytes(SHAPE, 64, 1, pool_tokens=2000) - one == 2 * 4 * SHAPE.num_heads * 1000
+    endless = decode_workspace_bytes(SHAPE, 64, 1, pool_tokens=1 << 40)
+    assert endless - one == 2 * 4 * SHAPE.num_heads * (SHAPE.max_positions + 1 - 1000)
 
 
 @pytest.mark.parametrize(
