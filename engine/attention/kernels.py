@@ -173,12 +173,10 @@ def attend_decode(
         _weigh(torch.bmm(scaled_KGH, k_KsH.float().mT).softmax(-1), v_KsH, out_KGH)
         return
     # One softmax over all: nothing but sums of values is left to merge.
-    keys, values = [*(kv[0] for kv in pieces[:-1]), k_KsH], [*(kv[1] for kv in pieces[:-1]), v_KsH]
-    weights_KGs = torch.cat([torch.bmm(scaled_KGH, each.float().mT) for each in keys], -1).softmax(-1)
+    seen = [*pieces[:-1], kv_2KcH[:, :, : place + 1]]
+    weights_KGs = torch.cat([torch.bmm(scaled_KGH, k_KpH.float().mT) for k_KpH, _ in seen], -1).softmax(-1)
     found = []
-    for weights_KGp, v_KpH in zip(
-        torch.split(weights_KGs, [each.shape[1] for each in values], -1), values, strict=True
-    ):
+    for weights_KGp, (_, v_KpH) in zip(torch.split(weights_KGs, [kv.shape[2] for kv in seen], -1), seen, strict=True):
         found.append(torch.empty_like(out_KGH))
         _weigh(weights_KGp, v_KpH, found[-1])
     out_KGH.copy_(torch.stack(found).sum(0, dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""What the benchmark of predictions reckons itself."""
+"""How much disk space the benchmark of predictions expects a run to take."""
 
 from pathlib import Path
 
