@@ -51,6 +51,11 @@ _PEER_NEAR_PEAK = (
     "prompts, at 0.93 of the peak with their attention in float32, and 11% are decode passes, which read weights and "
     "the KV cache as fast as memory gives them"
 )
+_PROMPT_ATTENTION = (
+    "a fifth of the time is attention, at a quarter of the peak: it multiplies queries and keys in float32, half as "
+    "fast as bfloat16, since rounded scores would cost more than all other rounding; all other products are at 0.95 to "
+    "1.05 of the peak"
+)
 _HALF_AS_FAST = (
     "seconds on a processor that takes twice as long over the interpreter's own loops as those that the line is for"
 )
@@ -147,6 +152,7 @@ CLAIMS: tuple[Claim, ...] = (
         command=_SCORING,
         figure="ours.peak_fraction",
         line=AtLeast(0.78),
+        missed={_CPU: Missed(why=_PROMPT_ATTENTION, yet=AtLeast(0.72))},
     ),
     Claim(
         name="disk-1.3b",
