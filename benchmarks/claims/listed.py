@@ -52,9 +52,9 @@ _PEER_NEAR_PEAK = (
     "the KV cache as fast as memory gives them"
 )
 _PROMPT_ATTENTION = (
-    "a fifth of the time is attention, at a quarter of the peak: it multiplies queries and keys in float32, half as "
-    "fast as bfloat16, since rounded scores would cost more than all other rounding; all other products are at 0.95 to "
-    "1.05 of the peak"
+    "a fifth of the time is attention, at a quarter of the peak of 417 GFLOP/s: queries times keys reach 163 in "
+    "float32, and weights times values 217 in bfloat16; rounded scores would gain 3% and cost more than all other "
+    "rounding; all other products are at 0.95 to 1.05 of the peak"
 )
 _HALF_AS_FAST = (
     "seconds on a processor that takes twice as long over the interpreter's own loops as those that the line is for"
