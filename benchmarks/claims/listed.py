@@ -28,7 +28,9 @@ _OFF_PUBLISHED = "of FlexGen's published tokens/s is what is predicted of its sc
 _PREDICTED_175B = "tokens/s are predicted of FlexGen's schedule there, OPT-175B, where it measured 0.69"
 _TWO_WORKERS = ("benchmarks.two_workers",)
 _MEMORY_125M = _generate("opt-125m", 32, "512", "32", "--weights", "device", "--peer-batches", "8,16", "--repeat", "3")
-_MEMORY_1_3B = _generate("opt-1.3b", 32, "512", "32", "--weights", "device", "--peer-batches", "8,16")
+_MEMORY_1_3B = _generate(
+    *("opt-1.3b", 32, "512", "32"), *("--weights", "device", "--peer-batches", "8,16", "--repeat", "3")
+)
 _SPREAD_LENGTHS = _generate(
     *("opt-125m", 64, "32-1024", "8-128"), *("--weights", "device", "--peer-batches", "8,16", "--repeat", "3")
 )
