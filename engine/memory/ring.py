@@ -275,10 +275,13 @@ class Ring:
     def _copy(self, item: Item, slot: _Slot, pieces: Sequence[tuple[int, Tensor]], there: Event) -> None:
         """On a lane: copy an item into the device's buffer, from where it is ``there``."""
         there.wait()
-        if item.fetched:
-            slot.ready = slot.file_left = self._copy_in(item, slot, pieces)
-        else:
+        if not item.fetched:
             slot.ready = slot.left
+            return
+        slot.ready = self._copy_in(item, slot, pieces)
+        if not isinstance(item.place, Scattered | HostPlace):
+            # Else it came past the host's buffer, from which the item before may still be written.
+            slot.file_left = slot.ready
 
     def _copy_in(self, item: Item, slot: _Slot, pieces: Iterable[tuple[int, Tensor]]) -> Event:
         """A copy engine takes one copy after the other, whosever they are. What compute needs next must not wait behind

@@ -175,6 +175,39 @@ def test_the_next_is_read_while_a_copy_of_many_pieces_goes_on(monkeypatch: pytes
     device.close()
 
 
+@dataclass(slots=True, eq=False)
+class Slow(Bytes):
+    """A file that writes nothing before it may."""
+
+    may_write: threading.Event = field(default_factory=threading.Event)
+
+    def write(self, offset: int, data: Tensor) -> None:
+        self.may_write.wait()
+        Bytes.write(self, offset, data)
+
+
+@pytest.mark.parametrize("then_from_a_file", [False, True])
+def test_what_comes_from_the_host_frees_no_buffer_that_a_file_is_written_from(*, then_from_a_file: bool) -> None:
+    device = SimulatedDevice()
+    opened = open_ring(device, 1, from_files=True)
+    slow, on_host = Slow(torch.zeros(SIZE, dtype=torch.uint8)), HostPlace(torch.ones(SIZE, dtype=torch.uint8))
+    other = Told(torch.full((SIZE,), 2, dtype=torch.uint8))
+    items = [Item("test", slow, 0, slice(0, SIZE)), Item("test", on_host, SIZE)]
+    opened.ring.begin([*items, Item("test", other, SIZE)] if then_from_a_file else items)
+    with opened.ring.enter(slow) as (_, data):
+        data.fill_(7)
+    with opened.ring.enter(on_host):
+        pass
+    threading.Timer(0.2, slow.may_write.set).start()
+    if then_from_a_file:
+        with opened.ring.enter(other):
+            pass
+    opened.ring.settle()
+    assert (slow.data == 7).all()
+    opened.close()
+    device.close()
+
+
 def test_a_visit_is_fetched_ahead_unless_one_before_changes_its_place() -> None:
     opened = open_ring(HostDevice(), 3, from_files=True)
     first, second = Bytes(torch.zeros(SIZE, dtype=torch.uint8)), Bytes(torch.zeros(SIZE, dtype=torch.uint8))
