@@ -191,7 +191,7 @@ def test_what_comes_from_the_host_frees_no_buffer_that_a_file_is_written_from(*,
     device = SimulatedDevice()
     opened = open_ring(device, 1, from_files=True)
     slow, on_host = Slow(torch.zeros(SIZE, dtype=torch.uint8)), HostPlace(torch.ones(SIZE, dtype=torch.uint8))
-    other = Told(torch.full((SIZE,), 2, dtype=torch.uint8))
+    other = Bytes(torch.full((SIZE,), 2, dtype=torch.uint8))
     items = [Item("test", slow, 0, slice(0, SIZE)), Item("test", on_host, SIZE)]
     opened.ring.begin([*items, Item("test", other, SIZE)] if then_from_a_file else items)
     with opened.ring.enter(slow) as (_, data):
