@@ -1,5 +1,6 @@
 """What configurations of Llama's family say, in both spellings; what is refused; how much memory a layer takes."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import accumulate
 from math import prod
@@ -135,6 +136,21 @@ def test_a_window_that_is_switched_off_or_never_slides_is_no_reason(
 ROWS, CAST = 512, 32
 
 
+def peak_of(compute: Callable[[], object]) -> int:
+    """Bytes that something holds at most, beyond what was there before, when it is done for the second time."""
+    compute()  # what is made once and kept does not count
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
+        compute()
+    events = sorted(traced.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+def _memory_of_a_product(weight: torch.Tensor) -> int:
+    """Bytes beside its result."""
+    x = torch.randn(ROWS, weight.shape[1]).to(weight.dtype)
+    return peak_of(lambda: linear.linear(x, weight, None)) - ROWS * weight.shape[0] * weight.itemsize
+
+
 @pytest.mark.parametrize("casts", [False, True], ids=["as here", "slow"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
@@ -168,22 +184,15 @@ def test_a_layer_takes_no_more_memory_than_its_workspace(
             lambda qkv: qkv[:, : family.shape.num_heads].clone(memory_format=torch.contiguous_format),
         )
 
-    compute()  # what is made once and kept does not count
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
-        compute()
-    events = traced.profiler.kineto_results.events()
-    changes_of_bytes = [
-        event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()) if event.name() == "[memory]"
-    ]
-    if not (
-        products := linear.has_products(dtype)
-    ):  # a few weights and rows are cast to float32, however many rows there are
+    if linear.has_products(dtype):
+        # oneDNN reorders parts of weights in memory of its own: how much, each processor has its own mind about.
+        matrices = [weight for weight in weights.values() if weight.ndim == 2]
+        scratch = max(_memory_of_a_product(matrix) for matrix in matrices)
+    else:  # a few weights and rows are cast to float32, however many rows there are
         widest = max(spec.shape[-1] for spec in layer.tensors)
         scratch = 4 * CAST * (2 * widest + 3 * CAST)
-    else:  # in bfloat16, oneDNN reorders a weight in memory of its own, however few rows there are
-        scratch = max(weight.nbytes for weight in weights.values()) if dtype == torch.bfloat16 else 0
-    peak = hidden.nbytes + max(accumulate(changes_of_bytes))
+    peak = hidden.nbytes + peak_of(compute)
     allowed = ROWS * family.shape.workspace_values * dtype.itemsize
     assert peak <= allowed + scratch
-    if products and dtype == torch.float16:  # float32 beside it is counted, and nothing else
-        assert peak > 0.8 * allowed
+    if dtype != torch.float32:  # float32 beside it is counted, and little else: another copy of queries, on a GPU
+        assert peak > 0.7 * allowed
