@@ -18,6 +18,9 @@ class TensorFormat(Protocol):
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a tensor of this shape, as it is stored."""
 
+    def unpacked_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what a tensor of this shape is unpacked to: at its end an axis may be padded."""
+
     def is_ready(self, dtype: DType) -> bool:
         """Whether the stored bytes are what is computed with in ``dtype``: nothing must be unpacked."""
 
@@ -35,6 +38,10 @@ class Plain:
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a tensor of this shape, as it is stored."""
         return prod(shape) * self.dtype.num_bytes
+
+    def unpacked_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The same shape."""
+        return shape
 
     def is_ready(self, dtype: DType) -> bool:
         """Whether it is stored in the number type that is computed in."""

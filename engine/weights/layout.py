@@ -3,7 +3,6 @@ count on. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Self
 
 from engine.dtypes import DType
@@ -60,7 +59,7 @@ def _stored(sizes: Sizes, dtype: DType, units: Mapping[str, UnitLayout]) -> Stor
         dtype=dtype,
         unit_bytes={name: unit.num_bytes for name, unit in units.items()},
         unit_tensors={
-            name: tuple(StoredTensor(entry.format, prod(entry.shape)) for entry in unit.tensors.values())
+            name: tuple(StoredTensor(entry.format, entry.shape) for entry in unit.tensors.values())
             for name, unit in units.items()
         },
         unit_flops=flops_of(sizes),

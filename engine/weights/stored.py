@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from engine.dtypes import DType
 from engine.formats.sizes import Plain, TensorFormat
@@ -17,7 +18,7 @@ class StoredTensor:
     """One tensor of a unit."""
 
     format: TensorFormat
-    num_values: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class StoredWeights:
     @classmethod
     def of_one_tensor(cls, dtype: DType, unit_bytes: Mapping[str, int]) -> "StoredWeights":
         """Where nothing but sizes is asked for: units of one plain tensor each."""
-        tensors = {name: (StoredTensor(Plain(dtype), size // dtype.num_bytes),) for name, size in unit_bytes.items()}
+        tensors = {name: (StoredTensor(Plain(dtype), (size // dtype.num_bytes,)),) for name, size in unit_bytes.items()}
         return cls(dtype, unit_bytes, tensors, {})
 
     @cached_property
@@ -51,9 +52,9 @@ class StoredWeights:
         """Bytes of a unit as it is computed with: as stored, or each tensor unpacked to the compute dtype."""
         if self.is_ready(unit, dtype):
             return self.unit_bytes[unit]
-        return sum(unpacked_bytes(tensor.num_values, dtype) for tensor in self.unit_tensors[unit])
+        return sum(unpacked_bytes(tensor.format, tensor.shape, dtype) for tensor in self.unit_tensors[unit])
 
 
-def unpacked_bytes(num_values: int, dtype: DType) -> int:
-    """Bytes that a tensor takes in a unit that was unpacked, where one begins behind the other."""
-    return align_up(num_values * dtype.num_bytes, TENSOR_ALIGNMENT)
+def unpacked_bytes(stored: TensorFormat, shape: tuple[int, ...], dtype: DType) -> int:
+    """Bytes that a tensor of this shape takes in a unit that was unpacked, where one begins behind the other."""
+    return align_up(prod(stored.unpacked_shape(shape)) * dtype.num_bytes, TENSOR_ALIGNMENT)

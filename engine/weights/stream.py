@@ -170,7 +170,7 @@ class WeightStream:
 
     def _unpacked_bytes(self, name: str) -> int:
         entries = self._files.entries(name).values()
-        return sum(unpacked_bytes(prod(entry.shape), self._dtype) for entry in entries)
+        return sum(unpacked_bytes(entry.format, entry.shape, self._dtype) for entry in entries)
 
     def _allocate(self, tier: TierName, num_bytes: int) -> Block:
         block = self._memory.allocate(tier, num_bytes, WEIGHTS)
@@ -215,7 +215,8 @@ class WeightStream:
     def _largest_tensor(self, names: Sequence[str]) -> Tensor:
         """Room on the host for any tensor of some units in the compute dtype."""
         entries = (entry for name in names for entry in self._files.entries(name).values())
-        return torch.empty(max(prod(entry.shape) for entry in entries), dtype=torch_dtype(self._dtype))
+        most = max(prod(entry.format.unpacked_shape(entry.shape)) for entry in entries)
+        return torch.empty(most, dtype=torch_dtype(self._dtype))
 
     def _copy_unpacked(
         self, name: str, raw: Tensor, into: Tensor, buffer: tuple[Tensor, Event]
@@ -237,10 +238,10 @@ class WeightStream:
         """Where a unit's tensors lie in ``data`` once they are unpacked: one behind the other."""
         places, begin = {}, 0
         for tensor_name, entry in self._files.entries(name).items():
-            num_values = prod(entry.shape)
-            end = begin + num_values * self._dtype.num_bytes
-            places[tensor_name] = data[begin:end].view(torch_dtype(self._dtype)).view(entry.shape)
-            begin += unpacked_bytes(num_values, self._dtype)
+            shape = entry.format.unpacked_shape(entry.shape)
+            end = begin + prod(shape) * self._dtype.num_bytes
+            places[tensor_name] = data[begin:end].view(torch_dtype(self._dtype)).view(shape)
+            begin += unpacked_bytes(entry.format, entry.shape, self._dtype)
         return places
 
     def _unpack(self, name: str, raw: Tensor, into: Tensor) -> NamedWeights:
