@@ -22,7 +22,11 @@ _GPU_STEP = 64
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, relu: bool = False) -> Tensor:
-    """``x @ weight.T + bias``, then ``max(0, ·)`` if asked: ``[T, O]``."""
+    """``x @ weight.T + bias``, then ``max(0, ·)`` if asked: ``[T, O]``.
+
+    A weight whose rows are padded may be wider than ``x``; what is behind its end counts for nothing.
+    """
+    x_TI = _as_wide(x_TI, weight_OI)
     if _is_cast(x_TI):
         return _by_float32(x_TI, weight_OI, bias_O, x_TI.dtype, relu=relu)
     if x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" and has_products(x_TI.dtype):
@@ -36,7 +40,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, relu: bool
 
 
 def logits(x_TI: Tensor, table_VI: Tensor) -> Tensor:
-    """``x @ table.T`` in float32: ``[T, V]``."""
+    """``x @ table.T`` in float32: ``[T, V]``; see ``linear`` for a table whose rows are padded."""
+    x_TI = _as_wide(x_TI, table_VI)
     if _is_cast(x_TI):
         return _by_float32(x_TI, table_VI, None, torch.float32)
     return F.linear(x_TI, table_VI).float()
@@ -77,6 +82,13 @@ def has_products(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return hasattr(torch.ops.mkldnn, "_linear_pointwise") and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def _as_wide(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """With columns of zeros up to the weight's width. The other way, a weight cut to the width of ``x``, would be a
+    view with gaps, for which oneDNN takes a kernel that is a thousand times slower."""
+    missing = weight_OI.shape[1] - x_TI.shape[1]
+    return F.pad(x_TI, (0, missing)) if missing else x_TI
 
 
 def _is_cast(x_TI: Tensor) -> bool:

@@ -6,6 +6,7 @@ from math import prod
 from typing import Any, ClassVar, Protocol
 
 from engine.dtypes import DType
+from engine.units import align_up
 
 
 class TensorFormat(Protocol):
@@ -60,7 +61,53 @@ class Plain:
         return cls(DType(name))
 
 
-_FORMATS: Mapping[str, Callable[[Mapping[str, Any]], TensorFormat]] = {Plain.name: Plain.from_fields}
+GROUPS = (32, 64, 128)
+"""How many values may share a scale and a minimum."""
+_FLOAT16_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Int4:
+    """Four bits a value. Some neighbours along the last axis are a group, and share a scale and a minimum in float16.
+
+    The last axis is padded to whole groups. First come the codes, two a byte, then all scales, then all minima; each
+    row-major. See ``engine.formats.int4``.
+    """
+
+    group: int = 64
+    name: ClassVar[str] = "int4"
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of this shape, as it is stored: 4.5 bits a value where groups of 64 need no padding."""
+        values = prod(self.unpacked_shape(shape))
+        return values // 2 + 2 * _FLOAT16_BYTES * (values // self.group)
+
+    def unpacked_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The same, the last axis padded to whole groups."""
+        return (*shape[:-1], align_up(shape[-1], self.group))
+
+    def is_ready(self, dtype: DType) -> bool:
+        """Never: products are made with what it is unpacked to."""
+        del dtype
+        return False
+
+    def fields(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"name": self.name, "group": self.group}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Int4":
+        """See ``format_from``."""
+        group = fields["group"]
+        if type(group) is not int or group not in GROUPS:
+            raise ValueError(f"its group of {group!r:.40} values is not one of {', '.join(map(str, GROUPS))}")
+        return cls(group)
+
+
+_FORMATS: Mapping[str, Callable[[Mapping[str, Any]], TensorFormat]] = {
+    Plain.name: Plain.from_fields,
+    Int4.name: Int4.from_fields,
+}
 
 
 def format_from(fields: Mapping[str, Any]) -> TensorFormat:

@@ -49,3 +49,19 @@ def test_logits_are_float32(tokens: int, dtype: torch.dtype, has_products: bool)
     exact = dtype == torch.float32 or (tokens > 1 and not has_products)  # then nothing is rounded to 16 bits
     tolerance = TOLERANCE[torch.float32] if exact else TOLERANCE[dtype]
     torch.testing.assert_close(found, expected, atol=tolerance * 48**0.5, rtol=tolerance)
+
+
+@pytest.mark.usefixtures("has_products")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [0, 1, 37])
+def test_what_pads_a_row_of_weights_counts_for_nothing(tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight, offset = (torch.randn(*size).to(dtype) for size in ((tokens, 48), (24, 48), (24,)))
+    wide = torch.cat((weight, torch.full((24, 16), 1000.0, dtype=dtype)), 1)
+    before = x.clone()
+    tolerance = TOLERANCE[dtype]
+    for found, expected in (
+        (linear(x, wide, offset), linear(x, weight, offset)), (logits(x, wide), logits(x, weight)),
+    ):  # fmt: skip
+        torch.testing.assert_close(found, expected, atol=tolerance * 48**0.5, rtol=tolerance)
+    assert torch.equal(x, before)
