@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.shapes import NUM_SPECIAL, config_of
 from engine.model.registry import family_for
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from engine.weights.manifest import is_model_dir
 
 _SPREAD = 0.02

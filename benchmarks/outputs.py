@@ -20,7 +20,7 @@ from engine.devices.simulated import SimulatedDevice
 from engine.loading import load_engine
 from engine.memory.device import Device
 from engine.request import Choose, Generate, Request, SamplingParams
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from tests.engine.placements import PLACEMENTS, options_of
 
 ROOT = Path(__file__).resolve().parent.parent

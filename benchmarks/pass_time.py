@@ -23,7 +23,7 @@ from benchmarks.turns import RunFailed, run_module
 from engine import Generate, PlanOptions, Request, SamplingParams, Shares
 from engine.loading import load_engine
 from engine.units import MIB
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.like_cuda import LikeCuda
 

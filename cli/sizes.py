@@ -78,7 +78,7 @@ def _of_checkpoint(folder: Path) -> Sizes:
     from engine.errors import CheckpointError
     from engine.model.fields import stored_dtype
     from engine.model.registry import sizes_for
-    from engine.weights.layout import stored_as
+    from engine.weights.layout import Storing, stored_as
 
     path = folder / "config.json"
     try:
@@ -92,4 +92,4 @@ def _of_checkpoint(folder: Path) -> Sizes:
     dtype = named or DType.FLOAT16
     if named is None:
         say(f"{path} does not say how the weights are stored: taking {dtype}")
-    return Sizes(sizes.shape, stored_as(sizes, dtype), folder)
+    return Sizes(sizes.shape, stored_as(sizes, Storing(dtype)), folder)

@@ -56,7 +56,15 @@ class Stage:
             on_device = memory.tiers[TierName.DEVICE]
             on_device.take(plan.workspace_bytes, "workspace")
             self._closers.append(lambda: on_device.give(plan.workspace_bytes, "workspace"))
-            self.weights = WeightStream(files, memory, units=units, dtype=plan.dtype, num_slots=plan.staging_slots)
+            self.weights = WeightStream(
+                files,
+                memory,
+                units=units,
+                dtype=plan.dtype,
+                num_slots=plan.staging_slots,
+                num_unpacked=plan.unpack_slots,
+                stay_packed=plan.stay_packed,
+            )
             self._closers.append(self.weights.close)
             self.activations = Activations(memory, plan, shape.hidden_size)
             self._closers.append(self.activations.close)

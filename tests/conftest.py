@@ -85,7 +85,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, as a model directory."""
-    from engine.weights.importers.huggingface import import_checkpoint
+    from engine.weights.importing import import_checkpoint
 
     folder = tmp_path_factory.mktemp("models") / "tiny-opt"
     import_checkpoint(tiny_checkpoint, folder)

@@ -200,7 +200,7 @@ def prepare_model(ref: ModelRef, model_dir: Path) -> None:
     """
     if ref.is_imported or model_dir.exists():
         return
-    from engine.weights.importers.huggingface import import_checkpoint
+    from engine.weights.importing import import_checkpoint
 
     model_dir.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with import_lock(model_dir.parent):

@@ -1,22 +1,20 @@
 """Four bits a value, in groups with a scale and a minimum of their own (Sheng et al. 2023, section 5.1).
 
 A value is ``code * scale + minimum``, with codes from 0 to 15. They are chosen against the scale and the minimum as
-these are stored, in float16, so that a value is off by at most half a stored step, and by what rounding the two costs.
+these are stored, in float16: a value is off by at most half a stored step, and by what rounding the two costs.
 
 Two codes are in a byte, a row's in *halves*: in the high four bits those of the first half of the padded row, in the
-low four those of the second. So a row is unpacked into two ranges, and nothing must be interleaved.
+low four those of the second. So a row is unpacked into two ranges, and nothing need be interleaved.
 
-Shapes: R rows, I values of one, P of one that is padded to whole groups, G groups of g values, C = P / 2 bytes of codes.
+Shapes: R rows, I values of one, P of one padded to whole groups, G groups of g values, C = P / 2 bytes of codes.
 """
 
 import torch
 from torch import Tensor
 
-from engine.formats.sizes import Int4
+from engine.formats.sizes import BLOCK_VALUES, Int4
 
 LARGEST_CODE = 15
-_BLOCK_VALUES = 1 << 20
-"""Values that are unpacked together on the CPU: few enough that the next step finds cached what one step wrote."""
 
 
 def quantised(values_RGg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +77,7 @@ def unpack(stored: Int4, raw: Tensor, out: Tensor) -> None:
 def _unpack_in_blocks(codes_RC: Tensor, scale_RG: Tensor, minimum_RG: Tensor, out_RP: Tensor) -> None:
     """Some rows at a time: over a whole matrix, each step would go through memory."""
     (rows, groups), padded = scale_RG.shape, out_RP.shape[1]
-    together = min(rows, max(1, _BLOCK_VALUES // padded))
+    together = min(rows, max(1, BLOCK_VALUES // padded))
     bytes_bP = torch.empty(together, padded, dtype=torch.uint8)
     for first in range(0, rows, together):
         block = slice(first, first + together)

@@ -22,6 +22,9 @@ class TensorFormat(Protocol):
     def unpacked_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of what a tensor of this shape is unpacked to: at its end an axis may be padded."""
 
+    def scratch_bytes(self, shape: tuple[int, ...], dtype: DType) -> int:
+        """Bytes that unpacking a tensor of this shape to ``dtype`` takes beside its result."""
+
     def is_ready(self, dtype: DType) -> bool:
         """Whether the stored bytes are what is computed with in ``dtype``: nothing must be unpacked."""
 
@@ -44,6 +47,11 @@ class Plain:
         """The same shape."""
         return shape
 
+    def scratch_bytes(self, shape: tuple[int, ...], dtype: DType) -> int:
+        """None."""
+        del shape, dtype
+        return 0
+
     def is_ready(self, dtype: DType) -> bool:
         """Whether it is stored in the number type that is computed in."""
         return dtype is self.dtype
@@ -61,8 +69,12 @@ class Plain:
         return cls(DType(name))
 
 
+WEIGHT_FORMATS = ("plain", "int4")
+"""In which formats a person may ask for matrices to be stored."""
 GROUPS = (32, 64, 128)
 """How many values may share a scale and a minimum."""
+BLOCK_VALUES = 1 << 20
+"""Values that are unpacked together on the CPU: few enough that the next step finds cached what one step wrote."""
 _FLOAT16_BYTES = 2
 
 
@@ -85,6 +97,11 @@ class Int4:
     def unpacked_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The same, the last axis padded to whole groups."""
         return (*shape[:-1], align_up(shape[-1], self.group))
+
+    def scratch_bytes(self, shape: tuple[int, ...], dtype: DType) -> int:
+        """Scales and minima in that type, and on the CPU the codes of a block, a byte each."""
+        values = prod(self.unpacked_shape(shape))
+        return 2 * dtype.num_bytes * (values // self.group) + min(values, max(BLOCK_VALUES, shape[-1] + self.group))
 
     def is_ready(self, dtype: DType) -> bool:
         """Never: products are made with what it is unpacked to."""

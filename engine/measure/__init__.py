@@ -19,6 +19,7 @@ from engine.measure.effort import FULL, ON_GPU, QUICK, SOURCE, Effort, Points
 from engine.measure.identity import identity_of
 from engine.measure.overheads import overheads
 from engine.measure.room import measuring_budgets, within
+from engine.measure.unpacking import unpacked_per_s
 from engine.measure.widths import OfWidth, least_segment_s, width_of
 from engine.memory.device import Device
 from engine.memory.lane import LaneName
@@ -69,6 +70,8 @@ def measure(
                 say(f"layers of width {width[0]}")
                 measured.append(width_of(device, width, dtypes, found, share, scratch, effort))
                 share = measured[-1].width.matmul[dtypes[0]].busy_share
+            say("unpacking")
+            unpacking = unpacked_per_s(device, dtypes[0], effort.widths[-1][0], effort)
             say("links")
             to_device, to_host = (
                 copies(device, lane, effort) for lane in (LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
@@ -111,6 +114,7 @@ def measure(
             LaneName.DISK_READ: _merged(each.reads for each in spills),
             LaneName.DISK_WRITE: _merged(each.writes for each in spills),
         },
+        unpacking=Figure(unpacking, SOURCE),
         identity=identity_of(device, folder),
     )
 

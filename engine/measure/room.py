@@ -13,6 +13,7 @@ from engine.measure.effort import Effort
 from engine.measure.overheads import MEMORY
 from engine.measure.products import family_of
 from engine.measure.streaming import MIN_STREAMED
+from engine.measure.unpacking import unpacking_bytes
 from engine.measure.widths import FEW_LAYERS
 from engine.model.family import EMBED, HEAD, layer_name
 from engine.planner.placing import BOUNCED_SLOTS, STAGING_SLOTS
@@ -65,6 +66,7 @@ def bytes_needed(effort: Effort, dtypes: Sequence[DType], facts: MachineFacts, d
         device_bytes += of_width.device_bytes()
         host_bytes += of_width.host_bytes()
         disk_bytes += of_width.disk_bytes()
+    device_bytes.append(unpacking_bytes(effort.widths[-1][0], dtypes[0]))
     copied = max(size * copied_at_once(size) for size in effort.copies)
     device_bytes.append(2 * copied if facts.shares_host_memory else copied)
     host_bytes.append(copied)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 EMBED = "embed"
 HEAD = "head"
+TABLES = ("tokens.weight", "logits.weight")
+"""The tensors with a row for each token of the vocabulary: of the embedding, and of a head that is not tied to it."""
 
 Config = Mapping[str, Any]
 """A Hugging Face ``config.json``; in a model directory with its ``generation_config.json`` inside."""

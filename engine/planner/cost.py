@@ -96,6 +96,14 @@ class PassModel:
         self._fetched_share = self._kv_share[TierName.DISK] + (
             0.0 if self._shares_host else self._kv_share[TierName.HOST]
         )
+        in_each_pass = [
+            layer_name(index)
+            for index, tier in enumerate(plan.layers)
+            if (plan.stay_packed or tier is not TierName.DEVICE) and stored.is_packed(layer_name(index), plan.dtype)
+        ]
+        unpacked = sum(stored.computed_bytes(layer, plan.dtype) for layer in in_each_pass) / self._item
+        self.unpack_s = unpacked / hardware.unpack_rate(plan.dtype) if unpacked else 0.0
+        """Seconds of a pass, whatever it carries, in which layers are unpacked from four bits."""
         can_attend = not self._shares_host and hardware.host_attention is not None
         self._host_attends = plan.host_attention and can_attend
         """Decode tokens whose keys and values lie in host memory are attended to there."""
@@ -112,7 +120,7 @@ class PassModel:
             batch_rows = min(batch_rows, max(1.0, load.logits_rows / batches))
         head_s = self._in_parts(self._head, self._head_flops, load.logits_rows, batch_rows)
         layers_s, host_s = self._layer_seconds(load, batches, batch_tokens)
-        compute_s = layers_s + head_s
+        compute_s = layers_s + head_s + self.unpack_s
         kv, activations = self._link_bytes(load, tokens)
         lane_bytes: dict[LaneName, float] = {}
         lane_seconds: dict[LaneName, float] = {LaneName.DEVICE_COMPUTE: compute_s, LaneName.HOST_COMPUTE: host_s}
@@ -134,10 +142,11 @@ class PassModel:
         seconds = self._longest(lane_seconds, compute_s + waits_s)
         if self._plan.activation_slots:
             # A micro-batch is written back before it can be fetched again, and has a buffer until then.
-            seconds = max(seconds, round_trips_s / min(batches, self._plan.activation_slots) + head_s)
+            round_trips_s /= min(batches, self._plan.activation_slots)
+            seconds = max(seconds, round_trips_s + head_s + self.unpack_s)
         if self._host_attends:
             # One micro-batch's host attention runs beside another's products: with one alone, nothing does.
-            asked_s = max(asked_s, (layers_s + host_s) / batches)
+            asked_s = max(asked_s, (layers_s + host_s) / batches + self.unpack_s)
         # Which keys a pass needs is known when it begins, and that is when the tokens of the one before are chosen.
         seconds = max(seconds, asked_s + head_s if asked_s else 0.0)
         seconds += self._hardware.pass_overhead.value

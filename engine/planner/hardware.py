@@ -13,6 +13,8 @@ from engine.tiers import TierName
 
 LINKS = (LaneName.DISK_READ, LaneName.DISK_WRITE, LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
 """The lanes that move bytes; the other two compute."""
+UNPACKED_BYTES = 13
+"""Bytes that unpacking a weight from four bits moves in a device's memory, at most: each step reads and writes all."""
 CONTAINED = Figure(0, "contained in the other figures")
 """Stands for a cost that nobody measured by itself."""
 
@@ -72,6 +74,8 @@ class Hardware:
     kv_lanes: Mapping[LaneName, Rate] = field(default_factory=dict)
     """Lanes on which keys and values move at another rate than weights do: through a spill file and the page cache,
     over the bytes that one sequence moves in one layer."""
+    unpacking: Figure | None = None
+    """Weights that are unpacked from four bits in a second; ``None``: nobody measured it, see ``unpack_rate``."""
     identity: Mapping[str, str] = field(default_factory=dict)
     """What tells this machine from others: processor, device, driver, when and with which version it was measured."""
 
@@ -120,6 +124,20 @@ class Hardware:
         curves = {width.hidden_size: width.decode_attention for width in self.widths}
         return between(curves, hidden_size) if curves else self.decode_attention
 
+    def unpack_rate(self, dtype: DType) -> float:
+        """Weights/s that are unpacked from four bits to ``dtype``.
+
+        Where nobody measured it, by the bytes that its steps move, and the memory's speed: products for one token do
+        nothing but read weights.
+
+        Raises:
+            HardwareError: nobody measured those products, either.
+        """
+        if self.unpacking is not None:
+            return self.unpacking.value
+        memory_per_s = self.matmul_rate(dtype).at(1) / 2 * dtype.num_bytes
+        return memory_per_s / UNPACKED_BYTES
+
     def kv_rate(self, lane: LaneName) -> Rate:
         """A lane for keys and values."""
         return self.kv_lanes.get(lane, self.lanes[lane])
@@ -135,6 +153,8 @@ class Hardware:
                 found[name] = rate
         for name in ("layer_overhead", "segment_overhead", "pass_overhead", "sequence_overhead", "host_overhead"):
             found[name] = getattr(self, name)
+        if self.unpacking is not None:
+            found["unpacking"] = self.unpacking
         for width in self.widths:
             found |= {f"widths.{width.hidden_size}.matmul.{dtype}": rate for dtype, rate in width.matmul.items()}
             found |= {f"widths.{width.hidden_size}.head.{dtype}": rate for dtype, rate in width.head.items()}

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from engine.dtypes import DType
+from engine.formats.sizes import Int4
 from engine.model.family import Sizes
 from engine.model.registry import known_configs, sizes_for
 from engine.shape import ModelShape
-from engine.weights.layout import stored_as
+from engine.weights.layout import Storing, stored_as
 from engine.weights.stored import StoredWeights
 
 
@@ -22,9 +23,9 @@ class KnownModel:
         """What planning needs besides the weights' bytes."""
         return self.sizes.shape
 
-    def stored(self, dtype: DType = DType.FLOAT16) -> StoredWeights:
-        """Bytes of each unit, as ``overnight import --dtype`` would store them."""
-        return stored_as(self.sizes, dtype)
+    def stored(self, dtype: DType = DType.FLOAT16, matrices: Int4 | None = None) -> StoredWeights:
+        """Bytes of each unit, as ``overnight import --dtype --weight-format`` would store them."""
+        return stored_as(self.sizes, Storing(dtype, matrices))
 
 
 KNOWN_MODELS = {name: KnownModel(name, sizes_for(config)) for name, config in known_configs().items()}

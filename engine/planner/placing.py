@@ -51,28 +51,32 @@ def whole_layers(num_layers: int, shares: Shares) -> dict[TierName, int]:
     return counts
 
 
-def place_layers(given: PlanInput, *, taken: int, batch_bytes: int) -> tuple[TierName, ...]:
+def place_layers(given: PlanInput, *, taken: int, batch_bytes: int, stay_packed: bool) -> tuple[TierName, ...]:
     """As asked; else as many layers as fit on the device, then on the host; the others stay on the disk.
 
     Args:
         given: what a plan is made from.
         taken: device bytes that workspace and buffers will have.
         batch_bytes: device bytes of each micro-batch's hidden states.
+        stay_packed: layers lie on the device as they are stored.
     """
     options, stored, num_layers = given.options, given.stored, given.shape.num_layers
     if options.weights is not None:
         return interleave(whole_layers(num_layers, options.weights))
     bounces, budgets = not given.facts.shares_host_memory, given.budgets
-    sizes = [stored.computed_bytes(layer_name(index), given.dtype) for index in range(num_layers)]
+    computed = [stored.computed_bytes(layer_name(index), given.dtype) for index in range(num_layers)]
     kept = [stored.unit_bytes[layer_name(index)] for index in range(num_layers)]
+    sizes = kept if stay_packed else computed
+    unpacked = unpack_slots(given, num_layers) * max(computed)
     taken += sum(stored.computed_bytes(unit, given.dtype) for unit in (EMBED, HEAD))
     whole_share = WHOLE_KV_SHARE if bounces else KV_SHARE
     whole_room = int(budgets[TierName.DEVICE] * (1 - whole_share)) - taken
-    on_device = _how_many(sizes, whole_room - batch_bytes * (options.micro_batches or 1))
+    whole_room -= batch_bytes * (options.micro_batches or 1) + (unpacked if stay_packed else 0)
+    on_device = _how_many(sizes, whole_room)
     if on_device < num_layers:
         room = int(budgets[TierName.DEVICE] * (1 - KV_SHARE)) - taken
-        # Stored and, where it is cast on the way, as computed: never less than what the ring will take.
-        room -= ((BOUNCED_SLOTS if bounces else STAGING_SLOTS) + 1) * max(*sizes, *kept)
+        # As stored, and where it is unpacked, as computed: never less than what the ring will take.
+        room -= (BOUNCED_SLOTS if bounces else STAGING_SLOTS) * max(kept) + max(unpacked, *kept)
         room -= batch_bytes * (options.micro_batches or STREAMED_MICRO_BATCHES)
         on_device = _how_many(sizes, room)
     host_room = int(budgets[TierName.HOST] * (1 - KV_SHARE))
@@ -81,6 +85,13 @@ def place_layers(given: PlanInput, *, taken: int, batch_bytes: int) -> tuple[Tie
         on_host = _how_many(kept[on_device:], host_room - BOUNCED_SLOTS * max(kept))
     on_disk = num_layers - on_device - on_host
     return interleave({TierName.DEVICE: on_device, TierName.HOST: on_host, TierName.DISK: on_disk})
+
+
+def unpack_slots(given: PlanInput, num_layers: int) -> int:
+    """Device buffers that layers are unpacked into, where some are: with attention on the host, a layer is begun before
+    the one in front of it is over."""
+    ready = all(given.stored.is_ready(layer_name(index), given.dtype) for index in range(num_layers))
+    return 0 if ready else 2 if given.options.host_attention == "on" else 1
 
 
 def _how_many(sizes: Sequence[int], room: int) -> int:

@@ -52,6 +52,9 @@ class PlanOptions:
     """``mixed`` (the default) or ``block``."""
     host_attention: str | None = None
     """``on``, ``off``, or ``auto``: whichever is predicted to be faster."""
+    stay_packed: bool | None = None
+    """Whether layers on the device lie there as they are stored, to be unpacked in each pass; ``None``: only where not
+    all of them fit otherwise."""
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -163,6 +166,10 @@ class Plan:
     """``mixed`` or ``block``."""
     host_attention: bool = False
     """Decode tokens whose keys lie in host memory are attended to there, beside the device."""
+    stay_packed: bool = False
+    """Layers on the device lie there as they are stored, and are unpacked in each pass."""
+    unpack_slots: int = 0
+    """Device buffers that layers are unpacked into, pass after pass; 0 where none is."""
 
     @property
     def used_bytes(self) -> dict[TierName, int]:

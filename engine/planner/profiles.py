@@ -84,6 +84,7 @@ def profile_json(hardware: Hardware) -> dict[str, object]:
         ],
         "scratch_attention": None if hardware.scratch_attention is None else _rate_json(hardware.scratch_attention),
         "kv_lanes": {str(lane): _rate_json(rate) for lane, rate in hardware.kv_lanes.items()},
+        "unpacking": None if hardware.unpacking is None else _figure_json(hardware.unpacking),
     }
 
 
@@ -124,6 +125,7 @@ def hardware_from_json(data: object, where: str = "hardware profile") -> Hardwar
             widths=tuple(width.width() for width in top.items("widths")) if top.has("widths") else (),
             scratch_attention=top.rate("scratch_attention") if top.is_given("scratch_attention") else None,
             kv_lanes=_lanes(top.at("kv_lanes")) if top.has("kv_lanes") else {},
+            unpacking=top.figure("unpacking") if top.is_given("unpacking") else None,
         )
     except ValueError as error:
         raise HardwareError(f"{where}: {error}") from error

@@ -39,6 +39,8 @@ class Choice:
     host_attention: bool
     streams: frozenset[TierName]
     """Below the device, the tiers that may hold weights."""
+    stay_packed: bool | None = None
+    """Whether layers lie on the device as they are stored; ``None``: there is no difference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +85,8 @@ class Relaxation:
         self._given, self._hardware, self._workload, self._overlap = given, hardware, workload, overlap
         self._num_layers = given.shape.num_layers
         layers = [layer_name(index) for index in range(self._num_layers)]
-        self._layer_bytes = {
-            TierName.DEVICE: max(given.stored.computed_bytes(layer, given.dtype) for layer in layers),
-            TierName.HOST: max(given.stored.unit_bytes[layer] for layer in layers),
-            TierName.DISK: 0,
-        }
+        self._computed_bytes = max(given.stored.computed_bytes(layer, given.dtype) for layer in layers)
+        self._stored_bytes = max(given.stored.unit_bytes[layer] for layer in layers)
         self._rooms: dict[Choice, Mapping[TierName, float] | None] = {}
 
     def solve(self, choice: Choice, shares: Sequence[float]) -> dict[float, Optimum]:
@@ -107,7 +106,7 @@ class Relaxation:
         )
         unit += max(max(seconds.layer[lane]) for lane in seconds.layer) * self._num_layers
         program = LinearProgram((*_LAYERS, *_REQUESTS, _PASSES))
-        self._limit_memory(program, room, sample)
+        self._limit_memory(program, room, sample, choice)
         self._limit_lanes(program, choice, seconds, unit)
         self._limit_batches(program, sample, per_request)
         self._place_layers(program, choice)
@@ -136,15 +135,16 @@ class Relaxation:
                 )
         return found
 
-    def _limit_memory(self, program: _Program, room: Mapping[TierName, float], sample: Plan) -> None:
+    def _limit_memory(self, program: _Program, room: Mapping[TierName, float], sample: Plan, choice: Choice) -> None:
         """Layers and KV cache of a tier fit into what is left of it; in GiB."""
         occupied = self._workload.mean(lambda each: each.reserved * residency_passes(each, sample))
         occupied *= self._given.token_bytes
         gib = float(GIB)
+        layer_bytes = self._layer_bytes(choice)
         for index, tier in enumerate(_TIERS):
             program.at_most(
                 {
-                    _LAYERS[index]: self._layer_bytes[tier] / gib,
+                    _LAYERS[index]: layer_bytes[tier] / gib,
                     _REQUESTS[index]: occupied / gib,
                     _PASSES: -room[tier] / gib,
                 }
@@ -160,11 +160,11 @@ class Relaxation:
 
         for lane in seconds.layer:
             limit(seconds.request[lane], seconds.layer[lane])
-        computes = seconds.request[LaneName.DEVICE_COMPUTE]
+        computes, unpacking = seconds.request[LaneName.DEVICE_COMPUTE], seconds.layer[LaneName.DEVICE_COMPUTE]
         if choice.host_attention:
             host = seconds.request[LaneName.HOST_COMPUTE]
-            limit([(computes[i] + host[i]) / choice.micro_batches for i in range(3)])
-        limit([computes[i] + seconds.waits[i] for i in range(3)])
+            limit([(computes[i] + host[i]) / choice.micro_batches for i in range(3)], unpacking)
+        limit([computes[i] + seconds.waits[i] for i in range(3)], unpacking)
 
     def _limit_batches(self, program: _Program, sample: Plan, per_request: PassLoad) -> None:
         """No more tokens in a pass than it carries, and no more sequences at once than there are, or tokens."""
@@ -192,6 +192,11 @@ class Relaxation:
                 share = options.kv.of(tier) / 100
                 program.equal({name: float(i == index) - share for i, name in enumerate(_REQUESTS)})
 
+    def _layer_bytes(self, choice: Choice) -> dict[TierName, int]:
+        """Bytes of a layer by the tier that it lies in."""
+        on_device = self._stored_bytes if choice.stay_packed else self._computed_bytes
+        return {TierName.DEVICE: on_device, TierName.HOST: self._stored_bytes, TierName.DISK: 0}
+
     def _room(self, choice: Choice) -> Mapping[TierName, float] | None:
         """Bytes left for layers and cache: the budgets less what ``resolve_plan`` takes for everything else."""
         # Where decode tokens are attended to takes next to no memory.
@@ -207,7 +212,7 @@ class Relaxation:
             return None
         budgets = self._given.budgets
         taken = {tier: _ENDLESS - left for tier, left in self._cache_room(probe).items()}
-        taken[lowest] -= self._layer_bytes[lowest] * self._num_layers
+        taken[lowest] -= self._layer_bytes(choice)[lowest] * self._num_layers
         room = {tier: float(budgets[tier] - taken[tier]) for tier in _TIERS}
         if self._hardware.shares_host_memory and not budgets[TierName.HOST]:
             room[TierName.HOST] = 0.0
@@ -237,6 +242,7 @@ class Relaxation:
             weights=weights,
             kv=None,
             host_attention=None,  # what it takes of the host is sized with the plan
+            stay_packed=choice.stay_packed,
             group_tokens=group_tokens_for(self._given),  # by the budgets that there are
         )
         endless = self._given.asking(options).within(dict.fromkeys(TierName, _ENDLESS))
@@ -244,7 +250,7 @@ class Relaxation:
 
     def _seconds(self, choice: Choice, sample: Plan, per_request: PassLoad) -> _Seconds:
         """Read off the very cost model that predicts: of passes full of such requests, all in one tier, without weights
-        to stream; and of an empty pass over layers of one tier.
+        to stream or to unpack; and of an empty pass over layers of one tier.
         """
         full = max(1.0, sample.tokens_per_pass / per_request.tokens)
         packed = per_request.scaled(full)
@@ -253,13 +259,16 @@ class Relaxation:
         request_s: dict[LaneName, list[float]] = {lane: [] for lane in LaneName}
         waits = []
         for tier in _TIERS:
-            weights = self._model(replace(sample, layers=(tier,) * count), choice).cost(PassLoad())
+            streaming = self._model(replace(sample, layers=(tier,) * count), choice)
+            weights = streaming.cost(PassLoad())
             pools = {each: int(each is tier) for each in _TIERS}
-            cache = self._model(replace(sample, layers=(TierName.DEVICE,) * count, kv_bytes=pools), choice).cost(packed)
+            resident = replace(sample, layers=(TierName.DEVICE,) * count, stay_packed=False, kv_bytes=pools)
+            cache = self._model(resident, choice).cost(packed)
             for lane in LaneName:
                 share = self._contended(lane)
                 layer_s[lane].append(weights.lane_seconds[lane] / count / share if lane in LINKS else 0.0)
                 request_s[lane].append(cache.lane_seconds[lane] / full / share)
+            layer_s[LaneName.DEVICE_COMPUTE][-1] = streaming.unpack_s / count
             links = sum(cache.lane_seconds[lane] for lane in LINKS) + cache.lane_seconds[LaneName.HOST_COMPUTE]
             waits.append(0.0 if self._overlap.kv else links / full)
         return _Seconds(layer_s, request_s, waits)

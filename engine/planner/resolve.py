@@ -50,6 +50,21 @@ def resolve_plan(given: PlanInput) -> Plan:
         PlanDoesNotFit: the sentence says which tier is short, by how much, and what to change; or that the device
             cannot compute in the dtype that was asked for.
     """
+    asked = given.options.stay_packed
+    if not given.stored.has_packed(given.dtype):
+        return _resolved(given, stay_packed=False)
+    if asked is not None:
+        return _resolved(given, stay_packed=asked)
+    try:
+        unpacked = _resolved(given, stay_packed=False)
+        if unpacked.num_layers_in(TierName.DEVICE) == given.shape.num_layers:
+            return unpacked
+    except PlanDoesNotFit:
+        pass
+    return _resolved(given, stay_packed=True)
+
+
+def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
     options, shape, stored, facts, dtype = given.options, given.shape, given.stored, given.facts, given.dtype
     if facts.capability is not None and kernel_for(dtype, facts.capability) is None:
         raise PlanDoesNotFit(
@@ -67,6 +82,7 @@ def resolve_plan(given: PlanInput) -> Plan:
     extent_tokens = _extent_tokens(given)
     logits_rows = _logits_rows(shape, micro_batch, on_cpu=facts.shares_host_memory)
     workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows)
+    workspace += max(stored.scratch_bytes(layer_name(index), dtype) for index in range(shape.num_layers))
     kv_format = Plain(dtype)
     group_tokens = group_tokens_for(given)
     slot_bytes = kv_layer_bytes(shape, kv_format, group_tokens)
@@ -90,6 +106,7 @@ def resolve_plan(given: PlanInput) -> Plan:
             given,
             taken=workspace + buffer_bytes(kv_slots) + activation_slots * batch_bytes,
             batch_bytes=batch_bytes if activations is TierName.DEVICE else 0,
+            stay_packed=stay_packed,
         )
 
     layers = placed(0)
@@ -111,9 +128,10 @@ def resolve_plan(given: PlanInput) -> Plan:
     fixed = dict.fromkeys(TierName, 0)
     fixed[TierName.DEVICE] += workspace + slots * largest_layer + buffer_bytes(kv_slots)
     fixed[TierName.DEVICE] += activation_slots * batch_bytes
-    elsewhere = [layer_name(index) for index, tier in enumerate(layers) if tier is not TierName.DEVICE]
-    to_unpack = [layer for layer in elsewhere if not stored.is_ready(layer, dtype)]
-    fixed[TierName.DEVICE] += max((stored.computed_bytes(layer, dtype) for layer in to_unpack), default=0)
+    passing = [index for index, tier in enumerate(layers) if stay_packed or tier is not TierName.DEVICE]
+    to_unpack = [layer for layer in map(layer_name, passing) if not stored.is_ready(layer, dtype)]
+    unpacked = (2 if host_attends else 1) if to_unpack else 0
+    fixed[TierName.DEVICE] += unpacked * max((stored.computed_bytes(layer, dtype) for layer in to_unpack), default=0)
     activation_bytes = micro_batches * batch_bytes
     # Pieces of a spill file are whole pages.
     fixed[activations] += align_up(activation_bytes, 4 * KIB) if activations is TierName.DISK else activation_bytes
@@ -130,7 +148,7 @@ def resolve_plan(given: PlanInput) -> Plan:
     for index, tier in enumerate(layers):
         unit = layer_name(index)
         if tier is TierName.DEVICE:
-            fixed[tier] += stored.computed_bytes(unit, dtype)
+            fixed[tier] += stored.unit_bytes[unit] if stay_packed else stored.computed_bytes(unit, dtype)
         elif tier is TierName.HOST:
             fixed[tier] += stored.unit_bytes[unit]
     for tier in TierName:
@@ -168,6 +186,8 @@ def resolve_plan(given: PlanInput) -> Plan:
         workspace_bytes=workspace,
         schedule=options.schedule or SCHEDULES[0],
         host_attention=host_attends,
+        stay_packed=stay_packed,
+        unpack_slots=unpacked,
         other_bytes=fixed,
     )
 

@@ -31,6 +31,7 @@ def roundings(optimum: Optimum, fixed: PlanOptions, num_layers: int) -> Iterator
             weights=shares,
             kv=cache,
             host_attention="on" if choice.host_attention else fixed.host_attention,
+            stay_packed=choice.stay_packed,
         )
 
 

@@ -82,7 +82,8 @@ class _Rounding:
     def key(self) -> object:
         """Equal for plans that are one."""
         plan = self.plan
-        return (plan.layers, *plan.kv_bytes.values(), plan.micro_batch, plan.micro_batches, plan.host_attention)
+        shape = plan.micro_batch, plan.micro_batches, plan.host_attention, plan.stay_packed
+        return (plan.layers, *plan.kv_bytes.values(), *shape)
 
     @property
     def on_disk(self) -> bool:
@@ -199,11 +200,13 @@ class _Search:
         return _Rounding(rate, seconds, room, options, plan) if rate > 0 else None
 
     def _starts(self, steady: "Iterable[_Rounding]") -> "list[_Rounding]":
-        """The best of each kind: attending here or there, with most layers on the device, some or none."""
-        kinds: dict[tuple[bool, int], _Rounding] = {}
+        """The best of each kind: attending here or there, with most layers on the device, some or none, packed or
+        not."""
+        kinds: dict[object, _Rounding] = {}
         for each in sorted(steady, key=lambda each: each.seconds):
-            on_device = each.plan.num_layers_in(TierName.DEVICE)
-            kinds.setdefault((each.plan.host_attention, ceil(2 * on_device / self._num_layers)), each)
+            plan = each.plan
+            on_device = ceil(2 * plan.num_layers_in(TierName.DEVICE) / self._num_layers)
+            kinds.setdefault((plan.host_attention, plan.stay_packed, on_device), each)
         return list(kinds.values())
 
     def _climbed(self, best: "_Rounding") -> "_Rounding":
@@ -230,8 +233,11 @@ class _Search:
         if self._fixed.host_attention == "on":
             attends = [True]
         streams = [frozenset[TierName](), frozenset({TierName.HOST}), frozenset({TierName.HOST, TierName.DISK})]
-        for micro_batch, count, attend, below in product(batches, counts, attends, streams):
-            yield Choice(micro_batch, count, attend, below)
+        packed: tuple[bool | None, ...] = (self._fixed.stay_packed,)
+        if self._fixed.stay_packed is None and self._given.stored.has_packed(self._given.dtype):
+            packed = (False, True)
+        for micro_batch, count, attend, below, stay in product(batches, counts, attends, streams, packed):
+            yield Choice(micro_batch, count, attend, below, stay)
 
     def _can_attend_on_host(self) -> bool:
         fixed, hardware = self._fixed, self._hardware

@@ -1,13 +1,13 @@
 """Where the tensors of a unit lie in its file, and so how large it is: what the writer writes, checks check and plans
 count on. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 from engine.dtypes import DType
-from engine.formats.sizes import Plain, TensorFormat, token_flops
-from engine.model.family import EMBED, HEAD, Sizes, UnitSpec
+from engine.formats.sizes import Int4, Plain, TensorFormat, token_flops
+from engine.model.family import EMBED, HEAD, TABLES, Sizes, TensorSpec, UnitSpec
 from engine.model.registry import sizes_for
 from engine.units import align_up
 from engine.weights.manifest import PAGE_BYTES, Manifest, TensorEntry
@@ -39,9 +39,39 @@ class UnitLayout:
         return cls.of(unit, {tensor.name: Plain(dtype) for tensor in unit.tensors})
 
 
-def stored_as(sizes: Sizes, dtype: DType) -> StoredWeights:
-    """A model as its import would store it in ``dtype``."""
-    return _stored(sizes, dtype, {unit.name: UnitLayout.plain(unit, dtype) for unit in sizes.units()})
+@dataclass(frozen=True, slots=True)
+class Storing:
+    """In which formats an import stores a model's tensors."""
+
+    dtype: DType
+    """Of those that are plain, and what the others are rounded to before."""
+    matrices: Int4 | None = None
+    """The format of the layers' matrices; ``None``: plain, as everything else."""
+    tables: bool = False
+    """Whether the token tables, before the layers and behind them, have that format, too."""
+
+    def formats_of(self, unit: UnitSpec) -> dict[str, TensorFormat]:
+        """By the names of a unit's tensors. Norms, biases and positions are plain: they are small, or looked up."""
+        return {tensor.name: self._format(unit, tensor) for tensor in unit.tensors}
+
+    def layouts(self, units: Iterable[UnitSpec]) -> dict[str, UnitLayout]:
+        """The layouts of some units, by their names."""
+        return {unit.name: UnitLayout.of(unit, self.formats_of(unit)) for unit in units}
+
+    def _format(self, unit: UnitSpec, tensor: TensorSpec) -> TensorFormat:
+        plain, found = Plain(self.dtype), self.matrices
+        if found is None or len(tensor.shape) != 2:
+            return plain
+        if unit.name not in (EMBED, HEAD):
+            return found
+        # What is looked up row by row must not be padded; no well-known model's table would be.
+        is_table = self.tables and tensor.name in TABLES and found.unpacked_shape(tensor.shape) == tensor.shape
+        return found if is_table else plain
+
+
+def stored_as(sizes: Sizes, storing: Storing) -> StoredWeights:
+    """A model as its import would store it."""
+    return _stored(sizes, storing.dtype, storing.layouts(sizes.units()))
 
 
 def stored_in(manifest: Manifest) -> StoredWeights:

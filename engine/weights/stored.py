@@ -7,6 +7,7 @@ from math import prod
 
 from engine.dtypes import DType
 from engine.formats.sizes import Plain, TensorFormat
+from engine.model.family import EMBED, HEAD
 from engine.units import align_up
 
 TENSOR_ALIGNMENT = 256
@@ -47,6 +48,18 @@ class StoredWeights:
     def is_ready(self, unit: str, dtype: DType) -> bool:
         """Whether a unit's stored bytes are what is computed with in ``dtype``: nothing must be unpacked."""
         return all(each.is_ready(dtype) for each in self._unit_formats[unit])
+
+    def is_packed(self, unit: str, dtype: DType) -> bool:
+        """Whether a unit is smaller as it is stored than as it is computed with."""
+        return self.unit_bytes[unit] < self.computed_bytes(unit, dtype)
+
+    def has_packed(self, dtype: DType) -> bool:
+        """Whether a layer is."""
+        return any(self.is_packed(unit, dtype) for unit in self.unit_bytes if unit not in (EMBED, HEAD))
+
+    def scratch_bytes(self, unit: str, dtype: DType) -> int:
+        """Bytes that unpacking a unit takes beside its result: one tensor is unpacked after the other."""
+        return max((each.format.scratch_bytes(each.shape, dtype) for each in self.unit_tensors[unit]), default=0)
 
     def computed_bytes(self, unit: str, dtype: DType) -> int:
         """Bytes of a unit as it is computed with: as stored, or each tensor unpacked to the compute dtype."""

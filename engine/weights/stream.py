@@ -4,7 +4,7 @@ The ring runs on across the end of a pass: while the last layers are computed, t
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -18,7 +18,7 @@ from engine.errors import EngineError
 from engine.memory.closing import run_all
 from engine.memory.lane import REACHED, Event, LaneName
 from engine.memory.memory import Memory
-from engine.memory.ring import HostPlace, Item, Ring
+from engine.memory.ring import HostPlace, Item, Place, Ring
 from engine.memory.tensors import torch_dtype
 from engine.memory.tier import Block
 from engine.model.family import EMBED, HEAD, NamedWeights, layer_name
@@ -59,6 +59,8 @@ class WeightStream:
         units: Mapping[str, TierName],
         dtype: DType,
         num_slots: int,
+        num_unpacked: int = 1,
+        stay_packed: bool = False,
     ) -> None:
         """Read everything that stays in memory, and begin to stream the rest.
 
@@ -68,6 +70,8 @@ class WeightStream:
             units: where each unit's weights live, layers in order of depth; embedding and head on the device.
             dtype: what they are computed in.
             num_slots: staging buffers that streamed layers pass through.
+            num_unpacked: buffers for layers that are unpacked in each pass: how many may be entered at a time.
+            stay_packed: layers on the device lie there as they are stored, and are unpacked in each pass.
 
         Raises:
             TierFull: a budget would be exceeded.
@@ -80,12 +84,17 @@ class WeightStream:
         self._dtype = dtype
         self._blocks: list[Block] = []
         self._resident: dict[str, NamedWeights] = {}
-        self._host: dict[str, Block] = {}
+        self._stored: dict[str, Tensor] = {}
+        """The bytes of layers that compute can address, but that must be unpacked, or lie in host memory."""
         self._streamed: dict[str, Item] = {}
         self._ring: Ring | None = None
-        self._unpacked: Block | None = None
+        self._ready: dict[str, bool] = {}
+        """Of each unit, whether it is computed with as it is stored."""
+        self._buffers: list[Tensor] = []
+        """For layers that are unpacked in each pass, in turn."""
+        self._next_buffer = cycle(self._buffers)
         try:
-            self._place(units, num_slots)
+            self._place(units, num_slots, num_unpacked, stay_packed=stay_packed)
         except BaseException:
             self.close()
             raise
@@ -102,8 +111,8 @@ class WeightStream:
 
     @property
     def opens_two(self) -> bool:
-        """Whether a layer may be entered before the one in front of it is left: unpacked ones share a buffer."""
-        return self._unpacked is None
+        """Whether a layer may be entered before the one in front of it is left: each unpacked one needs a buffer."""
+        return len(self._buffers) != 1
 
     @contextmanager
     def layer(self, index: int) -> Iterator[NamedWeights]:
@@ -113,14 +122,19 @@ class WeightStream:
             self._traffic.computes(name)
             yield self._resident[name]
             return
-        if self._device.shares_host_memory and name in self._host:
-            self._traffic.computes(name)
-            yield self._operands(name, self._host[name].data)
+        if name in self._stored:
+            self._traffic.computes(self._first(name))
+            yield self._tensors(name, self._stored[name])
             return
         if self._ring is None:
             raise EngineError(f"{name} is entered, and this model has no such layer")
-        with self._ring.enter(self._streamed[name].place, then=name) as (_, raw):
-            yield self._operands(name, raw)
+        with self._ring.enter(self._streamed[name].place, then=self._first(name)) as (_, raw):
+            tensors = self._tensors(name, raw)
+            if self._ready[name]:
+                yield tensors
+                return
+        # Nobody needs what was fetched any more: the next layer may come into its place while this one is computed.
+        yield tensors
 
     def close(self) -> None:
         """Stop reading and free every byte."""
@@ -129,27 +143,34 @@ class WeightStream:
             [
                 *([self._ring.close] if self._ring is not None else []),
                 self._resident.clear,
-                self._host.clear,
+                self._stored.clear,
                 self._streamed.clear,
+                self._buffers.clear,
                 *(block.release for block in blocks),
             ]
         )
 
-    def _place(self, units: Mapping[str, TierName], num_slots: int) -> None:
-        self._load([name for name, tier in units.items() if tier is TierName.DEVICE])
+    def _place(self, units: Mapping[str, TierName], num_slots: int, num_unpacked: int, *, stay_packed: bool) -> None:
+        self._ready = {name: self._is_ready(name) for name in units}
+        on_device = [name for name, tier in units.items() if tier is TierName.DEVICE]
+        packed = [name for name in on_device if stay_packed and name not in (EMBED, HEAD) and not self._ready[name]]
+        self._load(on_device, frozenset(packed))
         for name, tier in units.items():
-            if tier is TierName.DEVICE:
-                continue
+            place: Place = _UnitFile(self._files, name)
             if tier is TierName.HOST:
                 block = self._allocate(TierName.HOST, self._files.num_bytes(name))
                 self._read(name, block.data)
-                self._host[name] = block
-            if tier is TierName.DISK or not self._device.shares_host_memory:
-                place = HostPlace(self._host[name].data) if tier is TierName.HOST else _UnitFile(self._files, name)
+                if self._device.shares_host_memory:
+                    self._stored[name] = block.data
+                    continue
+                place = HostPlace(block.data)
+            if tier is not TierName.DEVICE:
                 self._streamed[name] = Item(name, place, self._files.num_bytes(name), is_weights=True)
-        to_unpack = [self._unpacked_bytes(name) for name in units if not self._stays(name)]
+        in_each_pass = [*self._stored, *self._streamed]
+        to_unpack = [self._unpacked_bytes(name) for name in in_each_pass if not self._ready[name]]
         if to_unpack:
-            self._unpacked = self._allocate(TierName.DEVICE, max(to_unpack))
+            self._buffers = [self._allocate(TierName.DEVICE, max(to_unpack)).data for _ in range(num_unpacked)]
+        self._next_buffer = cycle(self._buffers)
         if self._streamed:
             self._ring = Ring(
                 self._memory,
@@ -159,10 +180,6 @@ class WeightStream:
                 from_files=TierName.DISK in units.values(),
             )
             self._ring.begin(cycle(self._streamed.values()))
-
-    def _stays(self, name: str) -> bool:
-        """Whether a layer is on the device, or wherever it is, as it is computed with."""
-        return name in self._resident or self._is_ready(name)
 
     def _is_ready(self, name: str) -> bool:
         """Whether all tensors of a unit are computed with as they are stored."""
@@ -177,8 +194,9 @@ class WeightStream:
         self._blocks.append(block)
         return block
 
-    def _load(self, names: Sequence[str]) -> None:
-        """Units that stay on the device: each is read once, and unpacked once.
+    def _load(self, names: Sequence[str], packed: Container[str]) -> None:
+        """Units that stay on the device: each is read once, and unpacked once, or for now not at all if it is among
+        ``packed``.
 
         Where they are copied there, through two buffers: one is read into while the other is copied from. They are no
         tier's, and gone before anything else is allocated on the host.
@@ -187,11 +205,14 @@ class WeightStream:
         read: deque[tuple[Tensor, Event]] = deque()
         unpacked: tuple[Tensor, Event] | None = None
         for name in names:
-            num_bytes, is_ready = self._files.num_bytes(name), self._is_ready(name)
-            block = self._allocate(TierName.DEVICE, num_bytes if is_ready else self._unpacked_bytes(name))
-            if shares and is_ready:
-                self._read(name, block.data)
+            num_bytes, as_stored = self._files.num_bytes(name), name in packed or self._ready[name]
+            block = self._allocate(TierName.DEVICE, num_bytes if as_stored else self._unpacked_bytes(name))
+            if name in packed:
+                self._stored[name] = block.data
+            elif as_stored:
                 self._resident[name] = self._files.tensors(name, block.data)
+            if shares and as_stored:
+                self._read(name, block.data)
                 continue
             if len(read) < (1 if shares else _LOADING_BUFFERS):
                 read.append((self._device.allocate_host(max(map(self._files.num_bytes, names))), REACHED))
@@ -199,9 +220,8 @@ class WeightStream:
             left.wait()
             raw = buffer[:num_bytes]
             self._read(name, raw)
-            if is_ready:
+            if as_stored:
                 left = self._copy_in(name, block.data, raw)
-                self._resident[name] = self._files.tensors(name, block.data)
             elif shares:
                 self._resident[name] = self._unpack(name, raw, block.data)
             else:
@@ -249,11 +269,17 @@ class WeightStream:
         self._files.unpack(name, raw, places)
         return places
 
-    def _operands(self, name: str, raw: Tensor) -> NamedWeights:
-        """What a layer that does not stay is computed with: its bytes as they lie, or the buffer for unpacked ones."""
-        if self._unpacked is None or self._is_ready(name):
+    def _first(self, name: str) -> str:
+        """What compute is at first in a layer that is not resident."""
+        return name if self._ready[name] else f"unpack {name}"
+
+    def _tensors(self, name: str, raw: Tensor) -> NamedWeights:
+        """What a layer is computed with: its bytes as they lie, or what is unpacked from them, now."""
+        if self._ready[name]:
             return self._files.tensors(name, raw)
-        return self._unpack(name, raw, self._unpacked.data)
+        tensors = self._unpack(name, raw, next(self._next_buffer))
+        self._traffic.computes(name)
+        return tensors
 
     def _read(self, name: str, out: Tensor) -> None:
         with self._traffic.moving(LaneName.DISK_READ, self._files.num_bytes(name), name, weights=True):

@@ -1,4 +1,4 @@
-"""Four bits a value in plain NumPy, value by value as the format's description says. The engine must equal it to the bit.
+"""Four bits a value in plain NumPy, value by value as the format's description says: the engine's bits are these.
 
 Shapes: R rows, I values of one, P of one that is padded to whole groups, G groups.
 """

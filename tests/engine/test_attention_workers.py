@@ -12,7 +12,7 @@ from engine import Generate, PlanOptions, Request, SamplingParams, Shares
 from engine.attention.balanced import balanced
 from engine.attention.workers import AttentionWorkers
 from engine.loading import load_engine
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from tests.engine.checkpoints import make_checkpoint
 
 

@@ -32,7 +32,7 @@ from engine.planner.search import SCREENED_PASSES, Found, search
 from engine.planner.workload import Lengths, Workload
 from engine.tiers import Shares, TierName
 from engine.units import GIB, MIB
-from engine.weights.layout import stored_as
+from engine.weights.layout import Storing, stored_as
 
 T4 = load_hardware("t4-gcp")
 DEVICE, HOST, DISK = Shares(100, 0, 0), Shares(0, 100, 0), Shares(0, 0, 100)
@@ -249,7 +249,8 @@ def test_operations_follow_from_shapes_however_weights_are_stored(
 def test_an_untied_head_has_as_many_operations_as_a_tied_one() -> None:
     config = known_configs()["facebook/opt-125m"]
     tied, untied = (
-        stored_as(sizes_for({**config, "tie_word_embeddings": is_tied}), DType.FLOAT16) for is_tied in (True, False)
+        stored_as(sizes_for({**config, "tie_word_embeddings": is_tied}), Storing(DType.FLOAT16))
+        for is_tied in (True, False)
     )
     assert untied.unit_flops == tied.unit_flops
     assert untied.unit_bytes[HEAD] > tied.unit_bytes[HEAD]

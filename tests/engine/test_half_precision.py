@@ -11,7 +11,7 @@ from engine import PlanOptions, Request, Score
 from engine.loading import load_engine
 from engine.model.registry import sizes_for
 from engine.tokenizer import Tokenizer
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from engine.weights.manifest import read_manifest
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.test_parity import prompts

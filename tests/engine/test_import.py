@@ -1,6 +1,7 @@
 """From a Hugging Face folder to a model directory: the same bytes from every format, and nothing by halves."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -24,7 +25,7 @@ from engine.model.family import TensorSpec, layer_name
 from engine.model.registry import sizes_for
 from engine.units import MIB
 from engine.weights.files import WeightFiles
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from engine.weights.manifest import Manifest, is_model_dir, read_manifest
 from engine.weights.writer import ModelWriter, UnitLayout
 from tests.engine.checkpoints import VARIANTS, make_checkpoint, unit_of
@@ -506,7 +507,7 @@ def start_import(source: Path, destination: Path, on_progress: str) -> subproces
         import os, signal, sys
         from pathlib import Path
         from engine.dtypes import DType
-        from engine.weights.importers.huggingface import import_checkpoint
+        from engine.weights.importing import import_checkpoint
         def on_progress(done, total):
             {on_progress}
         import_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), on_progress=on_progress)
@@ -601,8 +602,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("matrices", ["None", "Int4()"])
 @pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
-def test_memory_stays_small_however_large_the_model(kind: str, wide: Path, tmp_path: Path) -> None:
+def test_memory_stays_small_however_large_the_model(kind: str, matrices: str, wide: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("config.json", "tokenizer.json", kind):
@@ -611,21 +613,25 @@ def test_memory_stays_small_however_large_the_model(kind: str, wide: Path, tmp_p
         import sys
         from pathlib import Path
         from engine.dtypes import DType
-        from engine.weights.importers.huggingface import import_checkpoint
+        from engine.formats.sizes import Int4
+        from engine.weights.importing import import_checkpoint
         def memory(field):
             return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(field))
-        source, small, destination = map(Path, sys.argv[1:])
-        import_checkpoint(small, destination / "first", dtype=DType.BFLOAT16)  # loads what is loaded once
+        source, small, destination = map(Path, sys.argv[1:4])
+        options = {"dtype": DType.BFLOAT16, "matrices": eval(sys.argv[4])}
+        import_checkpoint(small, destination / "first", **options)  # loads what is loaded once
         before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        import_checkpoint(source, destination / "model", dtype=DType.BFLOAT16)
+        import_checkpoint(source, destination / "model", **options)
         print(memory("VmHWM") - before)
     """
     make_checkpoint(tmp_path / "small")
-    command = [sys.executable, "-c", textwrap.dedent(program), str(source), str(tmp_path / "small"), str(tmp_path)]
+    given = [str(source), str(tmp_path / "small"), str(tmp_path), matrices]
+    command = [sys.executable, "-c", textwrap.dedent(program), *given]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     manifest: Manifest = read_manifest(tmp_path / "model")
-    layer = 2 * unit_of(manifest, "layer.0").num_bytes  # as float32, in the checkpoint
-    assert manifest.num_bytes > 100 * MIB
+    shapes = [tensor.shape for tensor in unit_of(manifest, "layer.0").tensors.values()]
+    layer = 4 * sum(map(math.prod, shapes))  # as float32, in the checkpoint
+    assert 8 * layer > 200 * MIB
     assert int(ran.stdout) < 2 * layer + 16 * MIB
     shutil.rmtree(tmp_path / "model")

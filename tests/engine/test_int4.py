@@ -101,9 +101,7 @@ def test_a_group_of_equal_values_is_exact(value: float) -> None:
     assert torch.equal(values_of(Int4(), bytes_of(Int4(), values), (2, 70)), values)
 
 
-@pytest.mark.parametrize(
-    "bad", [float("nan"), float("inf"), float("-inf"), 1e6, -1e6, 3e38], ids=str
-)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e6, -1e6, 3e38], ids=str)
 @pytest.mark.parametrize("place", [0, 63, 64, 99])
 def test_what_float16_cannot_hold_is_refused(bad: float, place: int) -> None:
     values = torch.ones(3, 100)
@@ -125,7 +123,7 @@ def test_rows_are_unpacked_alike_in_blocks_of_any_size(monkeypatch: pytest.Monke
     raw = bytes_of(Int4(32), values)
     expected = values_of(Int4(32), raw, (37, 130), DType.BFLOAT16)
     for most in (1, 160, 161, 1000, 37 * 160):
-        monkeypatch.setattr(int4_module, "_BLOCK_VALUES", most)
+        monkeypatch.setattr(int4_module, "BLOCK_VALUES", most)
         assert torch.equal(values_of(Int4(32), raw, (37, 130), DType.BFLOAT16), expected)
 
 

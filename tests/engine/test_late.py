@@ -18,7 +18,7 @@ from engine.memory.spill import DiskTier
 from engine.tiers import Shares
 from engine.units import MIB
 from engine.weights.files import WeightFiles
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.late import LateDevice
 

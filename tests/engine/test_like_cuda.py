@@ -25,7 +25,7 @@ from engine.planner.workload import Workload
 from engine.request import Generate, Request, SamplingParams, Score, Scoring
 from engine.tiers import Shares, TierName
 from engine.units import MIB
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.like_cuda import CARDS, ROUNDING, Card, LikeCuda, stubbed_cuda
 from tests.engine.planned import WIDE, decide_by_measuring

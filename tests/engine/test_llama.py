@@ -17,7 +17,7 @@ from engine.loading import load_engine
 from engine.model.llama import Llama, turn_, waves
 from engine.model.llama_sizes import KNOWN
 from engine.tokenizer import Tokenizer
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from tests.engine.llama_checkpoints import VARIANTS, Oracle, make_checkpoint
 from tests.engine.placements import PLACEMENTS, options_of, scattered
 from tests.engine.test_half_precision import errors_of_both

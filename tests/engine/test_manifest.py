@@ -70,7 +70,7 @@ def test_version_1_named_no_formats() -> None:
 @pytest.mark.parametrize(
     ("described", "says"),
     [
-        ({"name": "int3"}, "its format 'int3' is not one of plain; upgrade overnight"),
+        ({"name": "int3"}, "its format 'int3' is not one of plain, int4; upgrade overnight"),
         ({"name": ["plain"]}, "is not one of plain"),
         ({"name": "plain", "dtype": "int8"}, "its dtype 'int8' is not one of"),
         ({"name": "plain"}, "its field 'dtype' is missing"),

@@ -19,7 +19,7 @@ from engine.planner.resolve import resolve_plan
 from engine.planner.workload import Workload
 from engine.tiers import Shares
 from engine.units import GIB, MIB, parse_bytes
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from tests.engine.checkpoints import make_checkpoint
 
 MODEL = KNOWN_MODELS["facebook/opt-1.3b"]

@@ -14,7 +14,7 @@ from transformers import OPTForCausalLM
 from engine import Choose, Engine, Generate, Output, PlanOptions, Rejection, Request, SamplingParams, Score
 from engine.dtypes import DType
 from engine.loading import load_engine
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from tests.engine.checkpoints import make_checkpoint, make_overflowing, token_of
 from tests.engine.placements import options_of, scattered
 from tests.engine.test_placement import make_device

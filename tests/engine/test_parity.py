@@ -12,7 +12,7 @@ from transformers import OPTForCausalLM
 from engine import Choose, Generate, Generation, PlanOptions, Request, SamplingParams, Score, Scoring
 from engine.loading import load_engine
 from engine.tokenizer import Tokenizer
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from tests.engine.checkpoints import VARIANTS, Checkpoint, make_checkpoint
 
 NEW_TOKENS = 40

@@ -24,7 +24,7 @@ from engine.planner.resolve import resolve_plan
 from engine.tiers import Shares, TierName
 from engine.tokenizer import Tokenizer
 from engine.units import MIB
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from engine.weights.manifest import read_manifest
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.like_cuda import CARDS, ROUNDING, Card, LikeCuda

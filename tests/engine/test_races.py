@@ -19,7 +19,7 @@ from engine.loading import load_engine
 from engine.memory import ring
 from engine.memory.lane import REACHED, LaneName, ThreadLane
 from engine.units import KIB
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.like_cuda import CARDS, Card
 from tests.engine.placements import BESIDE_A_DEVICE, PLACEMENTS, options_of

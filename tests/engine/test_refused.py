@@ -14,7 +14,7 @@ from engine.loading import load_engine
 from engine.planner.plan import PlanOptions
 from engine.planner.plan_input import check_asked
 from engine.units import GIB, MIB
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from tests.engine.checkpoints import make_checkpoint
 
 FACTS = MachineFacts(2 * GIB, 4 * GIB, shares_host_memory=False)

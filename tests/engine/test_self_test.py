@@ -16,7 +16,7 @@ from engine.loading import load_engine
 from engine.planner.plan import PlanOptions
 from engine.shape import ModelShape
 from engine.units import MIB
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.like_cuda import LikeCuda
 

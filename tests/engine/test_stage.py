@@ -29,7 +29,7 @@ from engine.sequence import Sequence
 from engine.stage import Stage
 from engine.tiers import TierName
 from engine.weights.files import WeightFiles
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from engine.weights.layout import stored_in
 from engine.weights.manifest import read_manifest
 from tests.engine.checkpoints import make_checkpoint

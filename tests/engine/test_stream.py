@@ -26,7 +26,7 @@ from engine.planner.resolve import resolve_plan
 from engine.tiers import Shares, TierName
 from engine.units import MIB
 from engine.weights.files import WeightFiles
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from engine.weights.layout import stored_in
 from engine.weights.manifest import read_manifest
 from engine.weights.stream import WeightStream

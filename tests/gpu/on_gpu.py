@@ -25,7 +25,7 @@ from engine.memory.tensors import torch_dtype
 from engine.model.registry import sizes_for
 from engine.tokenizer import Tokenizer
 from engine.units import MIB
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from engine.weights.manifest import TOKENIZER_NAME, read_manifest
 from tests.engine.placements import options_of
 

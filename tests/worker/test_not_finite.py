@@ -11,7 +11,7 @@ import pytest
 
 from engine import Engine
 from engine.dtypes import DType
-from engine.weights.importers.huggingface import import_checkpoint
+from engine.weights.importing import import_checkpoint
 from storage.claims import stop_worker
 from storage.jobs import retry_job
 from tests.engine.checkpoints import make_overflowing, make_poisoned

@@ -1,102 +1,27 @@
-"""From a Hugging Face folder to a model directory.
+"""The weights of a Hugging Face folder.
 
 Reads ``.safetensors`` or ``.bin``, in one file or sharded, tensor by tensor and piece by piece: a few pieces of memory
 suffice for a model of any size (except for shards in PyTorch's old, unmappable format, see ``sources.TorchFile``).
 """
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from engine.dtypes import DType
 from engine.errors import CheckpointError
-from engine.memory.tensors import torch_dtype
-from engine.model.family import TensorSpec, UnitSpec
+from engine.model.family import Config, TensorSpec, UnitSpec
 from engine.model.fields import GENERATION, stored_dtype
-from engine.model.registry import sizes_for
 from engine.weights.importers.sources import CheckpointFile, TensorInfo, open_checkpoint_file
-from engine.weights.importers.tokenizer_files import check_vocabulary, tokenizer_files
-from engine.weights.layout import UnitLayout
-from engine.weights.manifest import MANIFEST_NAME, Manifest
-from engine.weights.writer import Buffer, ModelWriter
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes written so far and in all."""
+from engine.weights.importers.tokenizer_files import tokenizer_files
+from engine.weights.manifest import MANIFEST_NAME
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """In order of preference; an index names the shards."""
-
-
-def import_checkpoint(
-    source: Path,
-    destination: Path,
-    dtype: DType | None = None,
-    on_progress: Progress | None = None,
-    warn: Callable[[str], None] = lambda _: None,
-) -> Manifest:
-    """Makes a model directory of a Hugging Face folder, whole or not at all.
-
-    Args:
-        source: a folder with config.json, weights and a tokenizer.
-        destination: where the model directory will be; must not exist.
-        dtype: how weights are stored; by default as the configuration says, else as the checkpoint has them.
-        on_progress: told of bytes written, and of how many there will be.
-        warn: told what is odd, but no reason to refuse.
-
-    Raises:
-        CheckpointError: the source is not a checkpoint we can run, or the destination exists.
-        DiskFull: no room for the model directory.
-    """
-    config = read_config(source)
-    sizes = sizes_for(config)
-    units = sizes.units()
-    tokenizer = tokenizer_files(source)
-    warning = check_vocabulary(tokenizer, sizes.shape.vocab_size, source)
-    if warning is not None:
-        warn(warning)
-    with Checkpoint(source) as checkpoint:
-        checkpoint.check(units)
-        stored = dtype or checkpoint.default_dtype(config, units)
-        layouts = {unit.name: UnitLayout.plain(unit, stored) for unit in units}
-        num_bytes = sum(layout.num_bytes for layout in layouts.values())
-        report = _Reporter(on_progress, num_bytes)
-        beyond: dict[str, float] = {}
-
-        def note(unit: str, tensor: str, largest: float) -> None:
-            name = f"{unit}/{tensor}"
-            beyond[name] = max(largest, beyond.get(name, 0.0))
-
-        with ModelWriter(destination, num_bytes) as writer:
-            for unit in units:
-                contents = (
-                    (tensor.name, report.count(checkpoint.read(tensor, stored, partial(note, unit.name, tensor.name))))
-                    for tensor in unit.tensors
-                )
-                writer.write_unit(unit.name, layouts[unit.name], contents)
-                checkpoint.release()
-            for name, content in tokenizer.items():
-                writer.write_file(name, content)
-            manifest = Manifest(
-                model_type=config["model_type"],
-                config=config,
-                dtype=stored,
-                units=writer.units,
-                num_bytes=num_bytes,
-                source=source.resolve().name,
-                created_by=_created_by(),
-                beyond_float16=beyond,
-            )
-            writer.commit(manifest)
-            report.finish()
-    return manifest
 
 
 def read_config(source: Path) -> dict[str, Any]:
@@ -121,30 +46,23 @@ def read_config(source: Path) -> dict[str, Any]:
     return {**config, GENERATION: _read_json(generation)} if generation.is_file() else config
 
 
-class Checkpoint:
-    """The weights of a Hugging Face folder under normalised names; a context manager that closes its files."""
+class HuggingFaceFolder:
+    """A Hugging Face folder, its weights under normalised names.
+
+    Implements ``engine.weights.importing.WeightSource``.
+    """
 
     def __init__(self, source: Path) -> None:
-        self._source = source
+        """Raises ``CheckpointError`` where there is no usable configuration."""
+        self.path = self._source = source
+        self.config: Config = read_config(source)
         self._open: dict[Path, CheckpointFile] = {}
         self._where: dict[str, tuple[Path, str]] = {}
         self._infos: dict[str, TensorInfo] = {}
-        for path in _weight_files(source):
-            file = self._file(path)
-            for name, info in file.tensors.items():
-                normalised = name.removeprefix("model.")
-                if normalised in self._where:
-                    other = self._where[normalised][0]
-                    raise CheckpointError(f"{path} holds tensor {name}, which {other} holds too")
-                self._where[normalised] = path, name
-                self._infos[normalised] = info
-            self.release()
 
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
+    def tokenizer(self) -> dict[str, bytes]:
+        """See ``tokenizer_files``."""
+        return tokenizer_files(self._source)
 
     def release(self) -> None:
         """Closes the files that are open; they open again when needed."""
@@ -157,6 +75,7 @@ class Checkpoint:
         Raises:
             CheckpointError: naming the tensor, the file, and both shapes.
         """
+        self._find()
         used: set[str] = set()
         for unit in units:
             for tensor in unit.tensors:
@@ -173,13 +92,13 @@ class Checkpoint:
                     "are they of the same model?"
                 )
 
-    def default_dtype(self, config: Mapping[str, Any], units: Iterable[UnitSpec]) -> DType:
+    def default_dtype(self, units: Iterable[UnitSpec]) -> DType:
         """The dtype that the configuration names, else that of the first tensor, if we store such.
 
         Raises:
             CheckpointError: neither is one we store.
         """
-        named = stored_dtype(config)
+        named = stored_dtype(self.config)
         if named is not None:
             return named
         first = next(source for unit in units for tensor in unit.tensors for source in tensor.sources)
@@ -190,29 +109,27 @@ class Checkpoint:
             raise CheckpointError(f"{self._source} stores weights as {found}; choose --dtype {', '.join(DType)}")
         return DType(found)
 
-    def read(
-        self, tensor: TensorSpec, dtype: DType, note: Callable[[float], None] = lambda _: None
-    ) -> Iterator[Buffer]:
-        """The bytes of one tensor in ``dtype``, in pieces; ``note`` is told of values that float16 cannot hold.
-
-        Raises:
-            CheckpointError: a value does not fit ``dtype``.
-        """
-        # Row-major tensors concatenated along dimension 0 are their bytes one after another.
+    def pieces(self, unit: UnitSpec, tensor: TensorSpec) -> Iterator[tuple[str, Tensor]]:
+        """The values of one tensor, flat and row-major, each piece with the name of what it is from."""
+        del unit
+        # Row-major tensors concatenated along dimension 0 are their values one after another.
         for source in tensor.sources:
             path, name = self._where[source]
             for piece in self._file(path).pieces(name):
-                cast = piece.to(torch_dtype(dtype))
-                largest = _overflow(piece, cast)
-                if largest is not None:
-                    raise CheckpointError(
-                        f"tensor {name} of {path} holds {largest:g}, too large for {dtype}; "
-                        "choose --dtype bfloat16 or float32"
-                    )
-                lowest, highest = (float(each) for each in cast.aminmax())
-                if _FLOAT16_MAX < max(-lowest, highest) < math.inf:
-                    note(max(-lowest, highest))
-                yield cast.view(torch.uint8).numpy().data
+                yield f"tensor {name} of {path}", piece
+
+    def _find(self) -> None:
+        """Which file holds which tensor."""
+        for path in _weight_files(self._source):
+            file = self._file(path)
+            for name, info in file.tensors.items():
+                normalised = name.removeprefix("model.")
+                if normalised in self._where:
+                    other = self._where[normalised][0]
+                    raise CheckpointError(f"{path} holds tensor {name}, which {other} holds too")
+                self._where[normalised] = path, name
+                self._infos[normalised] = info
+            self.release()
 
     def _check_tensor(self, tensor: TensorSpec) -> None:
         for source, shape in zip(tensor.sources, tensor.source_shapes(), strict=True):
@@ -233,26 +150,6 @@ class Checkpoint:
         if path not in self._open:
             self._open[path] = open_checkpoint_file(path)
         return self._open[path]
-
-
-class _Reporter:
-    """Counts bytes as they pass."""
-
-    def __init__(self, on_progress: Progress | None, num_bytes: int) -> None:
-        self._on_progress = on_progress
-        self._num_bytes = num_bytes
-        self._done = 0
-
-    def count(self, pieces: Iterable[Buffer]) -> Iterator[Buffer]:
-        for piece in pieces:
-            yield piece
-            self._done += memoryview(piece).nbytes
-            if self._on_progress is not None:
-                self._on_progress(self._done, self._num_bytes)
-
-    def finish(self) -> None:
-        if self._on_progress is not None:
-            self._on_progress(self._num_bytes, self._num_bytes)
 
 
 def _weight_files(source: Path) -> list[Path]:
@@ -283,28 +180,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-_FLOAT16_MAX = torch.finfo(torch.float16).max
-
-
-def _overflow(piece: Tensor, cast: Tensor) -> float | None:
-    """The largest of the finite values that became infinite."""
-    if torch.finfo(cast.dtype).max >= torch.finfo(piece.dtype).max:
-        return None
-    lowest, highest = cast.aminmax()  # many times cheaper than looking for infinities, which are hardly ever there
-    if lowest.isfinite() and highest.isfinite():
-        return None
-    lost = piece[cast.isinf() & piece.isfinite()].abs()
-    return lost.max().item() if lost.numel() else None
-
-
 def _layer_prefix(name: str) -> str:
     """What stands before the number of a layer (``layers.7.mlp.weight`` → ``layers``); empty: there is none."""
     prefix = re.split(r"\.\d+\.", name, maxsplit=1)[0]
     return prefix if prefix != name else ""
-
-
-def _created_by() -> str:
-    try:
-        return f"overnight {version('overnight')}"
-    except PackageNotFoundError:
-        return "overnight"

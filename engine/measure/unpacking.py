@@ -1,0 +1,47 @@
+"""Weights a second that are unpacked from four bits, as a layer is before its products."""
+
+from collections.abc import Iterator
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from engine.dtypes import DType
+from engine.formats.int4 import unpack
+from engine.formats.sizes import Int4
+from engine.measure.effort import Effort
+from engine.measure.timing import timed
+from engine.memory.device import Device
+from engine.memory.tensors import torch_dtype
+
+_MATRICES = 4
+"""In turn, so that their bytes come from memory, as those of a layer do that was just read."""
+
+
+def unpacked_per_s(device: Device, dtype: DType, hidden_size: int, effort: Effort) -> float:
+    """Of the largest matrices of a layer of that width, to ``dtype``."""
+    stored, shape = Int4(), matrix(hidden_size)
+    packed: Iterator[Tensor] = cycle([device.upload(_random(stored, shape)) for _ in range(_MATRICES)])
+    out = torch.empty(shape, dtype=torch_dtype(dtype), device=device.torch_device)
+    seconds = timed(device, lambda: unpack(stored, next(packed), out), effort)
+    return out.numel() / seconds
+
+
+def unpacking_bytes(hidden_size: int, dtype: DType) -> int:
+    """Device bytes that this takes."""
+    stored, shape = Int4(), matrix(hidden_size)
+    taken = _MATRICES * stored.num_bytes(shape) + shape[0] * shape[1] * dtype.num_bytes
+    return taken + stored.scratch_bytes(shape, dtype)
+
+
+def matrix(hidden_size: int) -> tuple[int, int]:
+    """The shape of what is unpacked."""
+    return 4 * hidden_size, hidden_size
+
+
+def _random(stored: Int4, shape: tuple[int, int]) -> Tensor:
+    """Packed bytes. Were scales and minima random, too, many would be no numbers, which take longer than others."""
+    raw = torch.randint(0, 256, (stored.num_bytes(shape),), dtype=torch.uint8)
+    codes = stored.unpacked_shape(shape)[0] * stored.unpacked_shape(shape)[1] // 2
+    raw[codes:].view(torch.float16).uniform_(0.001, 0.01)
+    return raw
