@@ -12,6 +12,7 @@ from cli.job_options import Choices
 from cli.options import Number, Size, Text, json_option, settings_options
 from cli.placement import placement_options, take_placement
 from cli.planning import DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, DEFAULT_REQUESTS, LengthOptions, read_input
+from engine.formats.sizes import WEIGHT_FORMATS
 from engine.units import MIB
 from worker.payloads import TASKS
 
@@ -67,6 +68,11 @@ def _tokens() -> Number:
     metavar="TEMPLATE|@FILE",
     help=f"With --dataset: Jinja2 template over a row's fields. [default: {templates.DEFAULT}]",
 )
+@click.option(
+    "--weight-format",
+    type=click.Choice(WEIGHT_FORMATS),
+    help="As if the layers' weights were stored so. Default: as they are; those of a known model are plain.",
+)
 @click.option("--disk-speed", type=Size(minimum=MIB), help="Bytes that the disk reads a second, if another: 3GB.")
 @click.option("--sweep", type=click.Choice(_SWEEPS), help="Show the speed with less and with more of this memory.")
 @click.option("--no-advice", is_flag=True, help="Do not look for what would help most: it takes most of the time.")
@@ -79,6 +85,7 @@ def command(
     /,
     model: str,
     hardware: str | None,
+    weight_format: str | None,
     disk_speed: int | None,
     sweep: str | None,
     no_advice: bool,
@@ -100,12 +107,20 @@ def command(
         if sweep is not None:
             raise click.UsageError("--sweep is of one machine: name it with --hardware")
         _compare(
-            partial(read_input, app, model, options=placement, lengths=lengths, disk_speed=disk_speed),
+            partial(
+                read_input,
+                app,
+                model,
+                options=placement,
+                lengths=lengths,
+                disk_speed=disk_speed,
+                weight_format=weight_format,
+            ),
             machines,
             as_json,
         )
         return
-    given, machine = read_input(app, model, machines[0], placement, lengths, disk_speed)
+    given, machine = read_input(app, model, machines[0], placement, lengths, disk_speed, weight_format)
     if sweep is not None:
         _emit_sweep(given, machine, sweep, as_json)
         return
@@ -210,6 +225,7 @@ def _emit_sweep(given: "PlanInput", machine: "Hardware", sweep_of: str, as_json:
 
 def _explain(given: "PlanInput", machine: "Hardware", found: "Found", model: str) -> None:
     """For people: what is where, how fast that is, and why not faster."""
+    from engine.formats.sizes import Plain
     from engine.planner.explain import flags_of, product_ceiling_per_s, rows_per_s
     from engine.tiers import TierName
     from engine.units import format_bytes
@@ -219,7 +235,8 @@ def _explain(given: "PlanInput", machine: "Hardware", found: "Found", model: str
     prompts = sorted({each.prompt for each in workload.lengths})
     spread = f"{prompts[0]}" if len(prompts) == 1 else f"{prompts[0]} to {prompts[-1]}"
     generated = workload.generated / workload.requests
-    emit(f"model     {model}, {plan.dtype}, {given.shape.num_layers} layers")
+    packed = "" if given.stored.weight_format == Plain.name else f" with weights in {given.stored.weight_format}"
+    emit(f"model     {model}, {plan.dtype}{packed}, {given.shape.num_layers} layers")
     emit(f"machine   {machine.name}: {_facts(machine)}")
     what = "requests" if workload.per_row == 1 else f"rows of {workload.per_row} choices"
     emit(

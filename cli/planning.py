@@ -72,6 +72,7 @@ def read_input(
     options: "PlanOptions",
     lengths: LengthOptions,
     disk_speed: int | None = None,
+    weight_format: str | None = None,
 ) -> "tuple[PlanInput, Hardware]":
     """Everything that a plan is made from, and the machine's figures.
 
@@ -82,13 +83,18 @@ def read_input(
         PlanDoesNotFit: the model is larger than the disk, or every prompt longer than the model.
     """
     from engine.dtypes import DType
+    from engine.formats.sizes import Int4
     from engine.planner.decide import input_for_machine
+    from engine.weights.layout import in_format
 
     hardware = _read_hardware(app, hardware_name, options.device)
     if disk_speed is not None:
         hardware = with_disk_speed(hardware, disk_speed)
     known_as = DType.FLOAT16 if DType.FLOAT16 in hardware.matmul else next(iter(hardware.matmul))
     model = _read_model(app, model_name, options.dtype or known_as)
+    if weight_format is not None and weight_format != model.stored.weight_format:
+        matrices = Int4() if weight_format == Int4.name else None
+        model = replace(model, stored=in_format(model.stored, matrices))
     if options.device is not None and options.device.partition(":")[0] != hardware.device:
         raise click.UsageError(
             f"--device {options.device}: {hardware.name} is described as {hardware.device}; name another machine with "

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from engine.errors import PlanDoesNotFit
+from engine.formats.sizes import Int4, Plain
 from engine.memory.lane import LaneName
 from engine.planner.hardware import Hardware
 from engine.planner.plan_input import PlanInput
@@ -11,6 +12,7 @@ from engine.planner.rates import Rate
 from engine.planner.search import LEAST_SIMULATED, Found, search
 from engine.tiers import TierName
 from engine.units import format_bytes
+from engine.weights.layout import in_format
 
 LEAST_GAIN = 0.01
 MOST_ADVICE = 3
@@ -58,6 +60,11 @@ def _changes(given: PlanInput, hardware: Hardware) -> Iterator[tuple[str, PlanIn
     yield "a disk twice as fast", given, _with_lanes(hardware, _DISK)
     if not hardware.shares_host_memory:
         yield "a link to the device twice as fast", given, _with_lanes(hardware, _LINK)
+    if given.stored.weight_format == Plain.name:
+        change = (
+            "the layers' weights in four bits (overnight import --weight-format int4), which changes answers a little"
+        )
+        yield change, replace(given, stored=in_format(given.stored, Int4())), hardware
     products = {dtype: _faster(rate) for dtype, rate in hardware.matmul.items()}
     yield "products twice as fast", given, replace(hardware, matmul=products)
 

@@ -37,6 +37,7 @@ def document(given: PlanInput, hardware: Hardware, found: Found, advice: Sequenc
     return {
         "plan": found.plan.to_json(),
         "flags": flags_of(found.options),
+        "formats": {"weights": given.stored.weight_format, "kv": found.plan.kv_format.name, "dtype": found.plan.dtype},
         "machine": {
             "name": hardware.name,
             "memory": {str(tier): figure.value for tier, figure in hardware.capacity.items()},

@@ -2,7 +2,7 @@
 count on. No torch."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from engine.dtypes import DType
@@ -72,6 +72,18 @@ class Storing:
 def stored_as(sizes: Sizes, storing: Storing) -> StoredWeights:
     """A model as its import would store it."""
     return _stored(sizes, storing.dtype, storing.layouts(sizes.units()))
+
+
+def in_format(stored: StoredWeights, matrices: Int4 | None) -> StoredWeights:
+    """The same model if it were stored with its layers' matrices in another format; ``None``: plain."""
+    formats = Plain(stored.dtype) if matrices is None else matrices
+    tensors, num_bytes = dict(stored.unit_tensors), dict(stored.unit_bytes)
+    for unit, its in stored.unit_tensors.items():
+        if unit not in (EMBED, HEAD):
+            tensors[unit] = tuple(replace(each, format=formats) if len(each.shape) == 2 else each for each in its)
+            aligned = sum(align_up(each.format.num_bytes(each.shape), TENSOR_ALIGNMENT) for each in tensors[unit])
+            num_bytes[unit] = max(PAGE_BYTES, align_up(aligned, PAGE_BYTES))
+    return replace(stored, unit_tensors=tensors, unit_bytes=num_bytes)
 
 
 def stored_in(manifest: Manifest) -> StoredWeights:

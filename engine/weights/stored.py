@@ -49,6 +49,13 @@ class StoredWeights:
         """Whether a unit's stored bytes are what is computed with in ``dtype``: nothing must be unpacked."""
         return all(each.is_ready(dtype) for each in self._unit_formats[unit])
 
+    @property
+    def weight_format(self) -> str:
+        """The format of the layers' matrices."""
+        layers = [unit for unit in self.unit_tensors if unit not in (EMBED, HEAD)]
+        names = {each.format.name for unit in layers for each in self.unit_tensors[unit] if len(each.shape) == 2}
+        return min(names, default=Plain.name)
+
     def is_packed(self, unit: str, dtype: DType) -> bool:
         """Whether a unit is smaller as it is stored than as it is computed with."""
         return self.unit_bytes[unit] < self.computed_bytes(unit, dtype)

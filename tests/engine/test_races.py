@@ -15,6 +15,7 @@ import engine
 from engine import Engine, PlanOptions
 from engine.attention.table import Kernel, kernel_for
 from engine.dtypes import DType
+from engine.formats.sizes import Int4
 from engine.loading import load_engine
 from engine.memory import ring
 from engine.memory.lane import REACHED, LaneName, ThreadLane
@@ -41,7 +42,9 @@ NOT_FOR_SAFETY = {
 PACED_BYTES = 16 * KIB
 """So few that copies of these small models are made in several pieces, as those of large ones are."""
 NARROW = "weights cast as they are staged"
-PLACED = (*PLACEMENTS, *BESIDE_A_DEVICE, NARROW)
+PACKED = {f"{name}, in four bits": name for name in ("split", "all-host", "split-and-attended-on-host")}
+"""Weights that are unpacked in each pass, those on the device, too."""
+PLACED = (*PLACEMENTS, *BESIDE_A_DEVICE, NARROW, *PACKED)
 
 
 def is_wait(node: ast.Call) -> bool:
@@ -84,8 +87,8 @@ def waits() -> dict[str, list[Position]]:
 
 def options(name: str, dtype: DType) -> PlanOptions:
     # More micro-batches than a ring has buffers, so that each buffer is used again within a pass.
-    more = {"micro_batch": 24, "micro_batches": 4, "extent_tokens": 16, "dtype": dtype}
-    return options_of("all-device" if name == NARROW else name, **more)
+    more = {"micro_batch": 24, "micro_batches": 4, "extent_tokens": 16, "dtype": dtype, "stay_packed": True}
+    return options_of("all-device" if name == NARROW else PACKED.get(name, name), **more)
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +112,11 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     make_checkpoint(folder / "hf", num_hidden_layers=4)
     for dtype in (card.dtype, other):
         import_checkpoint(folder / "hf", folder / dtype, dtype=dtype)
+    import_checkpoint(folder / "hf", folder / "int4", dtype=card.dtype, matrices=Int4(32))
     traces = {}
     for name in PLACED:
         traces[name] = Trace()
-        model_dir = folder / (other if name == NARROW else card.dtype)
+        model_dir = folder / ("int4" if name in PACKED else other if name == NARROW else card.dtype)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ring, "PACED_BYTES", PACED_BYTES)
             device = watch(traces[name], patch, card.capability)
