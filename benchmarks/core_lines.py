@@ -14,7 +14,7 @@ CORE = (
     "engine.py", "stage.py", "executor.py", "activations.py", "sequence.py", "weights/stream.py",
     "schedule/*.py", "kvcache/*.py", "attention/*.py", "memory/*.py", "devices/*.py", "model/*.py", "formats/*.py",
 )  # fmt: skip
-OTHERS = ("model/llama", "formats/int")
+OTHERS = ("model/llama", "formats/int", "attention/int4")
 
 
 def main(arguments: list[str] | None = None) -> int:

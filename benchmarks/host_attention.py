@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -26,6 +25,7 @@ from benchmarks.slow_gpu import SlowGpu
 from engine import Generate, PassStats, PlanOptions, Request, SamplingParams, Shares
 from engine.attention.pages import attend_pages, page_table
 from engine.attention.sizes import BLOCK_BYTES
+from engine.attention.stored import PlainRows, StoredRows
 from engine.executor import Executor
 from engine.kvcache.segments import Segment
 from engine.loading import load_engine
@@ -59,24 +59,28 @@ def decode(model_dir: Path, link_speed: float, *, on_host: bool) -> list[PassSta
     return [each for each in stats if each.decode_tokens == REQUESTS and not each.prefill_tokens][WARM:]
 
 
-def host_share() -> tuple[float, float]:
-    """Bytes/s of attention on the host in float16, with OPT-30B's heads; and its share of bytes/s of plain reads."""
+def host_share(stored: StoredRows | None = None) -> tuple[float, float]:
+    """Bytes/s of attention on the host in float16, with OPT-30B's heads; and its share of bytes/s of plain reads.
+
+    ``stored``: how keys and values lie; plain unless it is given. Bytes are always those of plain ones.
+    """
     tokens, rows, heads, size, page_tokens = 544, 48, 56, 128, 64
-    shape = (rows, tokens // page_tokens + 1, page_tokens, 2, heads, size)
-    pool = aligned_empty(2 * prod(shape)).view(torch.float16).view(-1, 2, heads, size)
-    pool.normal_()
-    pages = [list(range(row * shape[1], (row + 1) * shape[1])) for row in range(rows)]
+    in_row = tokens // page_tokens + 1
+    plain = aligned_empty(2 * rows * in_row * page_tokens * 2 * heads * size).view(torch.float16)
+    plain.normal_()
+    reads_s = _shortest(plain.view(torch.float32).sum)
+    stored = stored or PlainRows(heads, size, torch.float16)
+    pool = stored.pack(plain.view(-1, 2, heads, size))
+    pages = [list(range(row * in_row, (row + 1) * in_row)) for row in range(rows)]
     most = BLOCK_BYTES // (4 * heads * size * page_tokens)
     table = page_table(pages, [tokens] * rows, page_tokens, most)
     queries = torch.randn(rows, heads, size).half()
-    staged = torch.empty(most * page_tokens * 2 * heads * size, dtype=torch.float16)
-    values = len(table.pages) * heads * (size + 2) + rows * heads * size + staged.numel() // 2
+    staged = torch.empty(most * page_tokens * pool[0].nbytes, dtype=torch.uint8)
+    values = len(table.pages) * heads * (size + 2) + rows * heads * size + most * page_tokens * heads * size
     work, results = torch.empty(values), torch.empty_like(queries)
-    attends_s = _shortest(lambda: attend_pages(queries, pool, table, staged, work, results))
-    as_floats = pool.view(torch.float32)
-    reads_s = _shortest(as_floats.sum)
+    attends_s = _shortest(lambda: attend_pages(queries, pool, stored, table, staged, work, results))
     rate = 2 * rows * tokens * 2 * heads * size / attends_s
-    return rate, rate * reads_s / (2 * pool.numel())
+    return rate, rate * reads_s / plain.nbytes
 
 
 def _shortest(work: Callable[[], object]) -> float:

@@ -110,7 +110,7 @@ class Engine:
             family = family_for(manifest.config)
             tokenizer = Tokenizer.of_model(model_dir / TOKENIZER_NAME, family.shape)
             check_tokens(tokenizer, family.shape, model_dir)
-            check_attention(device, plan.kv_format.dtype, family.shape)
+            check_attention(device, plan.dtype, family.shape)
             device.limit_memory(plan.budgets[TierName.DEVICE])
             memory = Memory(device, plan.budgets, plan.disk_dir, recorder)
             closers = [memory.close]

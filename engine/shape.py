@@ -20,5 +20,7 @@ class ModelShape:
     forces_bos: bool = False
     """Whether every text begins with BOS, also where the tokenizer's own rule does not put it there."""
     eos_token_ids: tuple[int, ...]
+    turns_keys: bool = False
+    """Whether keys are turned by their positions (rotary positions): pairs of values of a head change with them."""
     workspace_values: int
     """Values a token holds at the widest moment inside a layer; the workspace is sized by it."""

@@ -71,12 +71,14 @@ class Stage:
             self.attention = Attention(
                 shape,
                 plan.kv_format,
+                plan.dtype,
                 memory,
                 tokens=plan.kv_tokens(shape),
                 layouts=plan.kv_layouts,
                 extent_tokens=plan.extent_tokens,
                 num_slots=plan.kv_slots,
                 group_tokens=plan.group_tokens,
+                unpacked_tokens=plan.unpacked_tokens,
                 kept_rows=plan.micro_batch,
                 host_attends=plan.host_attention,
             )

@@ -11,12 +11,14 @@ from engine.attention.host_runner import HostRunner
 from engine.attention.packed_runner import PackedRunner
 from engine.attention.pools import KVPools
 from engine.attention.table import kernel_for
+from engine.dtypes import DType
 from engine.errors import DeviceUnavailable
-from engine.formats.sizes import Plain
+from engine.formats.sizes import TensorFormat
 from engine.kvcache.cache import KVCache, Layout, Move, unit_tokens
 from engine.kvcache.segments import MicroBatch
 from engine.memory.closing import run_all
 from engine.memory.memory import Memory
+from engine.memory.tensors import torch_dtype
 from engine.shape import ModelShape
 from engine.tiers import TierName
 
@@ -52,7 +54,8 @@ class Attention:
     def __init__(
         self,
         shape: ModelShape,
-        stored: Plain,
+        stored: TensorFormat,
+        dtype: DType,
         memory: Memory,
         *,
         tokens: Mapping[TierName, int],
@@ -60,6 +63,7 @@ class Attention:
         extent_tokens: int,
         num_slots: int,
         group_tokens: int,
+        unpacked_tokens: int,
         kept_rows: int,
         host_attends: bool = False,
     ) -> None:
@@ -67,13 +71,15 @@ class Attention:
 
         Args:
             shape: of the layers.
-            stored: the format of keys and values.
+            stored: the format of keys and values, of a head's vector.
+            dtype: what is computed with.
             memory: where compute is, and the budgets.
             tokens: how many each tier holds.
             layouts: how a sequence lies in each.
             extent_tokens: the longest extent, and no page is longer.
             num_slots: buffers for what compute cannot address; 0 where there is nothing of the kind.
             group_tokens: of one of these.
+            unpacked_tokens: whose keys and values are unpacked at a time; 0: they are never packed.
             kept_rows: rows of a micro-batch, at most.
             host_attends: decode tokens are attended to where host memory has their keys, beside the device.
 
@@ -82,19 +88,28 @@ class Attention:
             DeviceUnavailable: the device has no kernel for this number type.
         """
         device = memory.device
-        kernel = None if device.shares_host_memory else kernel_for(stored.dtype, device.capability)
+        kernel = None if device.shares_host_memory else kernel_for(dtype, device.capability)
         if kernel is None and not device.shares_host_memory:
-            raise DeviceUnavailable(f"{device.name} has no attention in {stored.dtype}")
+            raise DeviceUnavailable(f"{device.name} has no attention in {dtype}")
         self.tokens, self.layouts = tokens, layouts
         self._extent_tokens = extent_tokens
         page_tokens = unit_tokens(Layout.PAGES, extent_tokens)
-        pools = KVPools(shape, stored, tokens, page_tokens, memory)
+        computed = torch_dtype(dtype)
+        pools = KVPools(shape, stored, computed, tokens, page_tokens, memory)
         self.claim = pools.claim
         try:
             elsewhere = Elsewhere(
-                shape, stored, memory, pools, group_tokens=group_tokens, num_slots=num_slots, kept_rows=kept_rows,
+                shape,
+                stored,
+                computed,
+                memory,
+                pools,
+                group_tokens=group_tokens,
+                unpacked_tokens=unpacked_tokens,
+                num_slots=num_slots,
+                kept_rows=kept_rows,
                 host_attends=host_attends,
-            )  # fmt: skip
+            )
         except BaseException:
             pools.close()
             raise
@@ -104,14 +119,16 @@ class Attention:
         else:
             try:
                 on_host = (
-                    HostAttention(shape, stored, memory, pools, page_tokens=page_tokens, most_rows=kept_rows)
+                    HostAttention(shape, stored, dtype, memory, pools, page_tokens=page_tokens, most_rows=kept_rows)
                     if host_attends
                     else None
                 )
             except BaseException:
                 run_all([elsewhere.close, pools.close])
                 raise
-            self._runner = PackedRunner(shape, kernel, device, pools, elsewhere, on_host)
+            self._runner = PackedRunner(
+                shape, kernel, device, pools, elsewhere, on_host, unpacked_tokens=unpacked_tokens
+            )
         self.ahead = 1 if host_attends else 0
         """How many micro-batches should be started before one is finished: what is computed meanwhile."""
 

@@ -16,13 +16,12 @@ from torch import Tensor
 from engine.attention.groups import Group, Kept, groups_of, kept_of, unwritten
 from engine.attention.pools import KV, KVPools
 from engine.attention.sizes import STORE_BUFFERS, kv_layer_bytes
-from engine.formats.sizes import Plain
+from engine.formats.sizes import TensorFormat
 from engine.kvcache.segments import MicroBatch
 from engine.memory.closing import run_all, settle
 from engine.memory.lane import REACHED, Event, LaneName, ThreadLane
 from engine.memory.memory import Memory
 from engine.memory.ring import Item, Place, Ring
-from engine.memory.tensors import torch_dtype
 from engine.memory.tier import Block
 from engine.shape import ModelShape
 from engine.tiers import TierName
@@ -58,11 +57,13 @@ class Elsewhere:
     def __init__(
         self,
         shape: ModelShape,
-        stored: Plain,
+        stored: TensorFormat,
+        dtype: torch.dtype,
         memory: Memory,
         pools: KVPools,
         *,
         group_tokens: int,
+        unpacked_tokens: int,
         num_slots: int,
         kept_rows: int,
         host_attends: bool,
@@ -72,9 +73,11 @@ class Elsewhere:
         Args:
             shape: of the layers.
             stored: the format of keys and values.
+            dtype: what is computed with.
             memory: where compute is, and the budgets.
             pools: where keys and values lie.
             group_tokens: of one buffer.
+            unpacked_tokens: whose keys and values are unpacked at a time; 0: they are never packed.
             num_slots: how many buffers are filled ahead of compute; 0: nothing lies elsewhere.
             kept_rows: rows of a micro-batch, at most.
             host_attends: decode tokens are attended to where host memory has their keys.
@@ -82,7 +85,7 @@ class Elsewhere:
         Raises:
             TierFull: a budget would be exceeded.
         """
-        self._shape, self._dtype = shape, torch_dtype(stored.dtype)
+        self._shape, self._rows, self._dtype = shape, pools.rows, dtype
         self._token_bytes = kv_layer_bytes(shape, stored)
         self._device, self._traffic, self._pools = memory.device, memory.traffic, pools
         self._group_tokens, self._host_attends = group_tokens, host_attends
@@ -94,6 +97,7 @@ class Elsewhere:
         """By layer: the last micro-batch of this pass that was stored."""
         self._lane = ThreadLane(LaneName.DISK_WRITE)
         self._buffers: list[_Buffer] = []
+        self._unpacked: Block | None = None
         self._ring = Ring(
             memory,
             what=KV,
@@ -105,6 +109,9 @@ class Elsewhere:
             tier = TierName.DEVICE if memory.device.shares_host_memory else TierName.HOST
             for _ in range(STORE_BUFFERS if num_slots else 0):
                 self._buffers.append(_Buffer(memory.allocate(tier, kept_rows * self._token_bytes, KV)))
+            if unpacked_tokens:
+                size = 2 * shape.num_kv_heads * shape.head_size * dtype.itemsize
+                self._unpacked = memory.allocate(TierName.DEVICE, unpacked_tokens * size, KV)
         except BaseException:
             self.close()
             raise
@@ -125,28 +132,40 @@ class Elsewhere:
 
     @contextmanager
     def fetched(self, group: Group) -> Iterator[Tensor]:
-        """The next group's buffer, ``[S, k|v, K, H]``, with room for what the pass adds, which is the caller's to fill.
+        """The next group's keys and values, ``[S, k|v, K, H]``, with room for what the pass adds, which is the caller's
+        to fill.
 
         Groups are entered in order, layer by layer.
         """
         expected, place = self._coming.popleft()
         assert expected is group
         with self._ring.enter(place) as (_, raw):
-            values = raw[: group.num_tokens * self._token_bytes].view(self._dtype)
-            yield values.view(-1, 2, self._shape.num_kv_heads, self._shape.head_size)
+            rows = self._rows.view(raw[: group.num_tokens * self._token_bytes])
+            yield self.unpacked(rows) if self._rows.is_packed else rows
 
-    def store(self, layer: int, index: int, kv_T2KH: Tensor) -> None:
-        """Keep what a micro-batch adds, of those rows that are kept elsewhere; to be called for each, in order."""
+    def unpacked(self, rows: Tensor) -> Tensor:
+        """The keys and values of packed rows, ``[S, k|v, K, H]``, in memory that the next call writes to, too."""
+        assert self._unpacked is not None
+        row = 2, self._shape.num_kv_heads, self._shape.head_size
+        kv_S2KH = self._unpacked.data.view(self._dtype).view(-1, *row)[: len(rows)]
+        self._rows.unpack(rows, kv_S2KH)
+        return kv_S2KH
+
+    def store(self, layer: int, index: int, rows: Tensor) -> None:
+        """Keep what a micro-batch adds, as it is stored, of those rows that are kept elsewhere.
+
+        To be called for each micro-batch, in order.
+        """
         work = self._work[index]
         kept = work.kept
         if kept.num_rows:
             buffer = next(self._next_buffer)
             buffer.left.wait()
-            rows = kv_T2KH[kept.first_row : kept.first_row + kept.num_rows]
+            rows = rows[kept.first_row : kept.first_row + kept.num_rows]
             if not self._device.shares_host_memory:
                 rows = rows.contiguous()  # by compute, in its own memory: a lane copies bytes as they lie
             raw = buffer.block.data[: kept.num_rows * self._token_bytes]
-            on_host = raw.view(self._dtype).view(rows.shape)
+            on_host = raw.view(rows.dtype).view(rows.shape)
             copied = self._device.copy(LaneName.DEVICE_TO_HOST, [(on_host, rows)], self._device.compute_mark())
             if not self._device.shares_host_memory:
                 self._traffic.follow(LaneName.DEVICE_TO_HOST, copied, raw.numel(), KV)
@@ -172,6 +191,7 @@ class Elsewhere:
                 self._work.clear,
                 self._coming.clear,
                 *(buffer.block.release for buffer in self._buffers),
+                *([self._unpacked.release] if self._unpacked is not None else []),
             ]
         )
 
@@ -200,11 +220,11 @@ class Elsewhere:
                 self._pools.write(layer, on_disk, rows)
 
 
-def put(pool_S2KH: Tensor, slots: Tensor, rows_T2KH: Tensor, unwritten: Tensor) -> None:
+def put(pool: Tensor, slots: Tensor, rows: Tensor, unwritten: Tensor) -> None:
     """Rows into host memory, each to its slot; zeros to those that nobody writes yet."""
-    pool_S2KH.index_copy_(0, slots, rows_T2KH)
+    pool.index_copy_(0, slots, rows)
     if len(unwritten):
-        pool_S2KH.index_fill_(0, unwritten, 0.0)
+        pool.index_fill_(0, unwritten, 0)
 
 
 def _work_of(groups: list[Group], kept: Kept, page_tokens: int) -> _Work:

@@ -17,7 +17,8 @@ from torch import Tensor
 from engine.attention.pages import PageTable, attend_pages, page_table
 from engine.attention.pools import KV, KVPools
 from engine.attention.sizes import HOST_SLOTS, host_attention_bytes, host_block_bytes, host_block_pages
-from engine.formats.sizes import Plain
+from engine.dtypes import DType
+from engine.formats.sizes import TensorFormat
 from engine.kvcache.segments import MicroBatch
 from engine.memory.closing import run_all
 from engine.memory.lane import REACHED, Event, LaneEvent, LaneName, ThreadLane
@@ -49,13 +50,22 @@ class HostAttention:
     """Owns the lane and its memory."""
 
     def __init__(
-        self, shape: ModelShape, stored: Plain, memory: Memory, pools: KVPools, *, page_tokens: int, most_rows: int
+        self,
+        shape: ModelShape,
+        stored: TensorFormat,
+        dtype: DType,
+        memory: Memory,
+        pools: KVPools,
+        *,
+        page_tokens: int,
+        most_rows: int,
     ) -> None:
         """Take the memory.
 
         Args:
             shape: of the layers.
             stored: the format of keys and values.
+            dtype: of queries and results.
             memory: where compute is, and the budgets.
             pools: where keys and values lie.
             page_tokens: of a page.
@@ -71,16 +81,16 @@ class HostAttention:
         pages = len(pools.layers(TierName.HOST)[0]) // page_tokens
         self._block_pages = host_block_pages(shape, pages, page_tokens)
         self._block = memory.allocate(
-            TierName.HOST, host_attention_bytes(shape, stored, most_rows, pages, page_tokens), KV
+            TierName.HOST, host_attention_bytes(shape, stored, dtype, most_rows, pages, page_tokens), KV
         )
-        dtype = torch_dtype(stored.dtype)
+        kind = torch_dtype(dtype)
         size = most_rows * shape.num_heads * shape.head_size
         raw = self._block.data
-        end = HOST_SLOTS * 2 * size * dtype.itemsize
-        values = raw[:end].view(dtype).view(HOST_SLOTS, 2, most_rows, shape.num_heads, shape.head_size)
+        end = HOST_SLOTS * 2 * size * dtype.num_bytes
+        values = raw[:end].view(kind).view(HOST_SLOTS, 2, most_rows, shape.num_heads, shape.head_size)
         self._slots = [_Slot(queries, results) for queries, results in values]
         staged_end = end + host_block_bytes(shape, stored, pages, page_tokens)
-        self._staged = raw[end:staged_end].view(dtype)
+        self._staged = raw[end:staged_end]
         self._work = raw[staged_end:].view(torch.float32)
         self._next = 0
 
@@ -151,7 +161,7 @@ class HostAttention:
         with torch.inference_mode():
             pool = self._pools.layers(TierName.HOST)[layer]
             with self._traffic.moving(LaneName.HOST_COMPUTE, 0, KV):
-                attend_pages(queries, pool, table, self._staged, self._work, results)
+                attend_pages(queries, pool, self._pools.rows, table, self._staged, self._work, results)
             # The queries were computed after whatever else this memory was used for.
             slot.up = self._device.copy(LaneName.HOST_TO_DEVICE, [(out_RNH, results)], REACHED)
         self._traffic.follow(LaneName.HOST_TO_DEVICE, slot.up, results.numel() * results.element_size(), KV)

@@ -13,12 +13,16 @@ from torch import Tensor
 
 from engine.attention.blocks import attend_whole
 from engine.attention.elsewhere import Elsewhere
+from engine.attention.extents import NewKV, SequenceKV
 from engine.attention.groups import Group
+from engine.attention.int4_decode import packed_decoder
+from engine.attention.int4_rows import PackedRows
 from engine.attention.kernels import Decoder, attend, decoder, merge
-from engine.attention.pools import KVPools, MemoryKV
+from engine.attention.pools import KVPools
 from engine.attention.rows import Part, Rows
 from engine.attention.sharing import Shares, sharing
 from engine.attention.workers import one_core
+from engine.formats.int4 import Parts
 from engine.kvcache.cache import Holding, Move
 from engine.kvcache.segments import Kind, MicroBatch
 from engine.memory.closing import run_all
@@ -43,7 +47,8 @@ class HostRunner:
     def __init__(self, num_kv_heads: int, pools: KVPools, elsewhere: Elsewhere) -> None:
         """Both are the runner's to close."""
         self._num_kv_heads = num_kv_heads
-        self._views: WeakKeyDictionary[Holding, MemoryKV] = WeakKeyDictionary()
+        self._rows = pools.rows
+        self._views: WeakKeyDictionary[Holding, SequenceKV] = WeakKeyDictionary()
         self._work: list[_Work] = []
         self._pools = pools
         self._elsewhere = elsewhere
@@ -60,13 +65,18 @@ class HostRunner:
         """Store a micro-batch's keys and values, and attend: compute is done when it returns."""
         work, num_kv_heads = self._work[index], self._num_kv_heads
         num_heads = qkv.shape[1] - 2 * num_kv_heads
-        self._elsewhere.store(layer, index, qkv[:, num_heads:].view(len(qkv), 2, -1, qkv.shape[2]))
+        kv_T2KH = qkv[:, num_heads:].view(len(qkv), 2, -1, qkv.shape[2])
+        packed = self._packed(layer, index, kv_T2KH)
         q_TNH, k_TKH, v_TKH = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
         if work.num_tokens < out_TNH.shape[0]:
             out_TNH[work.num_tokens :] = 0
-        decode = decoder(work.decode_rows, q_TNH, k_TKH, v_TKH, out_TNH)
-        rows = Rows(layer, q_TNH, k_TKH, v_TKH, out_TNH, decode)
+        new = NewKV(k_TKH, v_TKH, packed)
+        if packed is None:
+            decode = decoder(work.decode_rows, q_TNH, k_TKH, v_TKH, out_TNH)
+        else:
+            decode = packed_decoder(work.decode_rows, q_TNH, new, out_TNH)
+        rows = Rows(layer, q_TNH, new, out_TNH, decode)
         self._sharing.run(rows, work.here)
         if self._elsewhere.groups(index):
             one = work.single
@@ -94,6 +104,17 @@ class HostRunner:
                 self._pools.close,
             ]
         )
+
+    def _packed(self, layer: int, index: int, kv_T2KH: Tensor) -> Parts | None:
+        """Stores what is kept elsewhere. If keys and values are packed, those that were added are rounded as they will
+        be read, so that it makes no difference who reads them when; their parts."""
+        if not isinstance(self._rows, PackedRows):
+            self._elsewhere.store(layer, index, kv_T2KH)
+            return None
+        rows = self._rows.pack(kv_T2KH)
+        self._rows.unpack(rows, kv_T2KH)
+        self._elsewhere.store(layer, index, rows)
+        return self._rows.parts(rows)
 
     def _attend_elsewhere(self, rows: Rows, groups: Sequence[Group], decode: Decoder | None, first_row: int) -> None:
         """Group by group, as they come."""
@@ -137,7 +158,7 @@ class HostRunner:
             begin = end
         return _Work(batch.num_tokens, self._sharing.share(here), decode_rows, single)
 
-    def _kv_of(self, holding: Holding) -> MemoryKV:
+    def _kv_of(self, holding: Holding) -> SequenceKV:
         kv = self._views.get(holding)
         if kv is None:
             kv = self._views[holding] = self._pools.by_heads(holding)

@@ -8,6 +8,7 @@ Shapes: N query heads, K key/value heads, t query tokens, s key tokens, H head s
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,9 +130,9 @@ def _weigh(weights_Nts: Tensor, v_NsH: Tensor, out_NtH: Tensor) -> None:
         out_NtH.copy_(torch.bmm(weights_Nts, v_NsH.float()))
 
 
-Decoder = Callable[[int, Sequence[Tensor], int], None]
-"""Attends to one token: given its row, its sequence's keys and values in pieces of ``[k|v, K, c, H]``, up to the one
-that the token is in, and its place in that."""
+Decoder = Callable[[int, Sequence[Any], int], None]
+"""Attends to one token: given its row, its sequence's keys and values in pieces, ``[k|v, K, c, H]`` unless they are
+packed, up to the one that the token is in, and its place in that."""
 
 
 def decoder(num_rows: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor) -> Decoder | None:

@@ -5,7 +5,7 @@ head size.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
@@ -57,6 +57,9 @@ class _Numbers:
     slots: list[int]
     """Where the keys and values of its first rows go in the pool."""
     here: list[_Call]
+    """Over the pool, where it is attended to as it lies."""
+    gathered: list[tuple[list[int], list[_Call]]]
+    """Else: tokens of it that are unpacked together, and the calls over these."""
     own: list[_Call]
     groups: list[tuple[Group, list[_Call], list[int]]]
     """With the calls over a group's buffer, and where in it the keys and values of its rows go. Of a part: the call
@@ -69,6 +72,7 @@ class _Batch:
 
     slots: Tensor
     here: list[tuple[slice, Ragged]]
+    gathered: list[tuple[Tensor, list[tuple[slice, Ragged]]]]
     own: list[tuple[slice, Ragged]]
     groups: list[tuple[Group, list[tuple[slice, Ragged]], Tensor]]
 
@@ -84,8 +88,11 @@ class PackedRunner:
         pools: KVPools,
         elsewhere: Elsewhere,
         on_host: HostAttention | None = None,
+        *,
+        unpacked_tokens: int = 0,
     ) -> None:
-        """The last three are the runner's to close."""
+        """``pools``, ``elsewhere`` and ``on_host`` are the runner's to close; the rest as in ``Attention``."""
+        self._rows, self._unpacked_tokens = pools.rows, unpacked_tokens
         self._num_heads = shape.num_heads
         self._kernel = kernel
         heads = (shape.num_heads, shape.num_kv_heads)
@@ -122,18 +129,26 @@ class PackedRunner:
         """Store a micro-batch's keys and values, and attend, but for what the host is left to do."""
         batch = self._batches[index]
         q_TNH, kv_T2KH = qkv[:, : self._num_heads], qkv[:, self._num_heads :].view(len(qkv), 2, -1, qkv.shape[2])
-        self._elsewhere.store(layer, index, kv_T2KH)
+        stored = self._rows.pack(kv_T2KH)
+        if self._rows.is_packed:
+            # Rounded as they will be read, so that it makes no difference who reads them when.
+            self._rows.unpack(stored, kv_T2KH)
+        self._elsewhere.store(layer, index, stored)
         # Rows of padding stay as they are: no other row ever depends on them.
         out_TNH = torch.empty(q_TNH.shape, dtype=qkv.dtype, device=qkv.device)
         attended = self._attended[index]
         if self._on_host is not None and attended is not None:
             rows = attended.rows
             self._on_host.start(layer, attended, q_TNH[rows], out_TNH[rows], self._elsewhere.stored(layer))
-        if batch.here:
-            pool_S2KH = self._layers[layer]
-            pool_S2KH.index_copy_(0, batch.slots, kv_T2KH[: len(batch.slots)])
+        if batch.here or batch.gathered:
+            pool = self._layers[layer]
+            pool.index_copy_(0, batch.slots, stored[: len(batch.slots)])
             for rows, ragged in batch.here:
-                attend_packed(self._kernel, q_TNH[rows], pool_S2KH, ragged, out_TNH[rows])
+                attend_packed(self._kernel, q_TNH[rows], pool, ragged, out_TNH[rows])
+            for tokens, calls in batch.gathered:
+                kv_S2KH = self._elsewhere.unpacked(pool.index_select(0, tokens))
+                for rows, ragged in calls:
+                    attend_packed(self._kernel, q_TNH[rows], kv_S2KH, ragged, out_TNH[rows])
         for rows, ragged in batch.own:
             attend_packed(self._kernel, q_TNH[rows], kv_T2KH[rows], ragged, out_TNH[rows])
         parts: list[tuple[Tensor, Tensor]] = []
@@ -195,23 +210,50 @@ class PackedRunner:
     def _numbers(self, batch: MicroBatch, groups: Sequence[Group]) -> _Numbers:
         slots: list[int] = []
         calls: dict[Kind, list[_Call]] = {Kind.HERE: [], Kind.OWN: [], Kind.ELSEWHERE: []}
+        gathered: list[tuple[list[int], list[_Call]]] = []
         begin = 0
         for (kind, _), group in groupby(batch.segments, key=lambda each: (each.kind, self._splits and each.length > 1)):
             segments = list(group)
             lengths = [segment.length for segment in segments]
             rows = slice(begin, begin + sum(lengths))
-            begin = rows.stop
             if kind is Kind.HERE:
                 starts = [_first(segment) for segment in segments]
                 used = [segment.start + segment.length for segment in segments]
                 places = Places(lengths, starts, used)
                 places.check(len(self._layers[0]))
-                calls[kind].append(_Call(rows, places, self._folding_of(lengths)))
+                if self._rows.is_packed:
+                    gathered += self._gathered(places, begin)
+                else:
+                    calls[kind].append(_Call(rows, places, self._folding_of(lengths)))
                 for segment, first in zip(segments, starts, strict=True):
                     slots += range(first + segment.start, first + segment.start + segment.length)
             elif kind is Kind.OWN:
                 calls[kind].append(_Call(rows, _own(lengths), self._folding_of(lengths)))
-        return _Numbers(slots, calls[Kind.HERE], calls[Kind.OWN], [self._of_group(group) for group in groups])
+            begin = rows.stop
+        of_groups = [self._of_group(group) for group in groups]
+        return _Numbers(slots, calls[Kind.HERE], gathered, calls[Kind.OWN], of_groups)
+
+    def _gathered(self, places: Places, row: int) -> Iterator[tuple[list[int], list[_Call]]]:
+        """The pool's tokens of some sequences, as many together as are unpacked at a time, and calls over these.
+
+        ``row``: the first of the sequences'.
+        """
+        tokens, lengths, starts, used = list[int](), list[int](), list[int](), list[int]()
+        for length, start, count in zip(places.lengths, places.starts, places.used, strict=True):
+            if tokens and len(tokens) + count > self._unpacked_tokens:
+                yield tokens, [self._call(row, lengths, starts, used)]
+                row += sum(lengths)
+                tokens, lengths, starts, used = [], [], [], []
+            lengths.append(length)
+            starts.append(len(tokens))
+            used.append(count)
+            tokens += range(start, start + count)
+        yield tokens, [self._call(row, lengths, starts, used)]
+
+    def _call(self, row: int, lengths: Sequence[int], starts: Sequence[int], used: Sequence[int]) -> _Call:
+        places = Places(lengths, starts, used)
+        places.check(self._unpacked_tokens)
+        return _Call(slice(row, row + sum(lengths)), places, self._folding_of(lengths))
 
     def _folding_of(self, lengths: Sequence[int]) -> Folding:
         return self._decode_folding if max(lengths) == 1 else self._folding
@@ -251,6 +293,8 @@ class _Upload:
         self.slots += numbers.slots
         for call in _calls(numbers):
             self.ragged += ragged_numbers(call.places, call.folding)
+        for tokens, _ in numbers.gathered:
+            self.slots += tokens
         for _, _, slots in numbers.groups:
             self.slots += slots
 
@@ -264,10 +308,12 @@ class _Upload:
     def taken(self, numbers: _Numbers) -> _Batch:
         """Those of one micro-batch, on the device; asked for in the order in which they were added."""
         slots = self._take(1, len(numbers.slots))
-        here, own = self._calls(numbers.here), self._calls(numbers.own)
+        here = self._calls(numbers.here)
+        gathered = [(self._take(1, len(tokens)), self._calls(calls)) for tokens, calls in numbers.gathered]
+        own = self._calls(numbers.own)
         groups = [(group, self._calls(calls)) for group, calls, _ in numbers.groups]
         to_slots = [self._take(1, len(its)) for _, _, its in numbers.groups]
-        return _Batch(slots, here, own, [(*each, its) for each, its in zip(groups, to_slots, strict=True)])
+        return _Batch(slots, here, gathered, own, [(*each, its) for each, its in zip(groups, to_slots, strict=True)])
 
     def _calls(self, calls: Iterable[_Call]) -> list[tuple[slice, Ragged]]:
         found = []
@@ -283,7 +329,8 @@ class _Upload:
 
 
 def _calls(numbers: _Numbers) -> list[_Call]:
-    return [*numbers.here, *numbers.own, *(call for _, calls, _ in numbers.groups for call in calls)]
+    of_gathered = (call for _, calls in numbers.gathered for call in calls)
+    return [*numbers.here, *of_gathered, *numbers.own, *(call for _, calls, _ in numbers.groups for call in calls)]
 
 
 def _own(lengths: Sequence[int]) -> Places:

@@ -19,6 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.attention.int4_pages import PackedPages
+from engine.attention.int4_rows import PackedRows
+from engine.attention.stored import StoredRows
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -67,23 +71,24 @@ def page_table(pages: Sequence[Sequence[int]], num_tokens: Sequence[int], page_t
 
 
 def attend_pages(
-    q_RNH: Tensor, pool_S2KH: Tensor, table: PageTable, staged_b: Tensor, work: Tensor, out_RNH: Tensor
+    q_RNH: Tensor, pool: Tensor, stored: StoredRows, table: PageTable, staged: Tensor, work: Tensor, out_RNH: Tensor
 ) -> None:
     """One token of each row attends to all of its sequence, into ``out``.
 
     Args:
         q_RNH: queries, in any number type.
-        pool_S2KH: one layer's pool, of whole pages; where nobody has written a page yet, it holds some number.
+        pool: one layer's rows, of whole pages; where nobody has written a page yet, it holds some number.
+        stored: how a token lies in a row.
         table: where the rows' keys are.
-        staged_b: the pages of a block, of the pool's number type, one after the other.
+        staged: bytes for the pages of a block, one after the other.
         work: float32 values: of a block's keys, of every page and of every row; see ``host_attention_bytes``.
         out_RNH: receives the result.
     """
     num_heads, head_size = q_RNH.shape[1:]
-    num_kv_heads = pool_S2KH.shape[2]
     page_tokens = table.hidden.shape[2]
-    pool_Pp2KH = pool_S2KH.view(-1, page_tokens, *pool_S2KH.shape[1:])
-    scaled_RKGH = (q_RNH.float() * head_size**-0.5).view(len(q_RNH), num_kv_heads, -1, head_size)
+    pool_P = pool.view(-1, page_tokens, *pool.shape[1:])
+    read = PackedPages(stored) if isinstance(stored, PackedRows) else PlainPages()
+    scaled_RNH = q_RNH.float() * head_size**-0.5
     count, size = len(table.pages), num_heads * head_size
     taken = (count * num_heads, count * num_heads, count * size)
     best_nN, sum_nN, out_n, rest = torch.split(work, [*taken, len(work) - sum(taken)])
@@ -92,32 +97,49 @@ def attend_pages(
     wide_RNH, block = rest[: q_RNH.numel()].view(q_RNH.shape), rest[q_RNH.numel() :]
     for each in table.blocks:
         entries, number = each.entries, each.entries.stop - each.entries.start
-        kv_bp2KH = staged_b[: number * pool_Pp2KH[0].numel()].view(number, *pool_Pp2KH.shape[1:])
-        _stage(pool_Pp2KH, table.pages[entries], each, kv_bp2KH)
-        k_bKpH, v_bKpH = kv_bp2KH.permute(2, 0, 3, 1, 4)
-        shape = (number, num_kv_heads, page_tokens, head_size)
-        wide_bKpH = block[: number * num_kv_heads * page_tokens * head_size].view(shape)
-        q = scaled_RKGH[table.owners[entries]].flatten(0, 1)
-        wide_bKpH.copy_(k_bKpH)
-        scores_bNp = torch.bmm(q, wide_bKpH.flatten(0, 1).mT).view(number, num_heads, page_tokens)
+        rows_bp = stored.view(staged[: number * pool_P[0].nbytes]).view(number, *pool_P.shape[1:])
+        _stage(pool_P, table.pages[entries], each, rows_bp)
+        read.stage(rows_bp, block)
+        scores_bNp = read.scores(scaled_RNH[table.owners[entries]])
         scores_bNp += table.hidden[entries]
         torch.amax(scores_bNp, -1, out=best_nN[entries])
         scores_bNp.sub_(best_nN[entries][..., None]).exp_()
         torch.sum(scores_bNp, -1, out=sum_nN[entries])
-        wide_bKpH.copy_(v_bKpH)
-        weights = scores_bNp.view(number * num_kv_heads, -1, page_tokens)
-        out = out_nNH[entries].view(number * num_kv_heads, -1, head_size)
-        torch.bmm(weights, wide_bKpH.flatten(0, 1), out=out)
+        read.weigh(scores_bNp, out_nNH[entries])
     _merge(table, best_nN, sum_nN, out_nNH, wide_RNH.zero_())
     out_RNH.copy_(wide_RNH)
 
 
-def _stage(pool_Pp2KH: Tensor, pages: Tensor, block: Block, staged_bp2KH: Tensor) -> None:
+class PlainPages:
+    """Pages of rows ``[k|v, K, H]``; keys and values are multiplied as float32."""
+
+    def stage(self, rows_bp2KH: Tensor, work: Tensor) -> None:
+        """These are next; ``work``: float32 values."""
+        self._k_bKpH, self._v_bKpH = rows_bp2KH.permute(2, 0, 3, 1, 4)
+        self._wide_bKpH = work[: self._k_bKpH.numel()].view(self._k_bKpH.shape)
+
+    def scores(self, q_bNH: Tensor) -> Tensor:
+        """Queries times keys, ``[b, N, p]``."""
+        number, num_kv_heads, page_tokens, head_size = self._wide_bKpH.shape
+        self._wide_bKpH.copy_(self._k_bKpH)
+        q = q_bNH.view(number * num_kv_heads, -1, head_size)
+        return torch.bmm(q, self._wide_bKpH.flatten(0, 1).mT).view(number, -1, page_tokens)
+
+    def weigh(self, weights_bNp: Tensor, out_bNH: Tensor) -> None:
+        """Values times weights, into ``out``."""
+        number, num_kv_heads, page_tokens, head_size = self._wide_bKpH.shape
+        self._wide_bKpH.copy_(self._v_bKpH)
+        weights = weights_bNp.view(number * num_kv_heads, -1, page_tokens)
+        out = out_bNH.view(number * num_kv_heads, -1, head_size)
+        torch.bmm(weights, self._wide_bKpH.flatten(0, 1), out=out)
+
+
+def _stage(pool_P: Tensor, pages: Tensor, block: Block, staged_b: Tensor) -> None:
     """The pages of a block next to each other."""
     if block.first_page is not None:
-        staged_bp2KH.copy_(pool_Pp2KH[block.first_page : block.first_page + len(pages)])
+        staged_b.copy_(pool_P[block.first_page : block.first_page + len(pages)])
     else:
-        torch.index_select(pool_Pp2KH, 0, pages, out=staged_bp2KH)
+        torch.index_select(pool_P, 0, pages, out=staged_b)
 
 
 def _merge(table: PageTable, best_nN: Tensor, sum_nN: Tensor, out_nNH: Tensor, wide_RNH: Tensor) -> None:

@@ -1,7 +1,4 @@
-"""Where keys and values lie: one block of each tier, in which every extent of the cache has its place.
-
-Shapes: K key/value heads, t tokens of a segment, s key tokens, c tokens of an extent, H head size.
-"""
+"""Where keys and values lie: one block of each tier, in which every extent of the cache has its place."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,60 +6,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.attention.extents import PlainKV, SequenceKV
 from engine.attention.groups import Group, Run
+from engine.attention.int4_extents import PackedKV
 from engine.attention.sizes import kv_bytes_per_token, kv_layer_bytes
+from engine.attention.stored import rows_of
 from engine.errors import EngineError
-from engine.formats.sizes import Plain
+from engine.formats.sizes import Int4, TensorFormat
 from engine.kvcache.cache import Extent, Holding
 from engine.memory.closing import run_all
 from engine.memory.lane import REACHED, Event
 from engine.memory.memory import Memory
 from engine.memory.ring import Place, Scattered
 from engine.memory.spill import SpillRange
-from engine.memory.tensors import torch_dtype
 from engine.memory.tier import Block
 from engine.shape import ModelShape
 from engine.tiers import TierName
 
 KV = "KV cache"
-
-
-class MemoryKV:
-    """One sequence's keys and values where compute can address them, ``[k|v, K, c, H]`` a layer of an extent.
-
-    A head's keys are contiguous.
-    """
-
-    def __init__(self, extents: tuple[Extent, ...], layers: list[tuple[Tensor, ...]]) -> None:
-        self._extents = extents
-        self._layers = layers
-
-    def up_to(self, layer: int, position: int) -> tuple[list[Tensor], int]:
-        """The extents up to the one that ``position`` is in, in one layer, and where it is in that."""
-        found: list[Tensor] = []
-        for extent, layers in zip(self._extents, self._layers, strict=True):
-            found.append(layers[layer])
-            if position < extent.start + extent.capacity:
-                break
-        return found, position - extent.start
-
-    def read(self, layer: int, num_tokens: int, heads: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of the first ``num_tokens``, ``[K, s, H]`` each, one pair an extent."""
-        for extent, layers in zip(self._extents, self._layers, strict=True):
-            count = min(num_tokens - extent.start, extent.capacity)
-            if count <= 0:
-                break
-            yield layers[layer][0, heads, :count], layers[layer][1, heads, :count]
-
-    def append(self, layer: int, start: int, heads: slice, k_KtH: Tensor, v_KtH: Tensor) -> None:
-        """Store some heads of the tokens from position ``start`` on."""
-        end = start + k_KtH.shape[1]
-        for extent, layers in zip(self._extents, self._layers, strict=True):
-            first, last = max(start, extent.start), min(end, extent.start + extent.capacity)
-            if first < last:
-                here, there = slice(first - start, last - start), slice(first - extent.start, last - extent.start)
-                layers[layer][0, heads, there] = k_KtH[:, here]
-                layers[layer][1, heads, there] = v_KtH[:, here]
 
 
 @dataclass(slots=True, eq=False)
@@ -87,20 +48,28 @@ class KVPools:
     """Owns the memory of all keys and values; closes it.
 
     In memory where compute is the CPU, each extent is by itself, a head's keys one after another. Else a tier's room is
-    one pool a layer, ``[token, k|v, head, dim]``. In the spill file a page has all its layers, one after another, so
-    that the file grows with the pages that are used.
+    one pool a layer, of a row for each token. In the spill file a page has all its layers, one after another, so that
+    the file grows with the pages that are used.
     """
 
     def __init__(
-        self, shape: ModelShape, stored: Plain, tokens: Mapping[TierName, int], page_tokens: int, memory: Memory
+        self,
+        shape: ModelShape,
+        stored: TensorFormat,
+        dtype: torch.dtype,
+        tokens: Mapping[TierName, int],
+        page_tokens: int,
+        memory: Memory,
     ) -> None:
         """Take room for as many ``tokens`` of each tier; that on disk is claimed from the file system by ``claim``.
+
+        ``stored``: the format of a head's vector; ``dtype``: what is computed with.
 
         Raises:
             TierFull: a budget would be exceeded.
         """
-        self._shape = shape
-        self._dtype = torch_dtype(stored.dtype)
+        self._shape, self._stored, self._dtype = shape, stored, dtype
+        self.rows = rows_of(shape, stored, dtype)
         self.page_tokens = page_tokens
         self._layer_bytes = kv_layer_bytes(shape, stored)
         self._token_bytes = kv_bytes_per_token(shape, stored)
@@ -129,17 +98,18 @@ class KVPools:
         if tier is TierName.DISK and self._spilled is not None:
             self._spilled.claim(end * self._token_bytes)
 
-    def by_heads(self, holding: Holding) -> MemoryKV:
+    def by_heads(self, holding: Holding) -> SequenceKV:
         """The keys and values of one sequence where compute is the CPU, uninitialised at first."""
-        return MemoryKV(holding.extents, [self._extent(holding.tier, extent) for extent in holding.extents])
+        raw = [self._extent(holding.tier, extent) for extent in holding.extents]
+        if isinstance(self._stored, Int4):
+            return PackedKV(holding.extents, raw, self._shape, self._stored, self._dtype)
+        return PlainKV(holding.extents, raw, self._shape, self._dtype)
 
     def layers(self, tier: TierName) -> tuple[Tensor, ...]:
         """A tier's pools, layer by layer; nothing where it has no room."""
         if tier not in self._blocks:
             return ()
-        shape = self._shape
-        values = self._blocks[tier].data.view(self._dtype)
-        return values.view(shape.num_layers, -1, 2, shape.num_kv_heads, shape.head_size).unbind()
+        return tuple(map(self.rows.view, self._blocks[tier].data.view(self._shape.num_layers, -1).unbind()))
 
     def scattered(self, group: Group, layer: int) -> tuple[Place, int]:
         """A group's keys and values of one layer, for an item of a ``Ring``, and how many bytes these are."""
@@ -159,11 +129,11 @@ class KVPools:
             count += rows.stop - rows.start
         return count
 
-    def write(self, layer: int, runs: Iterable[Run], rows_T2KH: Tensor) -> None:
+    def write(self, layer: int, runs: Iterable[Run], rows: Tensor) -> None:
         """Into the spill file; ``rows``: contiguous."""
-        raw = rows_T2KH.view(torch.uint8).view(-1)
-        for begin, rows in self._on_disk(layer, runs):
-            self._disk.write(begin, raw[rows])
+        raw = rows.view(torch.uint8).view(-1)
+        for begin, its in self._on_disk(layer, runs):
+            self._disk.write(begin, raw[its])
 
     def close(self) -> None:
         """Give the memory back."""
@@ -187,9 +157,6 @@ class KVPools:
         assert self._spilled is not None
         return self._spilled
 
-    def _extent(self, tier: TierName, extent: Extent) -> tuple[Tensor, ...]:
-        shape = self._shape
+    def _extent(self, tier: TierName, extent: Extent) -> Tensor:
         begin = extent.offset * self._token_bytes
-        raw = self._blocks[tier].data[begin : begin + extent.capacity * self._token_bytes]
-        sizes = (shape.num_layers, 2, shape.num_kv_heads, extent.capacity, shape.head_size)
-        return raw.view(self._dtype).view(sizes).unbind()
+        return self._blocks[tier].data[begin : begin + extent.capacity * self._token_bytes]

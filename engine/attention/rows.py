@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.attention.blocks import attend_whole
+from engine.attention.extents import NewKV, SequenceKV
 from engine.attention.kernels import Decoder, attend, merge
-from engine.attention.pools import MemoryKV
 from engine.kvcache.segments import Segment
 
 
@@ -20,7 +20,7 @@ class Part:
     begin: int
     """The segment's first row."""
     segment: Segment
-    kv: MemoryKV | None
+    kv: SequenceKV | None
     """Where its keys and values are kept, if compute can address that."""
     kv_heads: slice
     """The key/value heads, and with them the query heads that share them."""
@@ -39,8 +39,7 @@ class Rows:
 
     layer: int
     q_TNH: Tensor
-    k_TKH: Tensor
-    v_TKH: Tensor
+    new: NewKV
     out_TNH: Tensor
     decode: Decoder | None
     """Where one token's attention has a faster way."""
@@ -48,7 +47,8 @@ class Rows:
     def at(self, row: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """All heads of some rows: queries ``[N, t, H]``, keys and values ``[K, t, H]``."""
         rows = slice(row, row + length)
-        return self.q_TNH[rows].transpose(0, 1), self.k_TKH[rows].transpose(0, 1), self.v_TKH[rows].transpose(0, 1)
+        new = self.new
+        return self.q_TNH[rows].transpose(0, 1), new.k_TKH[rows].transpose(0, 1), new.v_TKH[rows].transpose(0, 1)
 
     def out(self, row: int, length: int) -> Tensor:
         """Where the output of some rows goes, ``[N, t, H]``."""
@@ -67,7 +67,10 @@ class Rows:
         if kv is None:
             attend_whole(q_NtH, k_KtH, v_KtH, out_NtH)
             return
-        kv.append(self.layer, start, part.kv_heads, k_KtH, v_KtH)
+        kv.append(self.layer, start, part.kv_heads, slice(part.begin, part.begin + length), self.new)
+        if not start and self.new.packed is not None:
+            attend_whole(q_NtH, k_KtH, v_KtH, out_NtH)  # what would be unpacked is at hand
+            return
         seen = list(kv.read(self.layer, start + length, part.kv_heads))
         if len(seen) == 1:
             attend_whole(q_NtH, *seen[0], out_NtH)
@@ -79,5 +82,5 @@ class Rows:
 
     def _heads(self, part: Part) -> slice:
         """The query heads that share a part's key/value heads."""
-        group = self.q_TNH.shape[1] // self.k_TKH.shape[1]
+        group = self.q_TNH.shape[1] // self.new.k_TKH.shape[1]
         return slice(part.kv_heads.start * group, part.kv_heads.stop * group)

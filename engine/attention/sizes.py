@@ -1,12 +1,52 @@
 """How large keys and values are, and what attending to them takes beside. No torch."""
 
 from engine.dtypes import DType
-from engine.formats.sizes import Plain, TensorFormat
+from engine.formats.sizes import Int4, Plain, TensorFormat
 from engine.shape import ModelShape
 from engine.units import MIB
 
 STORE_BUFFERS = 2
 """For what a micro-batch adds elsewhere: one is filled while the other is emptied into the pages that it is for."""
+
+
+KV_FORMATS = ("plain", "int4")
+_GROUP = 64
+_PACKED_VALUES, _PACKED_VALUES_ON_CPU = 1 << 24, 1 << 20
+"""Keys and values that are packed at once: what caches hold; on a GPU, so many that few launches pack a micro-batch."""
+_PACKING_BYTES = 12
+"""Of each of these, beside its row: in float32, as steps, as codes."""
+
+
+def kv_format(name: str, dtype: DType, head_size: int) -> TensorFormat:
+    """How one head's vector is stored."""
+    return Int4(head_group(head_size)) if name == Int4.name else Plain(dtype)
+
+
+def can_pack(head_size: int) -> bool:
+    """Whether heads of this size can be stored in four bits: two codes are a byte, and no group lies across the halves
+    of a head (see ``int4_products``), unless it is the whole head."""
+    group = head_group(head_size)
+    return head_size % 2 == 0 and (group == head_size or head_size // 2 % group == 0)
+
+
+def head_group(head_size: int) -> int:
+    """How many of a head's values share a scale and a minimum: 64, or all where these do not divide it."""
+    return _GROUP if head_size % _GROUP == 0 else head_size
+
+
+def packed_tokens(num_kv_heads: int, head_size: int, *, on_cpu: bool) -> int:
+    """Tokens whose keys and values are packed at once."""
+    values = _PACKED_VALUES_ON_CPU if on_cpu else _PACKED_VALUES
+    return max(1, values // (2 * num_kv_heads * head_size))
+
+
+def packing_bytes(shape: ModelShape, stored: TensorFormat, num_tokens: int, *, on_cpu: bool) -> int:
+    """Bytes that packing a micro-batch's keys and values takes, their rows included."""
+    if not isinstance(stored, Int4):
+        return 0
+    together = min(num_tokens, packed_tokens(shape.num_kv_heads, shape.head_size, on_cpu=on_cpu))
+    values = 2 * shape.num_kv_heads * shape.head_size * together
+    return kv_layer_bytes(shape, stored, num_tokens) + _PACKING_BYTES * values
 
 
 def kv_bytes_per_token(shape: ModelShape, stored: TensorFormat) -> int:
@@ -19,13 +59,17 @@ def kv_layer_bytes(shape: ModelShape, stored: TensorFormat, num_tokens: int = 1)
     return 2 * shape.num_kv_heads * num_tokens * stored.num_bytes((shape.head_size,))
 
 
-def decode_workspace_bytes(shape: ModelShape, extent_tokens: int, num_threads: int, pool_tokens: int) -> int:
+def decode_workspace_bytes(
+    shape: ModelShape, stored: TensorFormat, extent_tokens: int, num_threads: int, pool_tokens: int
+) -> int:
     """Bytes that decoding on the CPU takes: a float32 copy of an extent's keys for each thread, and scores.
 
     Each thread has another sequence, and the scores of all its tokens in two copies: together no more than
     ``pool_tokens``, which is how many the cache may have room for.
     """
     keys = num_threads * kv_layer_bytes(shape, Plain(DType.FLOAT32), extent_tokens) // 2
+    if isinstance(stored, Int4):  # codes, one a byte, and scales and minima in float32
+        keys += num_threads * kv_layer_bytes(shape, stored, 2 * extent_tokens)
     attended = min(num_threads * (shape.max_positions + 1), pool_tokens)
     return keys + 2 * DType.FLOAT32.num_bytes * shape.num_heads * attended
 
@@ -46,11 +90,15 @@ def host_block_bytes(shape: ModelShape, stored: TensorFormat, pages: int, page_t
     return kv_layer_bytes(shape, stored, host_block_pages(shape, pages, page_tokens) * page_tokens)
 
 
-def host_attention_bytes(shape: ModelShape, stored: TensorFormat, most_rows: int, pages: int, page_tokens: int) -> int:
-    """Host bytes that attention on the host takes: queries and results of micro-batches of ``most_rows``; the pages of
-    a block; in float32, its keys or values, what comes of each page of the pool, and of each row."""
+def host_attention_bytes(
+    shape: ModelShape, stored: TensorFormat, dtype: DType, most_rows: int, pages: int, page_tokens: int
+) -> int:
+    """Host bytes that attention on the host takes: queries and results of micro-batches of ``most_rows``, in ``dtype``;
+    the pages of a block; in float32, its keys or values, what comes of each page of the pool, and of each row."""
     size = shape.num_heads * shape.head_size
-    slots = HOST_SLOTS * 2 * most_rows * shape.num_heads * stored.num_bytes((shape.head_size,))
+    slots = HOST_SLOTS * 2 * most_rows * size * dtype.num_bytes
     block = host_block_bytes(shape, stored, pages, page_tokens)
     block += host_block_pages(shape, pages, page_tokens) * 4 * shape.num_kv_heads * shape.head_size * page_tokens
+    if isinstance(stored, Int4):  # codes, one a byte, and scales and minima in float32
+        block += 2 * host_block_bytes(shape, stored, pages, page_tokens)
     return slots + block + 4 * pages * (size + 2 * shape.num_heads) + 4 * most_rows * size

@@ -19,7 +19,7 @@ from engine.measure.effort import FULL, ON_GPU, QUICK, SOURCE, Effort, Points
 from engine.measure.identity import identity_of
 from engine.measure.overheads import overheads
 from engine.measure.room import measuring_budgets, within
-from engine.measure.unpacking import unpacked_per_s
+from engine.measure.unpacking import packed_per_s, unpacked_per_s
 from engine.measure.widths import OfWidth, least_segment_s, width_of
 from engine.memory.device import Device
 from engine.memory.lane import LaneName
@@ -72,6 +72,7 @@ def measure(
                 share = measured[-1].width.matmul[dtypes[0]].busy_share
             say("unpacking")
             unpacking = unpacked_per_s(device, dtypes[0], effort.widths[-1][0], effort)
+            packing = packed_per_s(device, dtypes[0], effort)
             say("links")
             to_device, to_host = (
                 copies(device, lane, effort) for lane in (LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
@@ -82,6 +83,8 @@ def measure(
     reads += [(float(each.layer_bytes), each.read_rate) for each in from_disk]
     disk_share = median(each.read_share for each in from_disk)
     hosts = [each.host for each in measured if each.host is not None]
+    packed = [each.packed for each in measured if each.packed is not None]
+    packed_hosts = [each.packed_host for each in measured if each.packed_host is not None]
     return Hardware(
         name="this machine",
         description=f"{device.name} on {platform.node()}, measured {time.strftime('%Y-%m-%d %H:%M')}",
@@ -115,6 +118,9 @@ def measure(
             LaneName.DISK_WRITE: _merged(each.writes for each in spills),
         },
         unpacking=Figure(unpacking, SOURCE),
+        packing=Figure(packing, SOURCE),
+        packed_decode=_merged(packed) if packed else None,
+        packed_host_attention=_on_host(packed_hosts) if packed_hosts else None,
         identity=identity_of(device, folder),
     )
 

@@ -15,7 +15,7 @@ from statistics import median
 import torch
 
 from engine.attention.attention import Attention
-from engine.attention.sizes import kv_bytes_per_token, kv_layer_bytes
+from engine.attention.sizes import KV_FORMATS, kv_bytes_per_token, kv_layer_bytes
 from engine.devices.facts import MachineFacts
 from engine.devices.open import facts_of
 from engine.dtypes import DType
@@ -178,10 +178,13 @@ def _rate(moved: Moved, lane: LaneName) -> float:
     return moved.num_bytes[lane] / max(moved.seconds[lane], 1e-9)
 
 
-def measured_tiers(facts: MachineFacts) -> tuple[TierName, ...]:
-    """Where caches are measured: on the host, if it can attend beside the device."""
-    beside = () if facts.shares_host_memory else (TierName.HOST,)
-    return (TierName.DEVICE, *beside, TierName.DISK)
+def measured_caches(facts: MachineFacts) -> tuple[tuple[TierName, str], ...]:
+    """Which caches are measured, by tier and format: on the host, if it can attend beside the device; in four bits,
+    where the CPU attends to them as they are."""
+    plain, packed = KV_FORMATS
+    beside = () if facts.shares_host_memory else ((TierName.HOST, plain), (TierName.HOST, packed))
+    here = ((TierName.DEVICE, packed),) if facts.shares_host_memory else ()
+    return ((TierName.DEVICE, plain), *here, *beside, (TierName.DISK, plain))
 
 
 def qkv_tokens(effort: Effort) -> int:
@@ -199,6 +202,7 @@ class Cache:
     def __init__(self, device: Device, dtype: DType, shape: ModelShape, effort: Effort, traffic: Traffic) -> None:
         self.shape = shape
         self.layer_token_bytes = kv_layer_bytes(shape, Plain(dtype))
+        """Also of a packed cache: what it stands for."""
         self.books: KVCache
         self.attention: Attention
         self.device = device
@@ -271,7 +275,7 @@ def cached_shape(hidden_size: int, effort: Effort) -> ModelShape:
 
 
 def cache_plan(
-    tier: TierName, device: str, dtype: DType, shape: ModelShape, facts: MachineFacts, effort: Effort
+    tier: TierName, kv_format: str, device: str, dtype: DType, shape: ModelShape, facts: MachineFacts, effort: Effort
 ) -> Plan:
     """A cache in one tier for as many tokens as are ever in it."""
     spilled_tokens = _SPILLED * align_up(max(effort.spilled) + 1, PAGE_TOKENS)
@@ -290,7 +294,7 @@ def cache_plan(
         device=device, dtype=dtype, kv=shares, device_memory=_ENDLESS, host_memory=on_host, disk_space=_ENDLESS,
         weights=Shares(100, 0, 0), micro_batch=qkv_tokens(effort),
         extent_tokens=min(EXTENT_TOKENS, align_up(max(effort.lengths) + 1, PAGE_TOKENS)),
-        host_attention="on" if tier is TierName.HOST else "off",
+        host_attention="on" if tier is TierName.HOST else "off", kv_format=kv_format,
     )  # fmt: skip
     plan = resolve_plan(
         PlanInput(
@@ -308,19 +312,34 @@ def cache_plan(
 
 @contextmanager
 def cache_in(
-    tier: TierName, device: Device, dtype: DType, hidden_size: int, folder: Path, effort: Effort
+    tier: TierName,
+    device: Device,
+    dtype: DType,
+    hidden_size: int,
+    folder: Path,
+    effort: Effort,
+    kv_format: str = KV_FORMATS[0],
 ) -> Iterator[Cache]:
     """A cache in one tier, with room for what is measured and no more."""
     shape = cached_shape(hidden_size, effort)
-    plan = cache_plan(tier, device.name, dtype, shape, facts_of(device), effort)
+    plan = cache_plan(tier, kv_format, device.name, dtype, shape, facts_of(device), effort)
     memory = Memory(device, plan.used_bytes, folder)
     tokens = plan.kv_tokens(shape)
     cache = Cache(device, dtype, shape, effort, memory.traffic)
     opened = Attention(
-        shape, plan.kv_format, memory, tokens=tokens, layouts=plan.kv_layouts, extent_tokens=plan.extent_tokens,
-        num_slots=plan.kv_slots, group_tokens=plan.group_tokens, kept_rows=plan.micro_batch,
+        shape,
+        plan.kv_format,
+        plan.dtype,
+        memory,
+        tokens=tokens,
+        layouts=plan.kv_layouts,
+        extent_tokens=plan.extent_tokens,
+        num_slots=plan.kv_slots,
+        group_tokens=plan.group_tokens,
+        unpacked_tokens=plan.unpacked_tokens,
+        kept_rows=plan.micro_batch,
         host_attends=plan.host_attention,
-    )  # fmt: skip
+    )
     with closing(memory.disk), closing(opened) as cache.attention:
         cache.books = cache.attention.cache()
         yield cache

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from engine.attention.sizes import decode_workspace_bytes
+from engine.attention.sizes import KV_FORMATS, decode_workspace_bytes, head_group, packing_bytes
 from engine.devices.facts import MachineFacts, free_disk_space
 from engine.dtypes import DType
 from engine.errors import Unmeasurable
-from engine.measure.attention import cache_plan, cached_shape, measured_tiers, qkv_tokens
+from engine.formats.sizes import Int4
+from engine.measure.attention import cache_plan, cached_shape, measured_caches, qkv_tokens
 from engine.measure.disk import copied_at_once
 from engine.measure.effort import Effort
 from engine.measure.overheads import MEMORY
@@ -88,7 +89,10 @@ class _Width:
         self._shape = shape = cached_shape(hidden_size, effort)
         self._effort = effort
         self._threads = facts.attention_threads
-        self._plans = {tier: cache_plan(tier, device, best, shape, facts, effort) for tier in measured_tiers(facts)}
+        self._plans = {
+            (tier, name): cache_plan(tier, name, device, best, shape, facts, effort)
+            for tier, name in measured_caches(facts)
+        }
         self._family = family_of(hidden_size, effort)
         self._dtypes = dtypes
         self._number = number
@@ -99,15 +103,19 @@ class _Width:
 
     def device_bytes(self) -> list[int]:
         """What each step takes, workspace included."""
-        caches = {
-            tier: plan.used_bytes[TierName.DEVICE] - plan.workspace_bytes + self._qkv + self._work(self._dtypes[0])
-            for tier, plan in self._plans.items()
-        }
         slots = STAGING_SLOTS if self._shares else BOUNCED_SLOTS
-        caches[TierName.DEVICE] += (self._number + slots) * self._layer
-        if TierName.HOST in caches:
-            caches[TierName.HOST] += FEW_LAYERS * self._layer
-        found = list(caches.values())
+        plain, packed = KV_FORMATS
+        layers = {(TierName.DEVICE, plain): self._number + slots}
+        layers |= {(TierName.HOST, plain): FEW_LAYERS, (TierName.HOST, packed): FEW_LAYERS}
+        found = [
+            plan.used_bytes[TierName.DEVICE]
+            - plan.workspace_bytes
+            + self._qkv
+            + self._work(self._dtypes[0])
+            + packing_bytes(self._shape, plan.kv_format, plan.micro_batch, on_cpu=self._shares)
+            + layers.get(cache, 0) * self._layer
+            for cache, plan in self._plans.items()
+        ]
         rows = max(self._effort.rows)
         for dtype in self._dtypes:
             found.append(FEW_LAYERS * self._unit(layer_name(0), dtype) + self._work(dtype))
@@ -125,14 +133,15 @@ class _Width:
     def disk_bytes(self) -> list[int]:
         """What each step takes: files of layers, or a spill file."""
         streams = self._shape.hidden_size <= self._effort.most_streamed_width
-        return [self._streamed if streams else 0, self._plans[TierName.DISK].used_bytes[TierName.DISK]]
+        return [self._streamed if streams else 0, self._plans[TierName.DISK, KV_FORMATS[0]].used_bytes[TierName.DISK]]
 
     def _work(self, dtype: DType) -> int:
         """What a layer and its attention take while they are computed."""
         tokens = max(*self._effort.tokens, *self._effort.lengths)
         values = tokens * (self._shape.workspace_values + self._shape.hidden_size)
         longest = max(self._effort.lengths)
-        keys = decode_workspace_bytes(self._shape, longest, self._threads, self._threads * longest)
+        packed = Int4(head_group(self._shape.head_size))  # which takes a little more
+        keys = decode_workspace_bytes(self._shape, packed, longest, self._threads, self._threads * longest)
         return values * dtype.num_bytes + keys
 
     def _unit(self, name: str, dtype: DType) -> int:

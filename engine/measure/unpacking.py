@@ -1,4 +1,4 @@
-"""Weights a second that are unpacked from four bits, as a layer is before its products."""
+"""Values a second that are unpacked from four bits, as a layer is before its products, or packed, as new keys are."""
 
 from collections.abc import Iterator
 from itertools import cycle
@@ -6,6 +6,8 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
+from engine.attention.int4_rows import PackedRows
+from engine.attention.sizes import head_group
 from engine.dtypes import DType
 from engine.formats.int4 import unpack
 from engine.formats.sizes import Int4
@@ -25,6 +27,15 @@ def unpacked_per_s(device: Device, dtype: DType, hidden_size: int, effort: Effor
     out = torch.empty(shape, dtype=torch_dtype(dtype), device=device.torch_device)
     seconds = timed(device, lambda: unpack(stored, next(packed), out), effort)
     return out.numel() / seconds
+
+
+def packed_per_s(device: Device, dtype: DType, effort: Effort) -> float:
+    """Keys and values of as many tokens as a cache is given at once, in the widest model."""
+    heads, tokens = effort.widths[-1][0] // effort.head_size, max(effort.tokens)
+    rows = PackedRows(heads, effort.head_size, Int4(head_group(effort.head_size)))
+    size = tokens, 2, heads, effort.head_size
+    kv_S2KH = torch.randn(size, dtype=torch_dtype(dtype), device=device.torch_device)
+    return kv_S2KH.numel() / timed(device, lambda: rows.pack(kv_S2KH), effort)
 
 
 def unpacking_bytes(hidden_size: int, dtype: DType) -> int:

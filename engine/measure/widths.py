@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from engine.attention.sizes import KV_FORMATS
 from engine.devices.open import facts_of
 from engine.dtypes import DType
 from engine.measure.attention import (
@@ -15,7 +16,7 @@ from engine.measure.attention import (
     decode_points,
     decode_works,
     least_decode_s,
-    measured_tiers,
+    measured_caches,
     on_host,
     prompt_points,
     prompt_works,
@@ -48,6 +49,10 @@ class OfWidth:
     """``None``: layers of it were not read from the disk."""
     host: OnHost | None
     """``None``: the host's attention is the device's."""
+    packed: Points | None
+    """Decode attention over a cache in four bits, where the device is the CPU."""
+    packed_host: OnHost | None
+    """Where it is the host's."""
 
 
 def width_of(
@@ -85,12 +90,19 @@ def width_of(
         head[dtype] = Rate(head_points(device, hidden_size, dtype, effort.few_rows, effort), SOURCE)
     with cache_in(TierName.DISK, device, best, hidden_size, folder, effort) as cache:
         found = spilled(cache)
-    host = None
-    if TierName.HOST in measured_tiers(facts_of(device)):
-        with cache_in(TierName.HOST, device, best, hidden_size, folder, effort) as cache:
-            host = on_host(cache, Layers(device, hidden_size, FEW_LAYERS, best, effort).step)
+    hosts: list[OnHost | None] = [None, None]
+    packed = None
+    for tier, name in measured_caches(facts_of(device)):
+        if tier is TierName.HOST:
+            with cache_in(tier, device, best, hidden_size, folder, effort, name) as cache:
+                step = Layers(device, hidden_size, FEW_LAYERS, best, effort).step
+                hosts[KV_FORMATS.index(name)] = on_host(cache, step)
+        elif tier is TierName.DEVICE and name != KV_FORMATS[0]:
+            with cache_in(tier, device, best, hidden_size, folder, effort, name) as cache:
+                (seconds,) = in_turns(effort, decode_works(cache))
+                packed = decode_points(cache, seconds, overheads)
     one = Width(hidden_size=hidden_size, matmul=matmul, head=head, prompt_attention=prompt, decode_attention=decode)
-    return OfWidth(one, found, from_disk, host)
+    return OfWidth(one, found, from_disk, hosts[0], packed, hosts[1])
 
 
 def least_segment_s(device: Device, dtype: DType, overheads: Overheads, folder: Path, effort: Effort) -> float:

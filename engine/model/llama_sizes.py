@@ -189,6 +189,7 @@ def _shape_of(config: Config, kind: str) -> ModelShape:
         max_positions=positive(config, "max_position_embeddings"),
         bos_token_id=bos_token_id(config, 1 if has_tokens else None),
         eos_token_ids=eos_token_ids(config, 2 if has_tokens else None),
+        turns_keys=True,
         workspace_values=0,
     )
     return replace(shape, workspace_values=workspace_values(shape, norms_heads=kind == QWEN3))

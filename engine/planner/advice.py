@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from engine.attention.sizes import KV_FORMATS
 from engine.errors import PlanDoesNotFit
 from engine.formats.sizes import Int4, Plain
 from engine.memory.lane import LaneName
@@ -15,7 +16,7 @@ from engine.units import format_bytes
 from engine.weights.layout import in_format
 
 LEAST_GAIN = 0.01
-MOST_ADVICE = 3
+MOST_ADVICE = 5
 FACTOR = 2
 _DISK = (LaneName.DISK_READ, LaneName.DISK_WRITE)
 _LINK = (LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
@@ -37,7 +38,11 @@ def advise(given: PlanInput, hardware: Hardware, found: Found) -> list[Advice]:
     ``found``: what the search gives without them.
     """
     advice = []
-    for change, changed_input, machine in _changes(given, hardware):
+    changes = list(_changes(given, hardware))
+    if found.prediction.bound_by is not LaneName.DEVICE_COMPUTE:
+        # Else it costs compute, and all that it gains is room.
+        changes += _with_packed_cache(given, hardware)
+    for change, changed_input, machine in changes:
         try:
             # A fraction of the gain matters less than an answer in seconds.
             changed = search(changed_input, machine, most_simulated=LEAST_SIMULATED).prediction.generated_per_s
@@ -67,6 +72,13 @@ def _changes(given: PlanInput, hardware: Hardware) -> Iterator[tuple[str, PlanIn
         yield change, replace(given, stored=in_format(given.stored, Int4())), hardware
     products = {dtype: _faster(rate) for dtype, rate in hardware.matmul.items()}
     yield "products twice as fast", given, replace(hardware, matmul=products)
+
+
+def _with_packed_cache(given: PlanInput, hardware: Hardware) -> Iterator[tuple[str, PlanInput, Hardware]]:
+    plain, packed = KV_FORMATS
+    if given.options.kv_format in (None, plain) and given.why_not_int4 is None:
+        change = f"a KV cache in four bits (--kv-format {packed}), which changes answers a little"
+        yield change, given.asking(replace(given.options, kv_format=packed)), hardware
 
 
 def _with_lanes(hardware: Hardware, lanes: tuple[LaneName, ...]) -> Hardware:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.attention.sizes import kv_bytes_per_token
+from engine.formats.sizes import Plain
 from engine.memory.lane import LaneName
 from engine.model.family import HEAD, layer_name
 from engine.planner.hardware import LINKS, Hardware
@@ -73,10 +74,18 @@ class PassModel:
         self._head = hardware.head_rate(plan.dtype, shape.hidden_size)
         self._prompt_attention = hardware.prompt_rate(shape.hidden_size)
         self._decode_attention = hardware.decode_rate(shape.hidden_size)
+        self._host_attention = hardware.host_attention
+        if plan.kv_format.name != Plain.name:
+            self._host_attention = hardware.packed_host_attention or self._host_attention
         self._layer_flops = sum(stored.unit_flops[layer_name(index)] for index in range(shape.num_layers))
         self._head_flops = stored.unit_flops[HEAD]
         self._token_bytes = kv_bytes_per_token(shape, plan.kv_format)
         self._layer_token_bytes = self._token_bytes / shape.num_layers
+        self._attended_bytes = kv_bytes_per_token(shape, Plain(plan.dtype))
+        """Of a token's keys and values, as they are computed with."""
+        self._is_packed = self._attended_bytes > self._token_bytes
+        rates = (hardware.unpack_rate(plan.dtype), hardware.pack_rate(plan.dtype)) if self._is_packed else (1.0, 1.0)
+        self._unpack_token_s, self._pack_token_s = (self._attended_bytes / self._item / rate for rate in rates)
         self._query_bytes = shape.num_layers * shape.num_heads * shape.head_size * self._item
         self._hidden_bytes = shape.hidden_size * self._item
         pool = sum(plan.kv_bytes.values())
@@ -177,24 +186,35 @@ class PassModel:
         """
         hardware, layers = self._hardware, self._shape.num_layers
         compute_s = self._in_parts(self._matmul, self._layer_flops, load.tokens, batch_tokens)
+        if self._is_packed:
+            compute_s += load.tokens * self._pack_token_s + load.tokens * self._unpack_token_s
+            compute_s += load.reattended * self._unpack_token_s
         pair_flops = 4 * self._shape.num_heads * self._shape.head_size * layers
         prompt_length = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 0.0
         compute_s += self._prompt_attention.seconds(pair_flops * load.prompt_pairs, prompt_length)
         on_host = self._kv_share[TierName.HOST] if self._host_attends else 0.0
-        read = load.attended * self._token_bytes
+        read = load.attended * self._attended_bytes
         size = read / load.decode_tokens / layers if load.decode_tokens else 0.0
         scratch = hardware.scratch_attention
         fetched = 0.0 if scratch is None else self._fetched_share - on_host
         if scratch is not None:
             compute_s += scratch.seconds(read * fetched, size)
-        compute_s += self._decode_attention.seconds(read * (1 - on_host - fetched), size)
+        here = 1 - on_host - fetched
+        if self._is_packed and self._shares_host:
+            # Where compute addresses them on the CPU, they are multiplied as they are.
+            compute_s += (hardware.packed_decode or self._decode_attention).seconds(read * here, size)
+            compute_s += load.attended * fetched * self._unpack_token_s
+        else:
+            compute_s += self._decode_attention.seconds(read * here, size)
+            if self._is_packed:
+                compute_s += load.attended * (1 - on_host) * self._unpack_token_s
         compute_s += hardware.layer_overhead.value * layers * batches
-        segments = load.prompt_segments + load.decode_tokens * (1 - on_host - fetched)
+        segments = load.prompt_segments + load.decode_tokens * here
         compute_s += hardware.segment_overhead.value * layers * segments
         compute_s += hardware.sequence_overhead.value * (load.prompt_segments + load.decode_tokens)
         host_s = 0.0
-        if hardware.host_attention is not None and on_host and load.decode_tokens:
-            host_s = hardware.host_attention.seconds(read * on_host, size)
+        if self._host_attention is not None and on_host and load.decode_tokens:
+            host_s = self._host_attention.seconds(read * on_host, size)
             host_s += hardware.host_overhead.value * layers * batches
         return compute_s, host_s
 

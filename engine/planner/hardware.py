@@ -13,8 +13,10 @@ from engine.tiers import TierName
 
 LINKS = (LaneName.DISK_READ, LaneName.DISK_WRITE, LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
 """The lanes that move bytes; the other two compute."""
-UNPACKED_BYTES = 13
-"""Bytes that unpacking a weight from four bits moves in a device's memory, at most: each step reads and writes all."""
+UNPACKED_BYTES = 11
+"""Bytes that unpacking a value from four bits moves in a device's memory, at most: each step reads and writes all."""
+PACKED_BYTES = 55
+"""The same of packing one."""
 CONTAINED = Figure(0, "contained in the other figures")
 """Stands for a cost that nobody measured by itself."""
 
@@ -75,7 +77,14 @@ class Hardware:
     """Lanes on which keys and values move at another rate than weights do: through a spill file and the page cache,
     over the bytes that one sequence moves in one layer."""
     unpacking: Figure | None = None
-    """Weights that are unpacked from four bits in a second; ``None``: nobody measured it, see ``unpack_rate``."""
+    """Values that are unpacked from four bits in a second; ``None``: nobody measured it, see ``unpack_rate``."""
+    packing: Figure | None = None
+    """Values that are packed in a second; ``None``: nobody measured it, see ``pack_rate``."""
+    packed_decode: Rate | None = None
+    """As ``decode_attention``, over a cache in four bits on the CPU, in bytes of what it stands for; ``None``: nobody
+    measured it, and it is taken to be the same."""
+    packed_host_attention: Rate | None = None
+    """As ``host_attention``, likewise."""
     identity: Mapping[str, str] = field(default_factory=dict)
     """What tells this machine from others: processor, device, driver, when and with which version it was measured."""
 
@@ -125,18 +134,26 @@ class Hardware:
         return between(curves, hidden_size) if curves else self.decode_attention
 
     def unpack_rate(self, dtype: DType) -> float:
-        """Weights/s that are unpacked from four bits to ``dtype``.
+        """Values/s that are unpacked from four bits to ``dtype``.
 
-        Where nobody measured it, by the bytes that its steps move, and the memory's speed: products for one token do
-        nothing but read weights.
+        Where nobody measured it, by the bytes that its steps move, and the memory's speed.
 
         Raises:
-            HardwareError: nobody measured those products, either.
+            HardwareError: nobody measured that, either.
         """
-        if self.unpacking is not None:
-            return self.unpacking.value
-        memory_per_s = self.matmul_rate(dtype).at(1) / 2 * dtype.num_bytes
-        return memory_per_s / UNPACKED_BYTES
+        return self._memory_rate(dtype) / UNPACKED_BYTES if self.unpacking is None else self.unpacking.value
+
+    def pack_rate(self, dtype: DType) -> float:
+        """Values/s of ``dtype`` that are packed; where nobody measured it, likewise.
+
+        Raises:
+            HardwareError: nobody measured the memory's speed, either.
+        """
+        return self._memory_rate(dtype) / PACKED_BYTES if self.packing is None else self.packing.value
+
+    def _memory_rate(self, dtype: DType) -> float:
+        """Bytes/s: products for one token do nothing but read weights."""
+        return self.matmul_rate(dtype).at(1) / 2 * dtype.num_bytes
 
     def kv_rate(self, lane: LaneName) -> Rate:
         """A lane for keys and values."""
@@ -153,8 +170,10 @@ class Hardware:
                 found[name] = rate
         for name in ("layer_overhead", "segment_overhead", "pass_overhead", "sequence_overhead", "host_overhead"):
             found[name] = getattr(self, name)
-        if self.unpacking is not None:
-            found["unpacking"] = self.unpacking
+        for name in ("unpacking", "packing", "packed_decode", "packed_host_attention"):
+            figure = getattr(self, name)
+            if figure is not None:
+                found[name] = figure
         for width in self.widths:
             found |= {f"widths.{width.hidden_size}.matmul.{dtype}": rate for dtype, rate in width.matmul.items()}
             found |= {f"widths.{width.hidden_size}.head.{dtype}": rate for dtype, rate in width.head.items()}

@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine.attention.sizes import kv_bytes_per_token
+from engine.attention.sizes import KV_FORMATS, kv_bytes_per_token
 from engine.dtypes import DType
-from engine.formats.sizes import Plain
+from engine.formats.sizes import TensorFormat
 from engine.kvcache.cache import Layout, unit_tokens
 from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 
 HOST_ATTENTION = ("auto", "on", "off")
+KV_CHOICES = (*KV_FORMATS, "auto")
 SCHEDULES = ("mixed", "block")
 """Every pass with decode and prefill tokens both; or FlexGen's two phases, a block of sequences after the other."""
 
@@ -52,6 +53,8 @@ class PlanOptions:
     """``mixed`` (the default) or ``block``."""
     host_attention: str | None = None
     """``on``, ``off``, or ``auto``: whichever is predicted to be faster."""
+    kv_format: str | None = None
+    """How keys and values are stored: ``plain`` (the default), ``int4``, or ``auto``: as is predicted to be faster."""
     stay_packed: bool | None = None
     """Whether layers on the device lie there as they are stored, to be unpacked in each pass; ``None``: only where not
     all of them fit otherwise."""
@@ -67,6 +70,8 @@ class PlanOptions:
             raise ValueError(f"schedule must be {' or '.join(SCHEDULES)}, not {self.schedule!r}")
         if self.host_attention is not None and self.host_attention not in HOST_ATTENTION:
             raise ValueError(f"host_attention must be {', '.join(HOST_ATTENTION)}, not {self.host_attention!r}")
+        if self.kv_format is not None and self.kv_format not in KV_CHOICES:
+            raise ValueError(f"kv_format must be {', '.join(KV_CHOICES)}, not {self.kv_format!r}")
         for name in ("micro_batch", "micro_batches", "prefill_chunk", "extent_tokens", "group_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -109,6 +114,12 @@ FLAGS = {
         SCHEDULES,
         by_hand=True,
     ),
+    "kv_format": Flag(
+        "choice",
+        "int4: the KV cache takes less than a third of the memory, and answers change a little; auto: where that is "
+        "predicted to be faster. Default: plain.",
+        KV_CHOICES,
+    ),
     "host_attention": Flag(
         "choice",
         "Beside a GPU, attend on the CPU for tokens whose KV cache is in host memory. Default: auto, what is faster.",
@@ -145,6 +156,10 @@ class Plan:
     micro_batches: int
     prefill_chunk: int
     extent_tokens: int
+    kv_format: TensorFormat
+    """How one head's keys or values of a token are stored."""
+    unpacked_tokens: int
+    """Tokens whose keys and values are unpacked at a time; 0: they are never packed, or never unpacked."""
     kv_layouts: Mapping[TierName, Layout]
     """How a sequence lies in each tier."""
     group_tokens: int
@@ -175,11 +190,6 @@ class Plan:
     def used_bytes(self) -> dict[TierName, int]:
         """Bytes of each tier that are held once the KV cache is full; on disk, where it grows, at most."""
         return {tier: self.other_bytes[tier] + self.kv_bytes[tier] for tier in TierName}
-
-    @property
-    def kv_format(self) -> Plain:
-        """How keys and values are stored."""
-        return Plain(self.dtype)
 
     def kv_tokens(self, shape: ModelShape) -> dict[TierName, int]:
         """Tokens of KV cache each tier has room for."""
@@ -213,6 +223,7 @@ class Plan:
         plan["budgets"] = {str(tier): num_bytes for tier, num_bytes in self.budgets.items()}
         plan["other_bytes"] = {str(tier): num_bytes for tier, num_bytes in self.other_bytes.items()}
         plan["kv_bytes"] = {str(tier): num_bytes for tier, num_bytes in self.kv_bytes.items()}
+        plan["kv_format"] = self.kv_format.name
         plan["layers"] = {str(tier): self.num_layers_in(tier) for tier in TierName}
         plan["disk_dir"] = str(self.disk_dir)
         return plan

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.attention.sizes import kv_bytes_per_token
+from engine.attention.sizes import can_pack, kv_bytes_per_token, kv_format
 from engine.attention.table import kernel_for
 from engine.devices.facts import MachineFacts, free_disk_space
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
-from engine.formats.sizes import Plain
+from engine.formats.sizes import Plain, TensorFormat
 from engine.planner.plan import PlanOptions
 from engine.planner.workload import Workload
 from engine.shape import ModelShape
@@ -51,7 +51,21 @@ class PlanInput:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values, over all layers."""
-        return kv_bytes_per_token(self.shape, Plain(self.dtype))
+        return kv_bytes_per_token(self.shape, self.kv_format)
+
+    @property
+    def kv_format(self) -> TensorFormat:
+        """How one head's keys or values of a token are stored: plain unless four bits are asked for."""
+        return kv_format(self.options.kv_format or Plain.name, self.dtype, self.shape.head_size)
+
+    @property
+    def why_not_int4(self) -> str | None:
+        """Why the KV cache cannot be stored in four bits; ``None``: it can."""
+        if self.shape.turns_keys:
+            return "the keys of models with rotary positions are not stored in four bits yet"
+        if not can_pack(self.shape.head_size):
+            return f"heads of {self.shape.head_size} values cannot be stored in four bits"
+        return None
 
     @property
     def budgets(self) -> dict[TierName, int]:

@@ -84,8 +84,17 @@ def profile_json(hardware: Hardware) -> dict[str, object]:
         ],
         "scratch_attention": None if hardware.scratch_attention is None else _rate_json(hardware.scratch_attention),
         "kv_lanes": {str(lane): _rate_json(rate) for lane, rate in hardware.kv_lanes.items()},
-        "unpacking": None if hardware.unpacking is None else _figure_json(hardware.unpacking),
-    }
+        **{
+            name: None if figure is None else _figure_json(figure)
+            for name, figure in (("unpacking", hardware.unpacking), ("packing", hardware.packing))
+        },
+        **{
+            name: None if rate is None else _rate_json(rate)
+            for name, rate in (
+                ("packed_decode", hardware.packed_decode), ("packed_host_attention", hardware.packed_host_attention),
+            )
+        },
+    }  # fmt: skip
 
 
 def hardware_from_json(data: object, where: str = "hardware profile") -> Hardware:
@@ -126,6 +135,11 @@ def hardware_from_json(data: object, where: str = "hardware profile") -> Hardwar
             scratch_attention=top.rate("scratch_attention") if top.is_given("scratch_attention") else None,
             kv_lanes=_lanes(top.at("kv_lanes")) if top.has("kv_lanes") else {},
             unpacking=top.figure("unpacking") if top.is_given("unpacking") else None,
+            packing=top.figure("packing") if top.is_given("packing") else None,
+            packed_decode=top.rate("packed_decode") if top.is_given("packed_decode") else None,
+            packed_host_attention=(
+                top.rate("packed_host_attention") if top.is_given("packed_host_attention") else None
+            ),
         )
     except ValueError as error:
         raise HardwareError(f"{where}: {error}") from error

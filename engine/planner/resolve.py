@@ -11,11 +11,12 @@ from engine.attention.sizes import (
     host_attention_bytes,
     kv_bytes_per_token,
     kv_layer_bytes,
+    packing_bytes,
 )
 from engine.attention.table import HEAD_STEP, LARGEST_HEAD, kernel_for, takes_heads
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
-from engine.formats.sizes import Plain
+from engine.formats.sizes import Int4, Plain, TensorFormat
 from engine.kvcache.cache import Layout, layouts, unit_tokens
 from engine.model.family import EMBED, HEAD, layer_name
 from engine.planner.placing import BOUNCED_SLOTS, STAGING_SLOTS, STREAMED_MICRO_BATCHES, place_layers
@@ -76,6 +77,8 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
             f"attention on a GPU takes heads of up to {LARGEST_HEAD} values, in steps of {HEAD_STEP}, and this model's "
             f"have {shape.head_size}; use --device cpu"
         )
+    if options.kv_format == Int4.name and given.why_not_int4 is not None:
+        raise PlanDoesNotFit(f"--kv-format int4: {given.why_not_int4}; leave it out")
     budgets = given.budgets
     micro_batch = options.micro_batch or MICRO_BATCH_TOKENS
     activations = TierName(options.activations or TierName.DEVICE)
@@ -83,7 +86,7 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
     logits_rows = _logits_rows(shape, micro_batch, on_cpu=facts.shares_host_memory)
     workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows)
     workspace += max(stored.scratch_bytes(layer_name(index), dtype) for index in range(shape.num_layers))
-    kv_format = Plain(dtype)
+    kv_format = given.kv_format
     group_tokens = group_tokens_for(given)
     slot_bytes = kv_layer_bytes(shape, kv_format, group_tokens)
     store_bytes = STORE_BUFFERS * kv_layer_bytes(shape, kv_format, micro_batch)
@@ -91,15 +94,27 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
     if options.kv is not None and options.kv.disk:
         at_once = max(extent_tokens, min(group_tokens, shape.max_positions + 1))
     pool_tokens = (budgets[TierName.DEVICE] + budgets[TierName.HOST]) // kv_bytes_per_token(shape, kv_format)
-    workspace += decode_workspace_bytes(shape, at_once, facts.attention_threads, pool_tokens)
+    workspace += decode_workspace_bytes(shape, kv_format, at_once, facts.attention_threads, pool_tokens)
+    workspace += packing_bytes(shape, kv_format, micro_batch, on_cpu=facts.shares_host_memory)
     # On the CPU, what is stored waits in the one memory that there is.
     kept_here = store_bytes if facts.shares_host_memory else 0
     batch_bytes = micro_batch * shape.hidden_size * dtype.num_bytes
 
     activation_slots = _activation_slots(activations, shares_host_memory=facts.shares_host_memory)
 
+    def unpacked_tokens(kv_slots: int) -> int:
+        if not isinstance(kv_format, Int4):
+            return 0
+        # A GPU attends to what is unpacked alone, one sequence at least; on the CPU, this is for what is elsewhere.
+        of_pool = 0 if facts.shares_host_memory else max(group_tokens, shape.max_positions)
+        return max(of_pool, group_tokens if kv_slots else 0)
+
     def buffer_bytes(kv_slots: int) -> int:
-        return kv_slots * slot_bytes + kept_here if kv_slots else 0
+        unpacked = unpacked_tokens(kv_slots)
+        taken = kv_layer_bytes(shape, Plain(dtype), unpacked)
+        if not facts.shares_host_memory:
+            taken += kv_layer_bytes(shape, kv_format, unpacked)  # gathered from the pool, before it is unpacked
+        return taken + (kv_slots * slot_bytes + kept_here if kv_slots else 0)
 
     def placed(kv_slots: int) -> tuple[TierName, ...]:
         return place_layers(
@@ -177,6 +192,8 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
         micro_batches=micro_batches,
         prefill_chunk=options.prefill_chunk or micro_batch * micro_batches,
         extent_tokens=extent_tokens,
+        kv_format=kv_format,
+        unpacked_tokens=unpacked_tokens(kv_slots),
         kv_layouts=layouts(shares_host_memory=facts.shares_host_memory),
         group_tokens=group_tokens,
         logits_rows=logits_rows,
@@ -265,11 +282,13 @@ def _wanted_on_host(given: PlanInput, on_device: int, extent_tokens: int) -> int
     return max(page_tokens * given.token_bytes, MORE_MAY_COME * tokens * given.token_bytes - kept_there)
 
 
-def _host_attention_bytes(given: PlanInput, kv_format: Plain, micro_batch: int, room: int, extent_tokens: int) -> int:
+def _host_attention_bytes(
+    given: PlanInput, kv_format: TensorFormat, micro_batch: int, room: int, extent_tokens: int
+) -> int:
     """For as many pages as the host has room for."""
     page_tokens = unit_tokens(Layout.PAGES, extent_tokens)
     pages = room // (kv_bytes_per_token(given.shape, kv_format) * page_tokens)
-    return host_attention_bytes(given.shape, kv_format, micro_batch, pages, page_tokens)
+    return host_attention_bytes(given.shape, kv_format, given.dtype, micro_batch, pages, page_tokens)
 
 
 def _logits_rows(shape: ModelShape, micro_batch: int, *, on_cpu: bool) -> int:

@@ -80,3 +80,25 @@ def test_a_folder_without_a_tokenizer_says_which_files_to_copy(home: Path, run: 
 def test_the_hint_after_an_import_fits_every_model(home: Path, run: Run, checkpoint: Path) -> None:
     done = run("import", str(checkpoint))
     assert "--model tiny --task generate|score|choose" in done.stderr
+
+
+def test_four_bits_from_a_checkpoint_or_from_a_model_by_its_name(home: Path, run: Run, checkpoint: Path) -> None:
+    assert run("import", str(checkpoint), "tiny").exit_code == 0
+    done = run("import", "tiny", "--weight-format", "int4")
+    assert (done.exit_code, done.stdout) == (0, f"{home / 'models' / 'tiny-int4'}\n")
+    assert "4-bit and float32 weights" in done.stderr
+    assert run("import", str(checkpoint), "direct", "--weight-format", "int4", "--quantize-embeddings").exit_code == 0
+    sizes = {entry["name"]: entry["bytes"] for entry in json.loads(run("models", "--json").stdout)["models"]}
+    assert sizes["direct"] <= sizes["tiny-int4"] < sizes["tiny"]
+    again = run("import", "tiny-int4", "again", "--weight-format", "int4")
+    assert again.exit_code == 3
+    assert "is stored in int4 already" in again.stderr
+    plain = run("import", "./models/tiny", "copy")
+    assert plain.exit_code == 3
+
+
+def test_tables_are_not_packed_alone(home: Path, run: Run, checkpoint: Path) -> None:
+    done = run("import", str(checkpoint), "--quantize-embeddings")
+    assert done.exit_code == 2
+    assert "--quantize-embeddings needs --weight-format int4" in done.stderr
+    assert not (home / "models").exists()

@@ -15,10 +15,10 @@ from tests.cli.conftest import ROOT, Command, Run
 from worker.settings import KEYS
 
 FROZEN = {
-    "import": "--dtype",
+    "import": "--dtype --weight-format --quantize-embeddings",
     "models": "--json",
     "plan": "--model --hardware --task --choices --prompt-len --gen-len --requests --dataset --prompt --disk-speed "
-    "--sweep --no-advice --json PLACEMENT",
+    "--weight-format --sweep --no-advice --json PLACEMENT",
     "worker": "--model --queue PLACEMENT",
     "enqueue": "JOB-OPTIONS --queue --json",
     "status": "--watch --json",
@@ -35,7 +35,7 @@ FROZEN = {
 """Every command's options; all but `completion` also take --database and --redis."""
 PLACEMENT = (
     "--device --dtype --device-memory --host-memory --disk-space --disk-dir --weights --kv --activations --micro-batch "
-    "--micro-batches --schedule --host-attention"
+    "--micro-batches --schedule --host-attention --kv-format"
 )
 JOB = (
     "--model --task --prompt --choices --max-new-tokens --temperature --top-p --top-k --seed --stop --name --priority "

@@ -22,10 +22,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 from engine.attention import elsewhere, host_attention
 from engine.attention.pages import PageTable, attend_pages
+from engine.attention.stored import StoredRows
 from engine.attention.table import Capability
 from engine.devices.simulated import SimulatedDevice
 from engine.memory import closing
@@ -451,6 +452,8 @@ def watch(trace: Trace, monkeypatch: pytest.MonkeyPatch, capability: Capability 
 
     def unpack_watched(self: WeightFiles, name: str, raw: Tensor, out: Mapping[str, Tensor]) -> None:
         unpack(self, name, raw, out)
+        if isinstance(_get_current_dispatch_mode(), _Watch):
+            return  # compute's, and written down as that
         for tensor in out.values():
             trace.access(host(), tensor, f"unpacks {name}", writes=True)
 
@@ -472,14 +475,16 @@ def watch(trace: Trace, monkeypatch: pytest.MonkeyPatch, capability: Capability 
             trace.access(host(), pool[slot], "clears", writes=True)
         put(pool, slots, rows, unwritten)
 
-    def attend_watched(q: Tensor, pool: Tensor, table: PageTable, staged: Tensor, work: Tensor, out: Tensor) -> None:
+    def attend_watched(
+        q: Tensor, pool: Tensor, stored: StoredRows, table: PageTable, staged: Tensor, work: Tensor, out: Tensor
+    ) -> None:
         trace.access(host(), q, "queries of the host", writes=False)
         page_tokens = table.hidden.shape[2]
         for page in table.pages.tolist():
             trace.access(host(), pool[page * page_tokens : (page + 1) * page_tokens], "attended to", writes=False)
         for memory in (staged, work):
             trace.access(host(), memory, "work of the host", writes=True)
-        attend_pages(q, pool, table, staged, work, out)
+        attend_pages(q, pool, stored, table, staged, work, out)
         trace.access(host(), out, "results of the host", writes=True)
 
     def release_watched(self: Block) -> None:

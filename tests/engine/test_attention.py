@@ -11,9 +11,10 @@ from torch import Tensor
 
 from engine.attention import kernels
 from engine.attention.blocks import BLOCK_QUERIES, attend_in_blocks
+from engine.attention.extents import PlainKV
 from engine.attention.kernels import attend, decoder, merge
-from engine.attention.pools import MemoryKV
 from engine.kvcache.cache import Extent
+from engine.model.registry import reference_config, sizes_for
 from tests.engine.plain_attention import attend_plainly
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -199,9 +200,15 @@ def test_a_decode_token_is_stored_and_sees_all_up_to_itself(
 )
 def test_a_position_lies_in_the_last_of_the_extents_up_to_it(position: int, held: int, place: int) -> None:
     extents = (Extent(0, 4, 50), Extent(4, 3, 0), Extent(7, 2, 10))
-    layers = [tuple(torch.full((2, 1, extent.capacity, 1), layer) for layer in range(2)) for extent in extents]
-    found, where = MemoryKV(extents, layers).up_to(1, position)
-    assert [each is layers[number][1] for number, each in enumerate(found)] == [True] * held
+    shape = sizes_for(reference_config(8, head_size=8, num_layers=2, vocab_size=8)).shape
+    # Each layer of an extent holds the number of the extent, the second one's negative.
+    raw = [
+        torch.tensor([number, -number]).float().repeat_interleave(2 * extent.capacity * 8).view(torch.uint8)
+        for number, extent in enumerate(extents, start=1)
+    ]
+    found, where = PlainKV(extents, raw, shape, torch.float32).up_to(1, position)
+    assert [each.unique().tolist() for each in found] == [[-number] for number in range(1, held + 1)]
+    assert [each.shape[2] for each in found] == [extent.capacity for extent in extents[:held]]
     assert where == place
 
 

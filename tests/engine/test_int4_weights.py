@@ -1,15 +1,16 @@
 """A model whose layers are stored in four bits: what transformers gives of the unpacked weights, wherever they lie."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine import Engine, PlanOptions, Request
+from engine import PlanOptions
+from engine.attention.sizes import kv_bytes_per_token
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
 from engine.dtypes import DType
@@ -33,12 +34,25 @@ from tests.engine.test_import_int4 import raw_tensors
 from tests.engine.test_llama import Imported, check
 from tests.engine.test_placement import about, make_device, results
 
-Case = tuple[str, int]
-CASES: dict[str, Case] = {
+CASES: dict[str, tuple[str, int]] = {
     "opt": ("", 64),
-    "opt, padded rows": ("odd-heads", 64),
+    "opt, padded rows": ("odd", 64),
     "llama": ("llama, biases", 32),
 }
+"""Variant and group."""
+
+
+def every_case() -> list[ParameterSet]:
+    """Each model under each placement on each device, with layers that stay packed and others: a third of it, the rest
+    is for ``make soak``."""
+    placed = [
+        *product(PLACEMENTS, ["cpu", "simulated", "like-cuda"]), *product(BESIDE_A_DEVICE, ["simulated", "like-cuda"]),
+    ]  # fmt: skip
+    every = enumerate(product(CASES, placed, [False, True]))
+    return [
+        pytest.param(case, name, kind, packed, marks=[pytest.mark.soak] if index % 5 % 3 else [])
+        for index, (case, (name, kind), packed) in every
+    ]
 
 
 def round_model(manifest: Manifest, model_dir: Path, model: PreTrainedModel, dtype: DType = DType.FLOAT32) -> None:
@@ -64,7 +78,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("int4")
     variant, group = CASES[request.param]
     if request.param.startswith("opt"):
-        odd = {"hidden_size": 60, "word_embed_proj_dim": 60, "num_attention_heads": 3} if variant else {}
+        odd = {"hidden_size": 72, "word_embed_proj_dim": 72, "num_attention_heads": 3} if variant else {}
         make_checkpoint(folder / "hf", num_hidden_layers=10, **odd)
     else:
         llama_checkpoints.make_checkpoint(folder / "hf", variant, num_hidden_layers=10, initializer_range=0.15)
@@ -84,16 +98,12 @@ def expected(folders: tuple[Path, Path, Path]) -> dict[object, object]:
         return about(results(engine))
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [*product(PLACEMENTS, ["cpu", "simulated", "like-cuda"]), *product(BESIDE_A_DEVICE, ["simulated", "like-cuda"])],
-)
-@pytest.mark.parametrize("stay_packed", [False, True], ids=["unpacked", "packed"])
+@pytest.mark.parametrize(("folders", "name", "kind", "stay_packed"), every_case(), indirect=["folders"])
 def test_outputs_are_those_of_the_unpacked_weights(
+    folders: tuple[Path, Path, Path],
     name: str,
     kind: str,
     stay_packed: bool,
-    folders: tuple[Path, Path, Path],
     tmp_path: Path,
     expected: dict[object, object],
 ) -> None:
@@ -152,10 +162,6 @@ class Recorded:
 
     def passed(self, span: Span, stats: PassStats) -> None:
         self.stats.append(stats)
-
-
-def passes_of(engine: Engine, asked: Sequence[Request] | None = None) -> None:
-    results(engine, asked)
 
 
 @pytest.mark.parametrize("folders", ["opt"], indirect=True)
@@ -224,7 +230,8 @@ def test_a_plain_model_is_never_packed(folders: tuple[Path, Path, Path], tmp_pat
 
 @pytest.mark.parametrize("folders", ["opt"], indirect=True)
 def test_what_is_held_is_what_the_plan_says(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """A budget that is smaller by one byte than what the plan counts is too small; so much is enough."""
+    """To the byte."""
+    shape = sizes_for(read_manifest(folders[0]).config).shape
     for name, attends in (("split", "off"), ("split-and-attended-on-host", "on")):
         options = options_of(name, stay_packed=True, **scattered(tmp_path))
         device = SimulatedDevice()
@@ -233,5 +240,8 @@ def test_what_is_held_is_what_the_plan_says(folders: tuple[Path, Path, Path], tm
             assert engine.plan == plan
             for tier, held in engine.tiers.items():
                 if tier is not TierName.DISK:
-                    assert held.used == plan.used_bytes[tier]
+                    kv_bytes = plan.kv_tokens(shape)[tier] * kv_bytes_per_token(shape, plan.kv_format)
+                    planned = plan.other_bytes[tier] + kv_bytes
+                    # Attention on the host is planned for a pool that fills the host.
+                    assert held.used == planned or (attends == "on" and tier is TierName.HOST and held.used < planned)
             assert plan.unpack_slots == (2 if attends == "on" else 1)

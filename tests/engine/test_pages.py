@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.attention.pages import attend_pages, page_table
+from engine.attention.stored import PlainRows
 from tests.engine.plain_attention import attend_plainly
 
 PAGE, HEAD = 4, 8
@@ -55,8 +56,9 @@ def test_each_row_attends_to_its_own_tokens(
     out = torch.empty_like(q)
     table = page_table(pages, counts, PAGE, most)
     work = torch.empty(len(table.pages) * heads[0] * (HEAD + 2) + q.numel() + most * heads[1] * PAGE * HEAD)
-    staged = torch.full((most * PAGE * 2 * heads[1] * HEAD,), float("nan"), dtype=dtype)
-    attend_pages(q, pool, table, staged, work.fill_(float("nan")), out)
+    stored = PlainRows(heads[1], HEAD, dtype)
+    staged = torch.full((most * PAGE * pool[0].nbytes,), 255, dtype=torch.uint8)
+    attend_pages(q, pool, stored, table, staged, work.fill_(float("nan")), out)
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(out, torch.stack(expected), atol=tolerance, rtol=tolerance)
 

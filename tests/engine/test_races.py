@@ -88,6 +88,8 @@ def waits() -> dict[str, list[Position]]:
 def options(name: str, dtype: DType) -> PlanOptions:
     # More micro-batches than a ring has buffers, so that each buffer is used again within a pass.
     more = {"micro_batch": 24, "micro_batches": 4, "extent_tokens": 16, "dtype": dtype, "stay_packed": True}
+    if name in PACKED:
+        more["kv_format"] = "int4"
     return options_of("all-device" if name == NARROW else PACKED.get(name, name), **more)
 
 

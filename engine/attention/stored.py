@@ -1,0 +1,56 @@
+"""How the keys and values of a token lie in a pool, in a buffer or in a page: as one row, plain or packed.
+
+Shapes: S tokens, K key/value heads, H head size, B bytes of a row.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.attention.int4_rows import PackedRows
+from engine.formats.sizes import Int4, TensorFormat
+from engine.shape import ModelShape
+
+
+class StoredRows(Protocol):
+    """One way."""
+
+    is_packed: bool
+    """Whether rows must be unpacked before anybody attends to them."""
+
+    def view(self, raw: Tensor) -> Tensor:
+        """Rows in bytes of memory, ``uint8 [S * B]``: a view of ``S`` rows."""
+
+    def pack(self, kv_S2KH: Tensor) -> Tensor:
+        """Rows of keys and values."""
+
+    def unpack(self, rows: Tensor, out_S2KH: Tensor) -> None:
+        """The keys and values of rows that are packed."""
+
+
+class PlainRows:
+    """Rows ``[k|v, K, H]``, of the type that is computed with."""
+
+    is_packed = False
+
+    def __init__(self, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> None:
+        self._dtype, self._row = dtype, (2, num_kv_heads, head_size)
+
+    def view(self, raw: Tensor) -> Tensor:
+        """``[S, k|v, K, H]``."""
+        return raw.view(self._dtype).view(-1, *self._row)
+
+    def pack(self, kv_S2KH: Tensor) -> Tensor:
+        """As they are."""
+        return kv_S2KH
+
+    def unpack(self, rows: Tensor, out_S2KH: Tensor) -> None:
+        """As they are."""
+        out_S2KH.copy_(rows)
+
+
+def rows_of(shape: ModelShape, stored: TensorFormat, dtype: torch.dtype) -> StoredRows:
+    """The rows of a format; ``dtype`` is computed with."""
+    heads = shape.num_kv_heads, shape.head_size
+    return PackedRows(*heads, stored) if isinstance(stored, Int4) else PlainRows(*heads, dtype)
