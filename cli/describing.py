@@ -37,6 +37,8 @@ def describe(job: "Job", now: float, *, is_attended: bool = True) -> list[tuple[
     if origin.get("choices"):
         lines.append(("choices", ", ".join(origin["choices"])))
     lines.append(("queue", f"{job.queue}, priority {job.priority}"))
+    if job.exact:
+        lines.append(("exact", "only workers that round nothing to four bits take it"))
     if job.plan:
         lines.append(("plan", plan_in_words(job.plan)))
     lines += [

@@ -102,6 +102,11 @@ _OPTIONS: tuple[Callable[[Command], Command], ...] = (
         help="Jobs with a higher one go first.",
     ),
     click.option(
+        "--exact",
+        is_flag=True,
+        help="Only for workers that round nothing: neither weights nor KV cache in four bits.",
+    ),
+    click.option(
         "--keep-going",
         is_flag=True,
         help="Store lines that cannot be read as error rows, instead of refusing the dataset.",
@@ -140,6 +145,7 @@ class JobOptions:
     name: str | None = None
     priority: int = 0
     keep_going: bool = False
+    exact: bool = False
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> Self:

@@ -22,7 +22,14 @@ def plan_in_words(plan: Mapping[str, Any]) -> str:
     where = f"all {total:,} layers {next(iter(layers))}" if len(layers) == 1 else _first_of(parts, total)
     kv = ", ".join(f"up to {format_bytes(num_bytes)} {place}" for place, num_bytes in cache.items()) or "none"
     tokens = f"{plan['micro_batches']:,} x {plan['micro_batch']:,} tokens a pass"
-    return f"{where}; KV cache {kv}; {plan['dtype']}; {tokens}"
+    packed = [f"{what} in {form}" for what, form in _packed(plan)]
+    return "; ".join([where, f"KV cache {kv}", plan["dtype"], *packed, tokens])
+
+
+def _packed(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is stored in another format than plainly."""
+    named = (("weights", plan.get("weight_format")), ("KV cache", plan.get("kv_format")))
+    return [(what, form) for what, form in named if form not in (None, "plain")]
 
 
 def _by_place(plan: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, int]:

@@ -47,10 +47,12 @@ def job_document(job: "Job", now: float, *, is_attended: bool = True) -> dict[st
         "message": job.message,
         "model": job.model,
         "task": job.task,
+        "exact": job.exact,
         "dataset": origin.get("dataset"),
         "prompt": origin.get("prompt"),
         "choices": origin.get("choices"),
         "plan": job.plan,
+        "formats": _formats_of(job),
         "created_at": job.created_at,
         "started_at": job.started_at,
         "finished_at": job.finished_at,
@@ -63,6 +65,14 @@ def job_document(job: "Job", now: float, *, is_attended: bool = True) -> dict[st
         },
         "eta_s": None if eta is None else round(eta, 1),
     }
+
+
+def _formats_of(job: "Job") -> dict[str, str] | None:
+    """How weights and KV cache were stored, and what was computed with; a plan of before had plain ones alone."""
+    if job.plan is None:
+        return None
+    names = (("weights", "weight_format"), ("kv", "kv_format"))
+    return {**{name: job.plan.get(key, "plain") for name, key in names}, "dtype": job.plan["dtype"]}
 
 
 def worker_document(worker: "Worker", *, crashes: int = 0) -> dict[str, Any]:

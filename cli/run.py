@@ -126,6 +126,7 @@ def _job(
         warn(sentence)
     assert dataset is not None
     _check_outputs(app, output, trace, {"dataset": dataset})
+    _check_exact(placement, exact=options.exact)
     submission = prepare(dataset, options, app.settings)
     for sentence in submission.warnings():
         warn(sentence)
@@ -183,6 +184,7 @@ def _check_resumed(app: App, database: "Database", job: "Job", placement: "PlanO
 
     if job.is_finished:
         return
+    _check_exact(placement, exact=job.exact)
     ref = resolve_model(job.model, app.settings)
     sizes = sizes_of(ref, app.settings)
 
@@ -192,6 +194,14 @@ def _check_resumed(app: App, database: "Database", job: "Job", placement: "PlanO
         return workload_for(sizes.shape, sizes.folder or ref.path, requests)
 
     check_fits(sizes, _plan_options(app, placement), app.settings.spill_dir, workload)
+
+
+def _check_exact(placement: "PlanOptions", *, exact: bool) -> None:
+    """The only worker there is would leave the job alone."""
+    if exact and placement.kv_format not in (None, "plain"):
+        raise click.UsageError(
+            f"--exact and --kv-format {placement.kv_format}: a cache in four bits is not exact; leave one of them out"
+        )
 
 
 def _how_fast(database: "Database", job: "Job") -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from cli.datasets import Dataset
 from cli.job_options import JobOptions
 from cli.sizes import Sizes
@@ -108,6 +110,7 @@ class Submission:
             queue=queue,
             name=self.options.name,
             origin=origin,
+            exact=self.options.exact,
         )
         return create_job(database, job, _then(iter(self.rows), before_commit), now=time.time())
 
@@ -125,9 +128,12 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
     Raises:
         FileAbsent, DatasetFault, TemplateFault, ModelNotFound: what is wrong, and where.
         CheckpointError: the model directory is half-written, or its files have other sizes than it says.
+        UsageError: the job is to be exact, and the model is not.
     """
+    from engine.formats.sizes import Plain
     from engine.weights.checks import check_units
     from engine.weights.importers.tokenizer_present import check_tokenizer
+    from engine.weights.layout import stored_in
     from engine.weights.manifest import read_manifest
     from worker.models import resolve_model
 
@@ -139,7 +145,14 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
     spec = TaskSpec(options.task, template, options.choices or (), limits)
     model = resolve_model(options.model, settings)
     if model.is_imported:
-        check_units(read_manifest(model.path), model.path)  # the tokenizer takes longer: the worker looks at it
+        manifest = read_manifest(model.path)
+        check_units(manifest, model.path)  # the tokenizer takes longer: the worker looks at it
+        stored = stored_in(manifest).weight_format
+        if options.exact and stored != Plain.name:
+            raise click.UsageError(
+                f"--exact: {model.path} has its weights in {stored}, so no worker could run the job; name the model "
+                "that it was made of, or leave --exact out"
+            )
     else:
         check_tokenizer(model.path)
     rows = requests(dataset.rows(), spec, label=dataset.label, keep_going=options.keep_going)

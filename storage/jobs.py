@@ -56,6 +56,7 @@ class Job:
     plan: dict[str, Any] | None  # placement and batches that its rows were last computed under
     name: str | None  # what its owner calls it
     origin: dict[str, Any] | None  # for people: "dataset" (absolute path, or null), "prompt" (template), "choices"
+    exact: bool = False  # only for workers that round nothing to four bits
 
     @property
     def is_finished(self) -> bool:

@@ -34,6 +34,7 @@ class NewJob:
     queue: str
     name: str | None = None  # what its owner calls it
     origin: dict[str, Any] | None = None  # as in `jobs.Job`
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,7 @@ def _insert_job(connection: Connection, new: NewJob, now: float) -> int:
             queue=new.queue,
             name=new.name,
             origin=new.origin,
+            exact=new.exact,
             num_requests=0,
             num_done=0,
             num_failed=0,

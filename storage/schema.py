@@ -29,12 +29,13 @@ from sqlalchemy import (
     Text,
     TypedColumns,
     TypeDecorator,
+    false,
 )
 
 from storage.states import JobState, OutputStatus, RequestState
 
 #: Every revision of the schema, oldest first; the last is the one this program speaks (a test holds it to the files).
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0004")
 HEAD = REVISIONS[-1]
 
 metadata = MetaData(
@@ -124,6 +125,7 @@ class _JobColumns(TypedColumns):
     plan: Named[dict[str, Any] | None] = Column(JsonText)  # what its rows were last computed under
     name: Named[str | None] = Column(MessageText)  # what its owner calls it
     origin: Named[dict[str, Any] | None] = Column(JsonText)  # what its rows were made from, for people: see `jobs.Job`
+    exact: Named[bool] = Column(Boolean, server_default=false())  # only for workers that round nothing to four bits
 
 
 jobs = Table("jobs", metadata, _JobColumns, _one_of("state", JobState), sqlite_autoincrement=True)

@@ -29,6 +29,7 @@ from worker.app import make_app
 from worker.bell import Bell
 from worker.doorbell import ping
 from worker.errors import RedisRefused, RedisUnreachable, SettingsError, TraceNotWritten
+from worker.exactness import why_not_exact
 from worker.lifecycle import DrainThread, Stop
 from worker.locks import device_lock
 from worker.logs import configure, get_logger
@@ -122,7 +123,11 @@ def _work(
     database: Database, settings: Settings, options: WorkerOptions, device: str, recorder: TraceFile | None
 ) -> int:
     bell = Bell()
-    residency = Residency(_loader(settings, options.placement, device, recorder, bell), time.time)
+    residency = Residency(
+        _loader(settings, options.placement, device, recorder, bell),
+        time.time,
+        cache(lambda model_dir: why_not_exact(model_dir, options.placement.kv_format)),
+    )
 
     def drain() -> None:
         importlib.import_module("engine.engine")  # torch takes seconds: now, not when the first job waits for it

@@ -186,7 +186,7 @@ class Drain:
         wait_s = self._settings.scan_s
         faults = self._aside.now()
         if not faults:
-            self._describe(Doing("idle", self._residency.model))
+            self._describe(Doing("idle", self._residency.model, self._prospects.left))
         else:
             now = self._clock()
             self._describe(Doing("waiting", self._residency.model, sentence_of(faults), faults[0].retry_at))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.errors import CheckpointError
 from storage.jobs import Job
 from worker.aside import Aside
 from worker.errors import ModelNotFound
@@ -48,23 +49,32 @@ class Prospects:
         self._aside = aside
         self._policy = policy
         self._clock = clock
+        self.left: str | None = None
+        """Of the first job that is to be exact and that this worker leaves to others: a sentence, after ``look``."""
 
     def look(self) -> list[Prospect]:
         """The jobs with rows to claim whose model is here and not left alone for now, in turn.
 
-        What is absent here is borne as a fault of this machine, which may fail the job.
+        What is absent here is borne as a fault of this machine, which may fail the job. What is to be exact is left to
+        others where this worker rounds.
 
         Raises:
             DatabaseUnreachable: for longer than patience lasts.
         """
         found: list[Prospect] = []
+        self.left = None
         for job in self._store.runnable(self._settings.queue):
             if self._aside.has(job.model):
                 continue
             try:
                 ref = resolve_model(job.model, self._settings)
-                found.append(Prospect(job, ref, model_dir_for(ref, self._settings)))
-            except (ModelNotFound, OSError) as error:
+                model_dir = model_dir_for(ref, self._settings)
+                why_not = self._residency.why_not_exact(model_dir) if job.exact else None
+                if why_not is None:
+                    found.append(Prospect(job, ref, model_dir))
+                elif self.left is None:
+                    self.left = f"leaves job {job.id} to others, which is to be exact: {why_not}"
+            except (ModelNotFound, CheckpointError, OSError) as error:
                 self._policy.bear(error, [job], str(error), blame(error))
         return found
 

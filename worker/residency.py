@@ -53,7 +53,14 @@ class Loaded:
 class Residency:
     """Keeps at most one engine; loading another model closes it first, so that both never need to fit."""
 
-    def __init__(self, load: Callable[[Path, Sample, Tell], Loaded], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        load: Callable[[Path, Sample, Tell], Loaded],
+        clock: Callable[[], float],
+        why_not_exact: Callable[[Path], str | None] = lambda _: None,
+    ) -> None:
+        """``why_not_exact``: of a model directory, what this worker would round of it; see ``worker.exactness``."""
+        self.why_not_exact = why_not_exact
         self._load = load
         self._clock = clock
         self._loaded: Loaded | None = None

@@ -10,7 +10,7 @@ from typing import Literal
 
 from engine.attention.sizes import KV_FORMATS, kv_bytes_per_token
 from engine.dtypes import DType
-from engine.formats.sizes import TensorFormat
+from engine.formats.sizes import Plain, TensorFormat
 from engine.kvcache.cache import Layout, unit_tokens
 from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
@@ -181,6 +181,8 @@ class Plan:
     """``mixed`` or ``block``."""
     host_attention: bool = False
     """Decode tokens whose keys lie in host memory are attended to there, beside the device."""
+    weight_format: str = Plain.name
+    """How the layers' matrices are stored."""
     stay_packed: bool = False
     """Layers on the device lie there as they are stored, and are unpacked in each pass."""
     unpack_slots: int = 0
@@ -190,6 +192,12 @@ class Plan:
     def used_bytes(self) -> dict[TierName, int]:
         """Bytes of each tier that are held once the KV cache is full; on disk, where it grows, at most."""
         return {tier: self.other_bytes[tier] + self.kv_bytes[tier] for tier in TierName}
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights or the KV cache are stored in fewer bits than they are computed with: answers differ a little
+        from those of the model."""
+        return self.weight_format != Plain.name or self.kv_format.name != Plain.name
 
     def kv_tokens(self, shape: ModelShape) -> dict[TierName, int]:
         """Tokens of KV cache each tier has room for."""

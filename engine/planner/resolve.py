@@ -203,6 +203,7 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
         workspace_bytes=workspace,
         schedule=options.schedule or SCHEDULES[0],
         host_attention=host_attends,
+        weight_format=stored.weight_format,
         stay_packed=stay_packed,
         unpack_slots=unpacked,
         other_bytes=fixed,

@@ -269,3 +269,22 @@ def test_a_prompt_that_is_the_same_for_all_rows_is_a_warning(
     assert done.exit_code == 0
     assert "names no field" in done.stderr
     assert ("--prompt @prompt.txt" in done.stderr) == (prompt == "prompt.txt")
+
+
+def test_a_job_that_is_to_be_exact_is_stored_so(with_redis: Path, run: Run, model: str) -> None:
+    dataset = write_rows(Path("d.jsonl"), {"prompt": "a"})
+    for more in ((), ("--exact",)):
+        assert run("enqueue", dataset, "--model", model, *GENERATE, *more).exit_code == 0
+    documents = json.loads(run("status", "--json").stdout)["jobs"]
+    assert [(job["id"], job["exact"], job["formats"]) for job in documents] == [(2, True, None), (1, False, None)]
+    assert "only workers that round nothing to four bits take it" in run("status", "2").stdout
+
+
+def test_a_model_in_four_bits_is_never_exact(with_redis: Path, run: Run, model: str) -> None:
+    assert run("import", model, "four", "--weight-format", "int4").exit_code == 0
+    dataset = write_rows(Path("d.jsonl"), {"prompt": "a"})
+    refused = run("enqueue", dataset, "--model", "four", *GENERATE, "--exact")
+    assert refused.exit_code == 2
+    assert "has its weights in int4, so no worker could run the job" in refused.stderr
+    assert jobs_in(with_redis) == 0
+    assert run("enqueue", dataset, "--model", "four", *GENERATE).exit_code == 0

@@ -39,7 +39,7 @@ PLACEMENT = (
 )
 JOB = (
     "--model --task --prompt --choices --max-new-tokens --temperature --top-p --top-k --seed --stop --name --priority "
-    "--keep-going"
+    "--keep-going --exact"
 )
 
 

@@ -139,6 +139,20 @@ def test_a_dataset_goes_in_and_a_file_comes_out(home: Path, command: Command, mo
     assert (job.state, job.num_done) == ("done", 9)
 
 
+def test_four_bits_are_told_wherever_the_plan_is(home: Path, command: Command, run: Run, model: str) -> None:
+    dataset = write_rows(Path("d.jsonl"), {"prompt": "ab"})
+    assert run("import", model, "four", "--weight-format", "int4").exit_code == 0
+    done = command("run", dataset, "--model", "four", *GENERATE, "--kv-format", "int4", "-o", "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "; float32; weights in int4; KV cache in int4; 1 x 2,048 tokens a pass" in done.stderr
+    document = json.loads(run("status", "1", "--json").stdout)
+    assert document["formats"] == {"weights": "int4", "kv": "int4", "dtype": "float32"}
+    refused = run("run", dataset, "--model", model, *GENERATE, "--exact", "--kv-format", "int4", "-o", "no.jsonl")
+    assert refused.exit_code == 2
+    assert "--exact and --kv-format int4: a cache in four bits is not exact" in refused.stderr
+    assert not Path("no.jsonl").exists()
+
+
 def test_rows_too_long_for_the_model_are_error_rows_with_both_lengths(home: Path, command: Command, model: str) -> None:
     dataset = write_rows(Path("d.jsonl"), {"prompt": "short"}, {"prompt": "x" * 500})
     done = command("run", dataset, "--model", model, *GENERATE, "--max-new-tokens", "5", "-o", "-")

@@ -63,8 +63,8 @@ def test_one_job_has_exactly_the_fields_of_the_contract(home: Path, run: Run, jo
     work(home, job, limit=2)
     document = json.loads(run("status", str(job), "--json").stdout)
     assert list(document) == [
-        "id", "name", "state", "message", "model", "task", "dataset", "prompt", "choices", "plan", "created_at",
-        "started_at", "finished_at", "requests", "tokens", "seconds", "throughput", "eta_s",
+        "id", "name", "state", "message", "model", "task", "exact", "dataset", "prompt", "choices", "plan", "formats",
+        "created_at", "started_at", "finished_at", "requests", "tokens", "seconds", "throughput", "eta_s",
     ]  # fmt: skip
     assert document["state"] == "running"
     assert document["requests"] == {"total": 4, "done": 2, "failed": 0}

@@ -116,12 +116,13 @@ class Bench:
         task: str = "generate",
         priority: int = 0,
         queue: str = "default",
+        exact: bool = False,
         **params: Any,
     ) -> int:
         params = {"max_new_tokens": 6, **params} if task == "generate" else {}
         return create_job(
             self.database,
-            NewJob(str(model), task, params, seed=3, priority=priority, queue=queue),
+            NewJob(str(model), task, params, seed=3, priority=priority, queue=queue, exact=exact),
             [NewRequest(index, f"row {index}", payload) for index, payload in enumerate(payloads)],
             now=self.clock.now,
         )
