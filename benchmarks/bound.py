@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from engine.memory.lane import LaneName
 
+UNPACKING = "unpacking"
+"""No lane of its own, but part of compute: values a second that are unpacked from four bits."""
 COMPUTE = str(LaneName.DEVICE_COMPUTE)
 DISK_READ = str(LaneName.DISK_READ)
 HOST_TO_DEVICE = str(LaneName.HOST_TO_DEVICE)
@@ -36,6 +38,8 @@ class PassWork:
 
     lane_bytes: Mapping[str, int]
     flops: float
+    unpacked: float = 0.0
+    """Values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ def raised(limits: Limits, passes: Sequence[PassWork], seconds: float) -> Limits
         done[COMPUTE] += this_pass.flops
         for lane, num_bytes in this_pass.lane_bytes.items():
             done[lane] += num_bytes
+        done[UNPACKING] += this_pass.unpacked
     rates = {lane: done[lane] / seconds for lane in limits.busy}
     return Limits.best([limits, Limits(rates, rates)])
 
@@ -67,6 +72,8 @@ def bound_of(passes: Iterable[PassWork], limits: Limits) -> Bound:
         moved = this_pass.lane_bytes.items()
         seconds = {lane: num_bytes / limits.busy[lane] for lane, num_bytes in moved if lane in limits.busy}
         seconds[COMPUTE] = this_pass.flops / limits.busy[COMPUTE]
+        if this_pass.unpacked:
+            seconds[COMPUTE] += this_pass.unpacked / limits.busy[UNPACKING]
         lane = max(seconds, key=lambda each: seconds[each])
         longest[lane] += seconds[lane]
     if not longest:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.shapes import NUM_SPECIAL, config_of
+from engine.formats.sizes import Int4, Plain
 from engine.model.registry import family_for
 from engine.weights.importing import import_checkpoint
 from engine.weights.manifest import is_model_dir
@@ -38,8 +39,10 @@ def default_cache() -> Path:
     return platformdirs.user_cache_path("overnight") / "benchmarks"
 
 
-def make_checkpoint(shape: str, dtype: str, cache: Path, say: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint of a shape, made if the cache has none.
+def make_checkpoint(
+    shape: str, dtype: str, cache: Path, say: Callable[[str], None], weight_format: str = Plain.name
+) -> Checkpoint:
+    """The checkpoint of a shape, made if the cache has none, and its import in a format.
 
     Raises:
         ValueError: no such shape.
@@ -47,7 +50,8 @@ def make_checkpoint(shape: str, dtype: str, cache: Path, say: Callable[[str], No
         OSError: the cache cannot be written.
     """
     config = config_of(shape, dtype)
-    checkpoint = Checkpoint(cache / f"{shape}-{dtype}", cache / f"{shape}-{dtype}.overnight")
+    suffix = "" if weight_format == Plain.name else f"-{weight_format}"
+    checkpoint = Checkpoint(cache / f"{shape}-{dtype}", cache / f"{shape}-{dtype}{suffix}.overnight")
     if not checkpoint.folder.is_dir():
         say(f"making random weights of {shape} in {checkpoint.folder} (once)")
         partial = cache / f".{shape}-{dtype}.partial-{os.getpid()}"
@@ -59,7 +63,7 @@ def make_checkpoint(shape: str, dtype: str, cache: Path, say: Callable[[str], No
             shutil.rmtree(partial, ignore_errors=True)
     if not is_model_dir(checkpoint.model_dir):
         say(f"importing it to {checkpoint.model_dir} (once)")
-        import_checkpoint(checkpoint.folder, checkpoint.model_dir)
+        import_checkpoint(checkpoint.folder, checkpoint.model_dir, matrices=Int4() if suffix else None)
     return checkpoint
 
 

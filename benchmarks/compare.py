@@ -14,6 +14,8 @@ from benchmarks.workload import Range, Work, Workload
 
 Say = Callable[[str], None]
 BATCHES_TIMED = 2
+PLAIN = "plain"
+"""A peer that is ours, with nothing in four bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,11 @@ def compare(
         JobFailed: ours could not run.
     """
     wrong = _disagreements(runner, job, small, peers) if small else ()
-    best = {peer: _best_batch(runner, job, peer, batches) for peer in peers}
+    # Plain weights run as ours do, all requests at once.
+    best = {
+        peer: PeerResult(None, job.num_requests, None) if peer == PLAIN else _best_batch(runner, job, peer, batches)
+        for peer in peers
+    }
     limits: list[Limits] = []
     ours: list[Finished] = []
     timed: dict[str, list[Finished]] = {peer: [] for peer in peers}
@@ -130,6 +136,8 @@ def compare(
             batch = best[peer].batch
             if batch is not None:
                 what = f"{peer}, {turn} of {repeat}: {BATCHES_TIMED} batches of {batch}"
+                if peer == PLAIN:
+                    what = f"ours with plain weights and KV cache, {turn} of {repeat}"
                 timed[peer].append(runner.run(_peer_job(job, peer, batch, BATCHES_TIMED), what))
     limit = Limits.best(limits)
     return Comparison(
@@ -143,6 +151,9 @@ def compare(
 
 
 def _peer_job(job: Job, peer: str, batch: int, num_batches: int) -> Job:
+    if peer == PLAIN:
+        assert job.plain_dir is not None
+        return replace(job, model_dir=job.plain_dir, kv_format=None)
     return replace(job, role=peer, batch=batch, num_requests=batch * num_batches)
 
 
@@ -198,7 +209,7 @@ def _ours(job: Job, runs: list[Finished], limits: Limits) -> Ours:
 
 def _passes(run: Finished, work: Work) -> list[PassWork]:
     return [
-        PassWork(each["lane_bytes"], work.pass_flops(each["prefill_tokens"], each["decode_tokens"]))
+        PassWork(each["lane_bytes"], work.pass_flops(each["prefill_tokens"], each["decode_tokens"]), each["unpacked"])
         for each in run.of("passes")
     ]
 
@@ -224,9 +235,10 @@ def _disagreements(runner: Runner, job: Job, small: Checkpoint, peers: tuple[str
         job, shape="tiny", dtype="float32", folder=str(small.folder), model_dir=str(small.model_dir), workload=tiny,
         num_requests=6, batch=6, keep_tokens=True, device_memory=None, micro_batch=None, micro_batches=None,
     )  # fmt: skip
+    ours = replace(ours, plain_dir=None, kv_format=None, disk_rate=None)
     expected = runner.run(ours, "comparing greedy tokens in float32 on a small shape: ours").of("tokens")
     wrong = []
-    for peer in peers:
+    for peer in (each for each in peers if each != PLAIN):
         found = runner.run(replace(ours, role=peer), f"comparing greedy tokens: {peer}")
         if found.error:
             wrong.append(f"{peer}: {found.error}")

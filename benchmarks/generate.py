@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.checkpoints import default_cache, make_checkpoint
-from benchmarks.compare import Runner, compare
+from benchmarks.compare import PLAIN, Runner, compare
 from benchmarks.jobs import Job, JobFailed
 from benchmarks.machine import default_dtype, describe_machine
 from benchmarks.peers import PEERS
@@ -35,9 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"prompt and output together have at most {positions + 1} tokens")
     except ValueError as error:
         parser.error(str(error))
+    if asked.peers and PLAIN in asked.peers and asked.weight_format == asked.kv_format == "plain":
+        parser.error(f"--peers {PLAIN}: ours has nothing in four bits, either")
     peers: tuple[str, ...] = asked.peers or (("transformers",) if asked.weights == "device" else ("accelerate",))
     try:
-        checkpoint = make_checkpoint(asked.shape, asked.dtype, asked.cache_dir, _say)
+        checkpoint = make_checkpoint(asked.shape, asked.dtype, asked.cache_dir, _say, asked.weight_format)
+        rounds = asked.weight_format != "plain" or asked.kv_format != "plain"
+        plain = make_checkpoint(asked.shape, asked.dtype, asked.cache_dir, _say) if rounds else checkpoint
         small = make_checkpoint("tiny", "float32", asked.cache_dir, _say)
         job = Job(
             role="ours",
@@ -55,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
             device_memory=asked.device_memory,
             micro_batch=asked.micro_batch,
             micro_batches=asked.micro_batches,
+            plain_dir=str(plain.model_dir) if rounds else None,
+            kv_format=None if asked.kv_format == "plain" else asked.kv_format,
+            disk_rate=asked.disk_rate,
         )
         machine = describe_machine(asked.cache_dir)
         load = os.getloadavg()[0]
@@ -93,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gen-len", type=_as(Range.parse), required=True, metavar="N|LO-HI", help="tokens generated (or scored)")
     add("--weights", choices=("device", "host", "disk"), required=True, help="where the layers live")
     add("--memory-cap", type=_as(parse_bytes), metavar="SIZE", help="of each process, page cache included")
-    add("--peers", type=_as(_peers), metavar="NAME,…", help=f"{', '.join(PEERS)}, or none")
+    add("--peers", type=_as(_peers), metavar="NAME,…", help=f"{', '.join(PEERS)}, {PLAIN}, or none")
     add(
         "--peer-batches",
         type=_as(_batches),
@@ -112,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         default=default_dtype(),
         help="of all that are compared: bfloat16, or float32 on a CPU that is slow in it (default here: %(default)s)",
     )
+    add("--weight-format", choices=("plain", "int4"), default="plain", help="ours")
+    add("--kv-format", choices=("plain", "int4"), default="plain", help="ours")
+    add("--disk-rate", type=_as(parse_bytes), metavar="SIZE", help="ours: read the disk no faster, in bytes a second")
     add("--device-memory", type=_as(parse_bytes), metavar="SIZE", help="ours: by default what the cap leaves")
     add("--micro-batch", type=positive, metavar="N", help="ours: tokens computed together")
     add("--micro-batches", type=positive, metavar="N", help="ours: of a pass, at most")
@@ -129,8 +139,8 @@ def _default_device() -> str:
 
 def _peers(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split(",")))
-    if names != ("none",) and not set(names) <= set(PEERS):
-        raise ValueError(f"{text!r}: peers are {', '.join(PEERS)}; or none")
+    if names != ("none",) and not set(names) <= {*PEERS, PLAIN}:
+        raise ValueError(f"{text!r}: peers are {', '.join(PEERS)}, {PLAIN} (ours with nothing in four bits); or none")
     return names
 
 

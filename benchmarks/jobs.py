@@ -37,6 +37,11 @@ class Job:
     memory_cap: int | None = None
     micro_batch: int | None = None
     micro_batches: int | None = None
+    plain_dir: str | None = None
+    """The model with plain weights, where ``model_dir`` has others, or the cache is packed: what ``plain`` runs."""
+    kv_format: str | None = None
+    disk_rate: int | None = None
+    """Bytes/s that the disk may be read at; ``None``: as fast as it is."""
     keep_tokens: bool = False
     """Give the generated tokens back, to compare them."""
 

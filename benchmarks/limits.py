@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.bound import COMPUTE, DISK_READ, HOST_TO_DEVICE
+from benchmarks.bound import COMPUTE, DISK_READ, HOST_TO_DEVICE, UNPACKING
 from benchmarks.jobs import Job
 from benchmarks.shapes import layer_products, shape_of
+from engine.formats.int4 import pack, unpack
+from engine.formats.sizes import Int4
 from engine.units import MIB
 from engine.weights.files import READ_BYTES
 from engine.weights.manifest import read_manifest
@@ -40,7 +42,11 @@ def run(job: Job) -> dict[str, Any]:
     reads = {number: _rates({DISK_READ: _readers(model_dir, number)}, window_s)[DISK_READ] for number in _READERS}
     readers = max(reads, key=lambda each: reads[each])
     copied = _rates({HOST_TO_DEVICE: [_copy(job.device)]}, window_s)
+    if job.disk_rate is not None:
+        reads[readers] = min(reads[readers], float(job.disk_rate))
     alone = {COMPUTE: speeds[tokens], DISK_READ: reads[readers], **copied}
+    if job.plain_dir is not None:
+        alone |= _rates({UNPACKING: [_unpacking(job)]}, window_s)
     used: dict[str, list[Step]] = {COMPUTE: [products[tokens]]}
     if job.weights == "disk":
         used[DISK_READ] = _readers(model_dir, readers)
@@ -48,6 +54,8 @@ def run(job: Job) -> dict[str, Any]:
         used[HOST_TO_DEVICE] = [_copy(job.device)]
     # A lane that this run does not use keeps nobody busy, and nobody it.
     busy = alone | _rates(used, window_s) if len(used) > 1 else alone
+    if job.disk_rate is not None:
+        busy |= {DISK_READ: min(busy[DISK_READ], float(job.disk_rate)), COMPUTE: alone[COMPUTE]}
     return {"alone": alone, "busy": busy, "readers": readers, "tokens": tokens}
 
 
@@ -95,6 +103,26 @@ def _compute(job: Job, tokens: int) -> Step:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return flops
+
+    return step
+
+
+def _unpacking(job: Job) -> Step:
+    """The matrices of one layer, from four bits."""
+    dtype, device, stored = getattr(torch, job.dtype), torch.device(job.device), Int4()
+    sizes = layer_products(shape_of(job.shape))
+    parts = [pack(stored, torch.randn(size)) for size in sizes]
+    packed = [torch.cat([part.flatten().view(torch.uint8) for part in each]).to(device) for each in parts]
+    outs = [torch.empty(stored.unpacked_shape(size), dtype=dtype, device=device) for size in sizes]
+    number = float(sum(out.numel() for out in outs))
+
+    def step() -> float:
+        with torch.inference_mode():
+            for raw, out in zip(packed, outs, strict=True):
+                unpack(stored, raw, out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return number
 
     return step
 

@@ -2,23 +2,29 @@
 
 import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from benchmarks.jobs import Job, PeakMemory
 from benchmarks.workload import Item, as_text
 from engine.dtypes import DType
 from engine.engine import Engine
 from engine.loading import load_engine
+from engine.model.family import layer_name
 from engine.planner.plan import PlanOptions
 from engine.request import Generate, Generation, Output, Rejection, Request, SamplingParams, Score
 from engine.schedule.passes import PassStats
 from engine.tiers import Shares
 from engine.tokenizer import Tokenizer
 from engine.units import MIB
+from engine.weights.files import WeightFiles
+from engine.weights.layout import stored_in
 from engine.weights.manifest import read_manifest
 
 _SHARES = {"device": Shares(100, 0, 0), "host": Shares(0, 100, 0), "disk": Shares(0, 0, 100)}
@@ -39,7 +45,7 @@ def run(job: Job) -> dict[str, Any]:
     torch.ones(64, 64) @ torch.ones(64, 64)  # the thread pool belongs to the idle process
     gc.collect()
     memory = PeakMemory()
-    with load_engine(Path(job.model_dir), _options(job, memory.idle_bytes)) as engine:
+    with held(job.disk_rate), load_engine(Path(job.model_dir), _options(job, memory.idle_bytes)) as engine:
         _warm_up(engine, job, items)
         reports: list[PassStats] = []
         outputs: list[Output] = []
@@ -48,7 +54,7 @@ def run(job: Job) -> dict[str, Any]:
             reports.append(report.stats)
             outputs += report.outputs
         seconds = perf_counter() - start
-        plan = engine.plan.to_json()
+        plan, unpacked = engine.plan.to_json(), _unpacked_values(job, engine)
     for output in outputs:
         _check(output.result)
     result: dict[str, Any] = {
@@ -63,6 +69,7 @@ def run(job: Job) -> dict[str, Any]:
                 "prefill_tokens": stats.prefill_tokens,
                 "decode_tokens": stats.decode_tokens,
                 "lane_bytes": {str(lane): num_bytes for lane, num_bytes in stats.lane_bytes.items()},
+                "unpacked": unpacked,
             }
             for stats in reports
         ],
@@ -73,6 +80,24 @@ def run(job: Job) -> dict[str, Any]:
     return result
 
 
+@contextmanager
+def held(bytes_per_s: int | None) -> Iterator[None]:
+    """Units of weights are read no faster than that, as from a slower disk."""
+    if bytes_per_s is None:
+        yield
+        return
+    read = WeightFiles.read_unit
+
+    def slowly(self: WeightFiles, name: str, out: Tensor) -> int:
+        begin = perf_counter()
+        count = read(self, name, out)
+        sleep(max(0.0, begin + count / bytes_per_s - perf_counter()))
+        return count
+
+    with patch.object(WeightFiles, "read_unit", slowly):
+        yield
+
+
 def _warm_up(engine: Engine, job: Job, items: list[Item]) -> None:
     """Prompts until the KV cache is full or all have been admitted, then dropped: what is timed runs on memory that the
     process has used before, as a worker's does for all but its first minute."""
@@ -81,6 +106,14 @@ def _warm_up(engine: Engine, job: Job, items: list[Item]) -> None:
         if report.outputs or not report.stats.prefill_tokens:
             break
     passes.close()
+
+
+def _unpacked_values(job: Job, engine: Engine) -> float:
+    """Values that a pass unpacks from four bits: those of layers that do not lie there as they are computed with."""
+    stored, plan = stored_in(read_manifest(Path(job.model_dir))), engine.plan
+    layers = [layer_name(index) for index, tier in enumerate(plan.layers) if plan.stay_packed or tier != "device"]
+    sizes = (stored.computed_bytes(layer, plan.dtype) for layer in layers if stored.is_packed(layer, plan.dtype))
+    return sum(sizes) / plan.dtype.num_bytes
 
 
 def _requests(job: Job, items: list[Item]) -> Iterator[Request]:
@@ -115,6 +148,7 @@ def _options(job: Job, idle_bytes: int) -> PlanOptions:
         micro_batch=job.micro_batch,
         micro_batches=job.micro_batches,
         schedule=job.schedule,
+        kv_format=job.kv_format,
     )
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from benchmarks.bound import COMPUTE
-from benchmarks.compare import BATCHES_TIMED, Comparison
+from benchmarks.bound import COMPUTE, UNPACKING
+from benchmarks.compare import BATCHES_TIMED, PLAIN, Comparison
 from engine.units import format_bytes
 
 
@@ -55,10 +55,8 @@ def _lines(comparison: Comparison, machine: dict[str, object], task: str) -> Ite
             yield f"{name:21} {peer.error}"
         else:
             ratio = comparison.ratio[name]
-            yield (
-                f"{name:21} {peer.tok_s:.2f} {unit}{_spread(peer.tok_s_each)} in {BATCHES_TIMED} full batches of "
-                f"{peer.batch}, its best; ours is {ratio:.2f} times as fast"
-            )
+            how = f" in {BATCHES_TIMED} full batches of {peer.batch}, its best" if name != PLAIN else ""
+            yield f"{name:21} {peer.tok_s:.2f} {unit}{_spread(peer.tok_s_each)}{how}; ours is {ratio:.2f} times as fast"
         yield from (f"  {failure}" for failure in peer.failed if peer.error is None)
     if comparison.tokens_agree is not None:
         yield f"same greedy tokens    {'yes' if comparison.tokens_agree else 'NO'} (float32, small shape)"
@@ -68,6 +66,8 @@ def _lines(comparison: Comparison, machine: dict[str, object], task: str) -> Ite
 
 
 def _rate(lane: str, rate: float) -> str:
+    if lane == UNPACKING:
+        return f"{rate / 1e9:.2f} G weights/s"
     return f"{rate / 1e12:.3f} TFLOP/s" if lane == COMPUTE else f"{rate / 1e9:.2f} GB/s"
 
 
