@@ -1,6 +1,7 @@
 """The claims. A document that states a figure has an entry here; lines by kind of machine where speeds differ so."""
 
 from benchmarks.claims.claim import AtLeast, AtMost, Claim, Machine, Missed, Need
+from benchmarks.claims.int4 import INT4_CLAIMS
 
 _CAP = frozenset({Need.MEMORY_CAP})
 _AGREES: dict[str, object] = {"tokens_agree": True}
@@ -42,10 +43,10 @@ _SCORING = _generate(
 )
 
 _LONG_PATH = Missed(
-    why="nearly twice too long: of 7,121, 4,016 lines are code, 1,406 docstrings with shapes, units and errors, 1,141 "
-    "blank, 528 imports; 1,764 of all are there for GPUs (packed attention, attention on the host beside one, pinned "
-    "memory)",
-    yet=AtMost(7150),
+    why="twice too long: of 7,550, a fifth are docstrings with shapes, units and errors, a sixth blank; 1,764 are "
+    "there for GPUs (packed attention, attention on the host beside one, pinned memory), 430 for keys, values and "
+    "weights that are stored in another way than they are computed with",
+    yet=AtMost(7600),
 )
 
 _PEER_NEAR_PEAK = (
@@ -386,4 +387,5 @@ CLAIMS: tuple[Claim, ...] = (
         figure="num_broken",
         line=AtMost(0),
     ),
+    *INT4_CLAIMS,
 )

@@ -1,0 +1,115 @@
+"""The claims of four bits: see docs/compression.md."""
+
+from benchmarks.claims.claim import AtLeast, AtMost, Claim, Machine, Need
+
+_CAP = frozenset({Need.MEMORY_CAP})
+_CAPPED: dict[str, object] = {"cap_missing": None}
+_AMX, _CPU, _FLOAT32 = Machine.AMX, Machine.CPU, Machine.FLOAT32
+_UNPACKING = ("benchmarks.unpacking", "--json")
+_ACCURACY = ("benchmarks.accuracy", "--numberings", "8", "--json")
+_HELD = ("--weight-format", "int4", "--peers", "plain", "--disk-rate", "1GB")
+
+
+def _generate(shape: str, requests: int, prompt: str, out: str, *more: str) -> tuple[str, ...]:
+    words = ("--shape", shape, "--requests", str(requests), "--prompt-len", prompt, "--gen-len", out)
+    return ("benchmarks.generate", *words, *more, "--json")
+
+
+def _from_disk(shape: str, cap: str, requests: int, prompt: str, out: str, *more: str) -> tuple[str, ...]:
+    return _generate(shape, requests, prompt, out, "--weights", "disk", "--memory-cap", cap, *more)
+
+
+_AS_FAST_AS_IT_IS = _from_disk(
+    *("opt-1.3b", "3GiB", 16, "32", "64"), *("--weight-format", "int4", "--peers", "accelerate", "--repeat", "3")
+)
+_IN_MEMORY = _generate(
+    *("opt-1.3b", 32, "512", "32"), *("--weights", "device", "--kv-format", "int4", "--peers", "plain", "--repeat", "3")
+)
+
+INT4_CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        name="int4-unpacking",
+        sentence="weights/s are unpacked from four bits, opt-1.3b's layers in bfloat16, from the trace",
+        command=_UNPACKING,
+        figure="weights_per_s",
+        line=AtLeast(2.0e9),
+    ),
+    Claim(
+        name="int4-bytes",
+        sentence="times fewer bytes are read in a pass, the same run",
+        command=_UNPACKING,
+        figure="fewer_bytes",
+        line=AtLeast(3.5),
+    ),
+    *(
+        Claim(
+            name=name,
+            sentence=f"times as fast as plain weights, {what}, the disk held to 1.0 GB/s for both",
+            command=command,
+            figure="ratio.plain",
+            line=line,
+            needs=_CAP,
+            requires=_CAPPED,
+        )
+        for name, what, command, line in (
+            (
+                "int4-1.3b",
+                "opt-1.3b from disk under a cap of 3 GiB, 16 requests of 32 → 64",
+                _from_disk("opt-1.3b", "3GiB", 16, "32", "64", *_HELD),
+                AtLeast(2.4),
+            ),
+            (
+                "int4-6.7b",
+                "opt-6.7b from disk under a cap of 6 GiB, 8 requests of 32 → 32",
+                _from_disk("opt-6.7b", "6GiB", 8, "32", "32", *_HELD),
+                AtLeast(2.5),
+            ),
+            (
+                "int4-prompts",
+                "opt-1.3b from disk under a cap of 3 GiB, 32 requests of 512 → 32",
+                _from_disk("opt-1.3b", "3GiB", 32, "512", "32", *_HELD),
+                {_AMX: AtLeast(1.7), _CPU: AtLeast(0.93), _FLOAT32: AtLeast(0.93)},
+            ),
+        )
+    ),
+    Claim(
+        name="int4-accelerate",
+        sentence="times as fast as accelerate's disk offload of plain weights, opt-1.3b, 16 requests of 32 → 64",
+        command=_AS_FAST_AS_IT_IS,
+        figure="ratio.accelerate",
+        line=AtLeast(2.5),
+        needs=_CAP,
+        requires=_CAPPED,
+    ),
+    Claim(
+        name="int4-bound",
+        sentence="of what disk, unpacking and products allow, the same run",
+        command=_AS_FAST_AS_IT_IS,
+        figure="ours.bound_fraction",
+        line=AtLeast(0.85),
+        needs=_CAP,
+        requires=_CAPPED,
+    ),
+    Claim(
+        name="int4-kv-memory",
+        sentence="times as fast as with a plain KV cache, opt-1.3b in memory, 512 → 32",
+        command=_IN_MEMORY,
+        figure="ratio.plain",
+        line={_AMX: AtLeast(0.55), _CPU: AtLeast(0.88), _FLOAT32: AtLeast(0.88)},
+    ),
+    *(
+        Claim(name=name, sentence=sentence, command=_ACCURACY, figure=figure, line=AtMost(line))
+        for name, figure, line, sentence in (
+            ("int4-weights-lost", "lost.weights", 0.01, "of 1,000 reviews are labelled less rightly with int4 weights"),
+            (
+                "int4-weights-drift",
+                "drift.weights",
+                0.02,
+                "is the mean drift of a log-probability, int4 weights",
+            ),
+            ("int4-axis", "axis_ratio", 0.8, "of the drift along FlexGen's axis of groups is that along ours"),
+            ("int4-kv-lost", "lost.kv", 0.005, "of 1,000 reviews are labelled less rightly with an int4 KV cache"),
+            ("int4-kv-drift", "drift.kv", 0.01, "is the mean drift of a log-probability, int4 KV cache"),
+        )
+    ),
+)
