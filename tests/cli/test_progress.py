@@ -31,10 +31,12 @@ def test_a_job_document_has_the_shape_and_the_sums_of_the_contract() -> None:
         "message": None,
         "model": "m",
         "task": "generate",
+        "exact": False,
         "dataset": None,
         "prompt": None,
         "choices": None,
         "plan": None,
+        "formats": None,
         "created_at": 90.0,
         "started_at": 100.0,
         "finished_at": None,
@@ -44,6 +46,20 @@ def test_a_job_document_has_the_shape_and_the_sums_of_the_contract() -> None:
         "throughput": {"generated_per_s": 10.0, "total_per_s": 50.0},
         "eta_s": 15.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("plan", "formats"),
+    [
+        ({"dtype": "float16"}, {"weights": "plain", "kv": "plain", "dtype": "float16"}),  # of a version before
+        (
+            {"dtype": "bfloat16", "weight_format": "int4", "kv_format": "plain"},
+            {"weights": "int4", "kv": "plain", "dtype": "bfloat16"},
+        ),
+    ],
+)
+def test_the_formats_that_a_job_ran_under_are_its_plans(plan: dict[str, str], formats: dict[str, str]) -> None:
+    assert job_document(make_job(plan=plan), now=110.0)["formats"] == formats
 
 
 def test_a_finished_job_no_longer_depends_on_the_clock() -> None:
