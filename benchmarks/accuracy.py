@@ -96,7 +96,7 @@ def drift(one: Answers, other: Answers) -> float:
 
 def accuracy(found: Answers, rows: list[dict[str, Any]]) -> float:
     """The share of rows that are labelled as people did."""
-    return mean(max(a, key=lambda label: a[label]) == row["label"] for a, row in zip(found, rows, strict=True))
+    return mean(float(max(a, key=lambda label: a[label]) == row["label"]) for a, row in zip(found, rows, strict=True))
 
 
 def measure(numberings: int, most: int, say: Callable[[str], None]) -> dict[str, Any]:

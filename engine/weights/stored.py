@@ -49,7 +49,7 @@ class StoredWeights:
         """Whether a unit's stored bytes are what is computed with in ``dtype``: nothing must be unpacked."""
         return all(each.is_ready(dtype) for each in self._unit_formats[unit])
 
-    @property
+    @cached_property
     def weight_format(self) -> str:
         """The format of the layers' matrices."""
         layers = [unit for unit in self.unit_tensors if unit not in (EMBED, HEAD)]
@@ -62,7 +62,12 @@ class StoredWeights:
 
     def has_packed(self, dtype: DType) -> bool:
         """Whether a layer is."""
-        return any(self.is_packed(unit, dtype) for unit in self.unit_bytes if unit not in (EMBED, HEAD))
+        return dtype in self._packed_in
+
+    @cached_property
+    def _packed_in(self) -> frozenset[DType]:
+        layers = [unit for unit in self.unit_bytes if unit not in (EMBED, HEAD)]
+        return frozenset(dtype for dtype in DType if any(self.is_packed(unit, dtype) for unit in layers))
 
     def scratch_bytes(self, unit: str, dtype: DType) -> int:
         """Bytes that unpacking a unit takes beside its result: one tensor is unpacked after the other."""
