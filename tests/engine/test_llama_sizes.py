@@ -178,11 +178,13 @@ def test_a_layer_takes_no_more_memory_than_its_workspace(
     hidden = torch.randn(ROWS, family.shape.hidden_size).to(dtype)
     prepared = family.prepare(torch.arange(ROWS), dtype)
 
+    def attend(qkv: torch.Tensor) -> torch.Tensor:
+        """As on a GPU, where queries are copied, and the result is beside that copy."""
+        queries = qkv[:, : family.shape.num_heads].clone(memory_format=torch.contiguous_format)
+        return queries.clone()
+
     def compute() -> None:
-        run_layer(
-            family.layer(weights, hidden, prepared),
-            lambda qkv: qkv[:, : family.shape.num_heads].clone(memory_format=torch.contiguous_format),
-        )
+        run_layer(family.layer(weights, hidden, prepared), attend)
 
     if linear.has_products(dtype):
         # oneDNN reorders parts of weights in memory of its own: how much, each processor has its own mind about.
@@ -194,5 +196,5 @@ def test_a_layer_takes_no_more_memory_than_its_workspace(
     peak = hidden.nbytes + peak_of(compute)
     allowed = ROWS * family.shape.workspace_values * dtype.itemsize
     assert peak <= allowed + scratch
-    if dtype != torch.float32:  # float32 beside it is counted, and little else: another copy of queries, on a GPU
-        assert peak > 0.7 * allowed
+    if dtype != torch.float32:  # float32 beside it is counted, and little else
+        assert peak > 0.8 * allowed
