@@ -55,11 +55,8 @@ class PlainKV:
 
     def read(self, layer: int, num_tokens: int, heads: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Where they lie."""
-        for extent, layers in zip(self._extents, self._layers, strict=True):
-            count = min(num_tokens - extent.start, extent.capacity)
-            if count <= 0:
-                break
-            yield layers[layer][0, heads, :count], layers[layer][1, heads, :count]
+        for kv_2KcH, count in pieces_of(self._extents, self._layers, layer, num_tokens):
+            yield kv_2KcH[0, heads, :count], kv_2KcH[1, heads, :count]
 
     def append(self, layer: int, start: int, heads: slice, rows: slice, new: NewKV) -> None:
         """A copy."""
@@ -79,6 +76,17 @@ def up_to(
         if position < extent.start + extent.capacity:
             break
     return found, position - extent.start
+
+
+def pieces_of(
+    extents: Sequence[Extent], layers: Sequence[tuple[Any, ...]], layer: int, num_tokens: int
+) -> Iterator[tuple[Any, int]]:
+    """One layer of the extents that the first ``num_tokens`` lie in, and how many of them are in each."""
+    for extent, of_extent in zip(extents, layers, strict=True):
+        count = min(num_tokens - extent.start, extent.capacity)
+        if count <= 0:
+            break
+        yield of_extent[layer], count
 
 
 def pieces_from(

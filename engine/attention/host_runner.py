@@ -22,7 +22,6 @@ from engine.attention.pools import KVPools
 from engine.attention.rows import Part, Rows
 from engine.attention.sharing import Shares, sharing
 from engine.attention.workers import one_core
-from engine.formats.int4 import Parts
 from engine.kvcache.cache import Holding, Move
 from engine.kvcache.segments import Kind, MicroBatch
 from engine.memory.closing import run_all
@@ -66,11 +65,13 @@ class HostRunner:
         work, num_kv_heads = self._work[index], self._num_kv_heads
         num_heads = qkv.shape[1] - 2 * num_kv_heads
         kv_T2KH = qkv[:, num_heads:].view(len(qkv), 2, -1, qkv.shape[2])
-        packed = self._packed(layer, index, kv_T2KH)
+        stored = self._rows.rounded(kv_T2KH)
+        self._elsewhere.store(layer, index, stored)
         q_TNH, k_TKH, v_TKH = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
         if work.num_tokens < out_TNH.shape[0]:
             out_TNH[work.num_tokens :] = 0
+        packed = self._rows.parts(stored) if isinstance(self._rows, PackedRows) else None
         new = NewKV(k_TKH, v_TKH, packed)
         if packed is None:
             decode = decoder(work.decode_rows, q_TNH, k_TKH, v_TKH, out_TNH)
@@ -104,17 +105,6 @@ class HostRunner:
                 self._pools.close,
             ]
         )
-
-    def _packed(self, layer: int, index: int, kv_T2KH: Tensor) -> Parts | None:
-        """Stores what is kept elsewhere. If keys and values are packed, those that were added are rounded as they will
-        be read, so that it makes no difference who reads them when; their parts."""
-        if not isinstance(self._rows, PackedRows):
-            self._elsewhere.store(layer, index, kv_T2KH)
-            return None
-        rows = self._rows.pack(kv_T2KH)
-        self._rows.unpack(rows, kv_T2KH)
-        self._elsewhere.store(layer, index, rows)
-        return self._rows.parts(rows)
 
     def _attend_elsewhere(self, rows: Rows, groups: Sequence[Group], decode: Decoder | None, first_row: int) -> None:
         """Group by group, as they come."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.attention.extents import NewKV, pieces_from, up_to
+from engine.attention.extents import NewKV, pieces_from, pieces_of, up_to
 from engine.formats.int4 import Parts, unpack_parts
 from engine.formats.sizes import Int4
 from engine.kvcache.cache import Extent
@@ -56,11 +56,8 @@ class PackedKV:
 
     def read(self, layer: int, num_tokens: int, heads: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Unpacked into memory of their own."""
-        for extent, layers in zip(self._extents, self._layers, strict=True):
-            count = min(num_tokens - extent.start, extent.capacity)
-            if count <= 0:
-                break
-            codes_2KsC, scale_2KsG, minimum_2KsG = (each[:, heads, :count] for each in layers[layer].parts)
+        for piece, count in pieces_of(self._extents, self._layers, layer, num_tokens):
+            codes_2KsC, scale_2KsG, minimum_2KsG = (each[:, heads, :count] for each in piece.parts)
             kv_2KsH = torch.empty(*codes_2KsC.shape[:3], self._head_size, dtype=self._dtype)
             unpack_parts((codes_2KsC, scale_2KsG, minimum_2KsG), kv_2KsH)
             yield kv_2KsH[0], kv_2KsH[1]
@@ -76,7 +73,7 @@ class PackedKV:
 def _packed(raw: Tensor, shape: ModelShape, stored: Int4) -> tuple[PackedPiece, ...]:
     """Each layer's bytes, ``[L, bytes]``: scales, minima, codes."""
     heads, groups = (2, shape.num_kv_heads, -1), shape.head_size // stored.group
-    # Of a head's token, four bytes a group, and half a byte a value.
+    # A token of one head takes four bytes for each group and half a byte for each value.
     numbers = raw.shape[1] * 2 * groups // (4 * groups + shape.head_size // 2)
     found = []
     for layer in raw.unbind():

@@ -47,6 +47,12 @@ class PackedRows:
         by_head = len(rows_SB), *self._heads, -1
         return codes.view(by_head), scale.view(torch.float16).view(by_head), minimum.view(torch.float16).view(by_head)
 
+    def rounded(self, kv_S2KH: Tensor) -> Tensor:
+        """``uint8 [S, B]``."""
+        rows_SB = self.pack(kv_S2KH)
+        self.unpack(rows_SB, kv_S2KH)
+        return rows_SB
+
     def unpack(self, rows: Tensor, out_S2KH: Tensor) -> None:
         """Into ``out``, which may have gaps between its tokens."""
         unpack_parts(self.parts(rows), out_S2KH)

@@ -129,10 +129,7 @@ class PackedRunner:
         """Store a micro-batch's keys and values, and attend, but for what the host is left to do."""
         batch = self._batches[index]
         q_TNH, kv_T2KH = qkv[:, : self._num_heads], qkv[:, self._num_heads :].view(len(qkv), 2, -1, qkv.shape[2])
-        stored = self._rows.pack(kv_T2KH)
-        if self._rows.is_packed:
-            # Rounded as they will be read, so that it makes no difference who reads them when.
-            self._rows.unpack(stored, kv_T2KH)
+        stored = self._rows.rounded(kv_T2KH)
         self._elsewhere.store(layer, index, stored)
         # Rows of padding stay as they are: no other row ever depends on them.
         out_TNH = torch.empty(q_TNH.shape, dtype=qkv.dtype, device=qkv.device)

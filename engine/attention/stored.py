@@ -22,8 +22,9 @@ class StoredRows(Protocol):
     def view(self, raw: Tensor) -> Tensor:
         """Rows in bytes of memory, ``uint8 [S * B]``: a view of ``S`` rows."""
 
-    def pack(self, kv_S2KH: Tensor) -> Tensor:
-        """Rows of keys and values."""
+    def rounded(self, kv_S2KH: Tensor) -> Tensor:
+        """Rows of keys and values, which are rounded in place to what will be read from these rows: so it makes no
+        difference who attends to them when."""
 
     def unpack(self, rows: Tensor, out_S2KH: Tensor) -> None:
         """The keys and values of rows that are packed."""
@@ -41,7 +42,7 @@ class PlainRows:
         """``[S, k|v, K, H]``."""
         return raw.view(self._dtype).view(-1, *self._row)
 
-    def pack(self, kv_S2KH: Tensor) -> Tensor:
+    def rounded(self, kv_S2KH: Tensor) -> Tensor:
         """As they are."""
         return kv_S2KH
 

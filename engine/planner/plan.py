@@ -193,12 +193,6 @@ class Plan:
         """Bytes of each tier that are held once the KV cache is full; on disk, where it grows, at most."""
         return {tier: self.other_bytes[tier] + self.kv_bytes[tier] for tier in TierName}
 
-    @property
-    def rounds(self) -> bool:
-        """Whether weights or the KV cache are stored in fewer bits than they are computed with: answers differ a little
-        from those of the model."""
-        return self.weight_format != Plain.name or self.kv_format.name != Plain.name
-
     def kv_tokens(self, shape: ModelShape) -> dict[TierName, int]:
         """Tokens of KV cache each tier has room for."""
         token_bytes = kv_bytes_per_token(shape, self.kv_format)
