@@ -70,7 +70,7 @@ def host_share(stored: StoredRows | None = None) -> tuple[float, float]:
     plain.normal_()
     reads_s = _shortest(plain.view(torch.float32).sum)
     stored = stored or PlainRows(heads, size, torch.float16)
-    pool = stored.pack(plain.view(-1, 2, heads, size))
+    pool = stored.rounded(plain.view(-1, 2, heads, size))
     pages = [list(range(row * in_row, (row + 1) * in_row)) for row in range(rows)]
     most = BLOCK_BYTES // (4 * heads * size * page_tokens)
     table = page_table(pages, [tokens] * rows, page_tokens, most)

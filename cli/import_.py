@@ -12,7 +12,7 @@ from cli.context import App
 from cli.display import colour_wanted, emit, printable, say, warn
 from cli.options import Text, settings_options
 from engine.dtypes import DType
-from engine.formats.sizes import WEIGHT_FORMATS
+from engine.formats.sizes import TENSOR_FORMATS, Plain
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -27,8 +27,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 )
 @click.option(
     "--weight-format",
-    type=click.Choice(WEIGHT_FORMATS),
-    default=WEIGHT_FORMATS[0],
+    type=click.Choice(TENSOR_FORMATS),
+    default=Plain.name,
     help="int4: the layers' matrices take 4.5 bits a weight, and answers change a little. Default: plain.",
 )
 @click.option(
@@ -56,7 +56,7 @@ def command(
     """
     from cli.errors import FileAbsent, OutputRefused
 
-    is_packed = weight_format != WEIGHT_FORMATS[0]
+    is_packed = weight_format != Plain.name
     if quantize_embeddings and not is_packed:
         raise click.UsageError("--quantize-embeddings needs --weight-format int4")
     folder = _expanded(source)

@@ -12,7 +12,7 @@ from cli.job_options import Choices
 from cli.options import Number, Size, Text, json_option, settings_options
 from cli.placement import placement_options, take_placement
 from cli.planning import DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, DEFAULT_REQUESTS, LengthOptions, read_input
-from engine.formats.sizes import WEIGHT_FORMATS
+from engine.formats.sizes import TENSOR_FORMATS
 from engine.units import MIB
 from worker.payloads import TASKS
 
@@ -70,7 +70,7 @@ def _tokens() -> Number:
 )
 @click.option(
     "--weight-format",
-    type=click.Choice(WEIGHT_FORMATS),
+    type=click.Choice(TENSOR_FORMATS),
     help="As if the layers' weights were stored so. Default: as they are; those of a known model are plain.",
 )
 @click.option("--disk-speed", type=Size(minimum=MIB), help="Bytes that the disk reads a second, if another: 3GB.")

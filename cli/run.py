@@ -198,7 +198,7 @@ def _check_resumed(app: App, database: "Database", job: "Job", placement: "PlanO
 
 def _check_exact(placement: "PlanOptions", *, exact: bool) -> None:
     """The only worker there is would leave the job alone."""
-    if exact and placement.kv_format not in (None, "plain"):
+    if exact and placement.may_round:
         raise click.UsageError(
             f"--exact and --kv-format {placement.kv_format}: a cache in four bits is not exact; leave one of them out"
         )

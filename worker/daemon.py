@@ -126,7 +126,7 @@ def _work(
     residency = Residency(
         _loader(settings, options.placement, device, recorder, bell),
         time.time,
-        cache(lambda model_dir: why_not_exact(model_dir, options.placement.kv_format)),
+        cache(lambda model_dir: why_not_exact(model_dir, options.placement)),
     )
 
     def drain() -> None:

@@ -2,24 +2,24 @@
 
 from pathlib import Path
 
-from engine.attention.sizes import KV_FORMATS
 from engine.formats.sizes import Plain
+from engine.planner.plan import PlanOptions
 from engine.weights.layout import stored_in
 from engine.weights.manifest import is_model_dir, read_manifest
 
 
-def why_not_exact(model_dir: Path, kv_format: str | None) -> str | None:
+def why_not_exact(model_dir: Path, placement: PlanOptions) -> str | None:
     """What it would round, for people; ``None``: nothing.
 
     Args:
         model_dir: perhaps not there yet: what is imported on first use is plain.
-        kv_format: as asked for; with ``auto``, a plan may well choose four bits.
+        placement: as asked for; with ``--kv-format auto``, a plan may well choose four bits.
 
     Raises:
         CheckpointError: the model directory is damaged.
     """
-    if kv_format not in (None, KV_FORMATS[0]):
-        return f"this worker runs with --kv-format {kv_format}"
+    if placement.may_round:
+        return f"this worker runs with --kv-format {placement.kv_format}"
     if is_model_dir(model_dir):
         found = stored_in(read_manifest(model_dir)).weight_format
         if found != Plain.name:

@@ -7,9 +7,6 @@ from engine.units import MIB
 
 STORE_BUFFERS = 2
 """For what a micro-batch adds elsewhere: one is filled while the other is emptied into the pages that it is for."""
-
-
-KV_FORMATS = ("plain", "int4")
 _GROUP = 64
 _PACKED_VALUES, _PACKED_VALUES_ON_CPU = 1 << 24, 1 << 20
 """Keys and values that are packed at once: what caches hold; on a GPU, so many that few launches pack a micro-batch."""

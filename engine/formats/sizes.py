@@ -69,8 +69,6 @@ class Plain:
         return cls(DType(name))
 
 
-WEIGHT_FORMATS = ("plain", "int4")
-"""In which formats a person may ask for matrices to be stored."""
 GROUPS = (32, 64, 128)
 """How many values may share a scale and a minimum."""
 BLOCK_VALUES = 1 << 20
@@ -121,6 +119,8 @@ class Int4:
         return cls(group)
 
 
+TENSOR_FORMATS = (Plain.name, Int4.name)
+"""In which formats a person may ask for matrices, or keys and values, to be stored."""
 _FORMATS: Mapping[str, Callable[[Mapping[str, Any]], TensorFormat]] = {
     Plain.name: Plain.from_fields,
     Int4.name: Int4.from_fields,

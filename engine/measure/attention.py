@@ -15,11 +15,11 @@ from statistics import median
 import torch
 
 from engine.attention.attention import Attention
-from engine.attention.sizes import KV_FORMATS, kv_bytes_per_token, kv_layer_bytes
+from engine.attention.sizes import kv_bytes_per_token, kv_layer_bytes
 from engine.devices.facts import MachineFacts
 from engine.devices.open import facts_of
 from engine.dtypes import DType
-from engine.formats.sizes import Plain
+from engine.formats.sizes import Int4, Plain
 from engine.kvcache.cache import PAGE_TOKENS, KVCache
 from engine.kvcache.segments import MicroBatch, Segment
 from engine.measure.effort import Effort, Points
@@ -181,7 +181,7 @@ def _rate(moved: Moved, lane: LaneName) -> float:
 def measured_caches(facts: MachineFacts) -> tuple[tuple[TierName, str], ...]:
     """Which caches are measured, by tier and format: on the host, if it can attend beside the device; in four bits,
     where the CPU attends to them as they are."""
-    plain, packed = KV_FORMATS
+    plain, packed = Plain.name, Int4.name
     beside = () if facts.shares_host_memory else ((TierName.HOST, plain), (TierName.HOST, packed))
     here = ((TierName.DEVICE, packed),) if facts.shares_host_memory else ()
     return ((TierName.DEVICE, plain), *here, *beside, (TierName.DISK, plain))
@@ -318,7 +318,7 @@ def cache_in(
     hidden_size: int,
     folder: Path,
     effort: Effort,
-    kv_format: str = KV_FORMATS[0],
+    kv_format: str = Plain.name,
 ) -> Iterator[Cache]:
     """A cache in one tier, with room for what is measured and no more."""
     shape = cached_shape(hidden_size, effort)

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from engine.attention.sizes import KV_FORMATS, decode_workspace_bytes, head_group, packing_bytes
+from engine.attention.sizes import decode_workspace_bytes, head_group, packing_bytes
 from engine.devices.facts import MachineFacts, free_disk_space
 from engine.dtypes import DType
 from engine.errors import Unmeasurable
-from engine.formats.sizes import Int4
+from engine.formats.sizes import TENSOR_FORMATS, Int4, Plain
 from engine.measure.attention import cache_plan, cached_shape, measured_caches, qkv_tokens
 from engine.measure.disk import copied_at_once
 from engine.measure.effort import Effort
@@ -104,9 +104,8 @@ class _Width:
     def device_bytes(self) -> list[int]:
         """What each step takes, workspace included."""
         slots = STAGING_SLOTS if self._shares else BOUNCED_SLOTS
-        plain, packed = KV_FORMATS
-        layers = {(TierName.DEVICE, plain): self._number + slots}
-        layers |= {(TierName.HOST, plain): FEW_LAYERS, (TierName.HOST, packed): FEW_LAYERS}
+        layers = {(TierName.DEVICE, Plain.name): self._number + slots}
+        layers |= {(TierName.HOST, name): FEW_LAYERS for name in TENSOR_FORMATS}
         found = [
             plan.used_bytes[TierName.DEVICE]
             - plan.workspace_bytes
@@ -133,7 +132,7 @@ class _Width:
     def disk_bytes(self) -> list[int]:
         """What each step takes: files of layers, or a spill file."""
         streams = self._shape.hidden_size <= self._effort.most_streamed_width
-        return [self._streamed if streams else 0, self._plans[TierName.DISK, KV_FORMATS[0]].used_bytes[TierName.DISK]]
+        return [self._streamed if streams else 0, self._plans[TierName.DISK, Plain.name].used_bytes[TierName.DISK]]
 
     def _work(self, dtype: DType) -> int:
         """What a layer and its attention take while they are computed."""

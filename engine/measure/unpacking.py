@@ -21,7 +21,7 @@ _MATRICES = 4
 
 
 def unpacked_per_s(device: Device, dtype: DType, hidden_size: int, effort: Effort) -> float:
-    """Of the largest matrices of a layer of that width, to ``dtype``."""
+    """Weights unpacked a second, from the largest matrices of a layer of that width, to ``dtype``."""
     stored, shape = Int4(), matrix(hidden_size)
     packed: Iterator[Tensor] = cycle([device.upload(_random(stored, shape)) for _ in range(_MATRICES)])
     out = torch.empty(shape, dtype=torch_dtype(dtype), device=device.torch_device)
@@ -30,7 +30,7 @@ def unpacked_per_s(device: Device, dtype: DType, hidden_size: int, effort: Effor
 
 
 def packed_per_s(device: Device, dtype: DType, effort: Effort) -> float:
-    """Keys and values of as many tokens as a cache is given at once, in the widest model."""
+    """Values packed a second: of as many tokens as a cache is given at once, in the widest model."""
     heads, tokens = effort.widths[-1][0] // effort.head_size, max(effort.tokens)
     rows = PackedRows(heads, effort.head_size, Int4(head_group(effort.head_size)))
     size = tokens, 2, heads, effort.head_size

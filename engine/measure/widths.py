@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from engine.attention.sizes import KV_FORMATS
 from engine.devices.open import facts_of
 from engine.dtypes import DType
+from engine.formats.sizes import Int4, Plain
 from engine.measure.attention import (
     Cache,
     OnHost,
@@ -90,19 +90,19 @@ def width_of(
         head[dtype] = Rate(head_points(device, hidden_size, dtype, effort.few_rows, effort), SOURCE)
     with cache_in(TierName.DISK, device, best, hidden_size, folder, effort) as cache:
         found = spilled(cache)
-    hosts: list[OnHost | None] = [None, None]
+    hosts: dict[str, OnHost] = {}
     packed = None
     for tier, name in measured_caches(facts_of(device)):
         if tier is TierName.HOST:
             with cache_in(tier, device, best, hidden_size, folder, effort, name) as cache:
                 step = Layers(device, hidden_size, FEW_LAYERS, best, effort).step
-                hosts[KV_FORMATS.index(name)] = on_host(cache, step)
-        elif tier is TierName.DEVICE and name != KV_FORMATS[0]:
+                hosts[name] = on_host(cache, step)
+        elif tier is TierName.DEVICE and name != Plain.name:
             with cache_in(tier, device, best, hidden_size, folder, effort, name) as cache:
                 (seconds,) = in_turns(effort, decode_works(cache))
                 packed = decode_points(cache, seconds, overheads)
     one = Width(hidden_size=hidden_size, matmul=matmul, head=head, prompt_attention=prompt, decode_attention=decode)
-    return OfWidth(one, found, from_disk, hosts[0], packed, hosts[1])
+    return OfWidth(one, found, from_disk, hosts.get(Plain.name), packed, hosts.get(Int4.name))
 
 
 def least_segment_s(device: Device, dtype: DType, overheads: Overheads, folder: Path, effort: Effort) -> float:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from engine.attention.sizes import KV_FORMATS
 from engine.errors import PlanDoesNotFit
 from engine.formats.sizes import Int4, Plain
 from engine.memory.lane import LaneName
@@ -75,10 +74,9 @@ def _changes(given: PlanInput, hardware: Hardware) -> Iterator[tuple[str, PlanIn
 
 
 def _with_packed_cache(given: PlanInput, hardware: Hardware) -> Iterator[tuple[str, PlanInput, Hardware]]:
-    plain, packed = KV_FORMATS
-    if given.options.kv_format in (None, plain) and given.why_not_int4 is None:
-        change = f"a KV cache in four bits (--kv-format {packed}), which changes answers a little"
-        yield change, given.asking(replace(given.options, kv_format=packed)), hardware
+    if not given.options.may_round and given.why_not_int4 is None:
+        change = f"a KV cache in four bits (--kv-format {Int4.name}), which changes answers a little"
+        yield change, given.asking(replace(given.options, kv_format=Int4.name)), hardware
 
 
 def _with_lanes(hardware: Hardware, lanes: tuple[LaneName, ...]) -> Hardware:

@@ -75,17 +75,20 @@ class PassModel:
         self._prompt_attention = hardware.prompt_rate(shape.hidden_size)
         self._decode_attention = hardware.decode_rate(shape.hidden_size)
         self._host_attention = hardware.host_attention
-        if plan.kv_format.name != Plain.name:
-            self._host_attention = hardware.packed_host_attention or self._host_attention
+        self._shares_host = hardware.shares_host_memory
+        self._unpack_token_s = self._pack_token_s = 0.0
         self._layer_flops = sum(stored.unit_flops[layer_name(index)] for index in range(shape.num_layers))
         self._head_flops = stored.unit_flops[HEAD]
         self._token_bytes = kv_bytes_per_token(shape, plan.kv_format)
         self._layer_token_bytes = self._token_bytes / shape.num_layers
         self._attended_bytes = kv_bytes_per_token(shape, Plain(plan.dtype))
-        """Of a token's keys and values, as they are computed with."""
-        self._is_packed = self._attended_bytes > self._token_bytes
-        rates = (hardware.unpack_rate(plan.dtype), hardware.pack_rate(plan.dtype)) if self._is_packed else (1.0, 1.0)
-        self._unpack_token_s, self._pack_token_s = (self._attended_bytes / self._item / rate for rate in rates)
+        """The keys and values of a token in all layers, as they are computed with."""
+        if plan.kv_format.name != Plain.name:
+            self._host_attention = hardware.packed_host_attention or self._host_attention
+            if self._shares_host:  # where compute addresses them on the CPU, they are multiplied as they are
+                self._decode_attention = hardware.packed_decode or self._decode_attention
+            rates = hardware.unpack_rate(plan.dtype), hardware.pack_rate(plan.dtype)
+            self._unpack_token_s, self._pack_token_s = (self._attended_bytes / self._item / rate for rate in rates)
         self._query_bytes = shape.num_layers * shape.num_heads * shape.head_size * self._item
         self._hidden_bytes = shape.hidden_size * self._item
         pool = sum(plan.kv_bytes.values())
@@ -93,7 +96,6 @@ class PassModel:
         layers = [(tier, stored.unit_bytes[layer_name(index)]) for index, tier in enumerate(plan.layers)]
         weight_bytes = {tier: sum(size for place, size in layers if place is tier) for tier in TierName}
         transfer_bytes = max(size for _, size in layers)
-        self._shares_host = hardware.shares_host_memory
         self._weight_bytes = dict.fromkeys(LINKS, 0) | {LaneName.DISK_READ: weight_bytes[TierName.DISK]}
         if not self._shares_host:
             self._weight_bytes[LaneName.HOST_TO_DEVICE] = weight_bytes[TierName.DISK] + weight_bytes[TierName.HOST]
@@ -186,9 +188,7 @@ class PassModel:
         """
         hardware, layers = self._hardware, self._shape.num_layers
         compute_s = self._in_parts(self._matmul, self._layer_flops, load.tokens, batch_tokens)
-        if self._is_packed:
-            compute_s += load.tokens * self._pack_token_s + load.tokens * self._unpack_token_s
-            compute_s += load.reattended * self._unpack_token_s
+        compute_s += load.tokens * self._pack_token_s + (load.tokens + load.reattended) * self._unpack_token_s
         pair_flops = 4 * self._shape.num_heads * self._shape.head_size * layers
         prompt_length = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 0.0
         compute_s += self._prompt_attention.seconds(pair_flops * load.prompt_pairs, prompt_length)
@@ -200,14 +200,8 @@ class PassModel:
         if scratch is not None:
             compute_s += scratch.seconds(read * fetched, size)
         here = 1 - on_host - fetched
-        if self._is_packed and self._shares_host:
-            # Where compute addresses them on the CPU, they are multiplied as they are.
-            compute_s += (hardware.packed_decode or self._decode_attention).seconds(read * here, size)
-            compute_s += load.attended * fetched * self._unpack_token_s
-        else:
-            compute_s += self._decode_attention.seconds(read * here, size)
-            if self._is_packed:
-                compute_s += load.attended * (1 - on_host) * self._unpack_token_s
+        compute_s += self._decode_attention.seconds(read * here, size)
+        compute_s += load.attended * (fetched if self._shares_host else 1 - on_host) * self._unpack_token_s
         compute_s += hardware.layer_overhead.value * layers * batches
         segments = load.prompt_segments + load.decode_tokens * here
         compute_s += hardware.segment_overhead.value * layers * segments

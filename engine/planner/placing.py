@@ -67,7 +67,8 @@ def place_layers(given: PlanInput, *, taken: int, batch_bytes: int, stay_packed:
     computed = [stored.computed_bytes(layer_name(index), given.dtype) for index in range(num_layers)]
     kept = [stored.unit_bytes[layer_name(index)] for index in range(num_layers)]
     sizes = kept if stay_packed else computed
-    unpacked = unpack_slots(given, num_layers) * max(computed)
+    ready = all(stored.is_ready(layer_name(index), given.dtype) for index in range(num_layers))
+    unpacked = 0 if ready else unpack_slots(host_attends=options.host_attention == "on") * max(computed)
     taken += sum(stored.computed_bytes(unit, given.dtype) for unit in (EMBED, HEAD))
     whole_share = WHOLE_KV_SHARE if bounces else KV_SHARE
     whole_room = int(budgets[TierName.DEVICE] * (1 - whole_share)) - taken
@@ -87,11 +88,10 @@ def place_layers(given: PlanInput, *, taken: int, batch_bytes: int, stay_packed:
     return interleave({TierName.DEVICE: on_device, TierName.HOST: on_host, TierName.DISK: on_disk})
 
 
-def unpack_slots(given: PlanInput, num_layers: int) -> int:
-    """Device buffers that layers are unpacked into, where some are: with attention on the host, a layer is begun before
-    the one in front of it is over."""
-    ready = all(given.stored.is_ready(layer_name(index), given.dtype) for index in range(num_layers))
-    return 0 if ready else 2 if given.options.host_attention == "on" else 1
+def unpack_slots(*, host_attends: bool) -> int:
+    """Device buffers that layers are unpacked into: with attention on the host, a layer is begun before the one in
+    front of it is over."""
+    return 2 if host_attends else 1
 
 
 def _how_many(sizes: Sequence[int], room: int) -> int:

@@ -8,15 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine.attention.sizes import KV_FORMATS, kv_bytes_per_token
+from engine.attention.sizes import kv_bytes_per_token
 from engine.dtypes import DType
-from engine.formats.sizes import Plain, TensorFormat
+from engine.formats.sizes import TENSOR_FORMATS, Plain, TensorFormat
 from engine.kvcache.cache import Layout, unit_tokens
 from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 
-HOST_ATTENTION = ("auto", "on", "off")
-KV_CHOICES = (*KV_FORMATS, "auto")
+AUTO = "auto"
+"""Whichever is predicted to be faster."""
+HOST_ATTENTION = (AUTO, "on", "off")
+KV_CHOICES = (*TENSOR_FORMATS, AUTO)
 SCHEDULES = ("mixed", "block")
 """Every pass with decode and prefill tokens both; or FlexGen's two phases, a block of sequences after the other."""
 
@@ -80,6 +82,11 @@ class PlanOptions:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, not {value}")
+
+    @property
+    def may_round(self) -> bool:
+        """Whether keys and values may be stored in fewer bits than they are computed with; answers differ then."""
+        return self.kv_format not in (None, Plain.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from engine.errors import PlanDoesNotFit
 from engine.formats.sizes import Int4, Plain, TensorFormat
 from engine.kvcache.cache import Layout, layouts, unit_tokens
 from engine.model.family import EMBED, HEAD, layer_name
-from engine.planner.placing import BOUNCED_SLOTS, STAGING_SLOTS, STREAMED_MICRO_BATCHES, place_layers
+from engine.planner.placing import BOUNCED_SLOTS, STAGING_SLOTS, STREAMED_MICRO_BATCHES, place_layers, unpack_slots
 from engine.planner.plan import SCHEDULES, Plan, PlanOptions
 from engine.planner.plan_input import PlanInput
 from engine.planner.workload import MORE_MAY_COME
@@ -145,7 +145,7 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
     fixed[TierName.DEVICE] += activation_slots * batch_bytes
     passing = [index for index, tier in enumerate(layers) if stay_packed or tier is not TierName.DEVICE]
     to_unpack = [layer for layer in map(layer_name, passing) if not stored.is_ready(layer, dtype)]
-    unpacked = (2 if host_attends else 1) if to_unpack else 0
+    unpacked = unpack_slots(host_attends=host_attends) if to_unpack else 0
     fixed[TierName.DEVICE] += unpacked * max((stored.computed_bytes(layer, dtype) for layer in to_unpack), default=0)
     activation_bytes = micro_batches * batch_bytes
     # Pieces of a spill file are whole pages.

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
 
-from engine.attention.sizes import KV_FORMATS
 from engine.errors import PlanDoesNotFit
+from engine.formats.sizes import TENSOR_FORMATS
 from engine.planner.cost import OVERLAPPED, Overlap, PassModel
 from engine.planner.hardware import Hardware
 from engine.planner.load import mean_request_load, residency_passes
-from engine.planner.plan import KV_CHOICES, Plan, PlanOptions
+from engine.planner.plan import AUTO, Plan, PlanOptions
 from engine.planner.plan_input import PlanInput
 from engine.planner.predict import (
     MAX_SIMULATED_PASSES,
@@ -107,7 +107,7 @@ def search(
     """
     if given.workload is None:
         raise ValueError("a plan is searched for a workload, and none is given")
-    if given.options.kv_format == KV_CHOICES[-1]:
+    if given.options.kv_format == AUTO:
         return _either_format(given, hardware, overlap, most_simulated)
     _check_lengths(given.shape, given.workload)
     fixed = replace(given.options, dtype=given.dtype, disk_dir=given.options.disk_dir or given.disk_dir)
@@ -116,7 +116,7 @@ def search(
 
 def _either_format(given: PlanInput, hardware: Hardware, overlap: Overlap, most_simulated: int) -> Found:
     """The better of what is found for each format of the KV cache; plain where there is no difference."""
-    formats = KV_FORMATS if given.why_not_int4 is None else KV_FORMATS[:1]
+    formats = TENSOR_FORMATS if given.why_not_int4 is None else TENSOR_FORMATS[:1]
     found: list[Found] = []
     refused: list[PlanDoesNotFit] = []
     for name in formats:

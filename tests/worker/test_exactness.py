@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.formats.sizes import Int4
+from engine.planner.plan import PlanOptions
 from engine.weights.importing import import_checkpoint
 from tests.worker.bench import Bench
 from worker.exactness import why_not_exact
@@ -14,9 +15,9 @@ from worker.residency import Residency
 
 def of_format(bench: Bench, kv_format: str | None) -> None:
     """The bench's worker with a KV cache in that format."""
-    bench.placement = replace(bench.placement, kv_format=kv_format)
+    placement = bench.placement = replace(bench.placement, kv_format=kv_format)
     bench.residency.unload()
-    bench.residency = Residency(bench.load, bench.clock, lambda model_dir: why_not_exact(model_dir, kv_format))
+    bench.residency = Residency(bench.load, bench.clock, lambda model_dir: why_not_exact(model_dir, placement))
     bench.new_worker()
 
 
@@ -58,5 +59,5 @@ def test_weights_in_four_bits_are_not_exact(bench: Bench, tiny_model: Path, tmp_
     plan = bench.job(other).plan
     assert plan is not None
     assert (plan["weight_format"], plan["kv_format"]) == ("int4", "plain")
-    assert why_not_exact(tmp_path / "four", None) == f"{tmp_path / 'four'} has its weights in int4"
-    assert why_not_exact(tmp_path / "not there yet", None) is None
+    assert why_not_exact(tmp_path / "four", PlanOptions()) == f"{tmp_path / 'four'} has its weights in int4"
+    assert why_not_exact(tmp_path / "not there yet", PlanOptions()) is None
