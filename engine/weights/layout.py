@@ -25,13 +25,10 @@ class UnitLayout:
     @classmethod
     def of(cls, unit: UnitSpec, formats: Mapping[str, TensorFormat]) -> Self:
         """The layout of ``unit``, its tensors stored in these formats: in order, each aligned."""
-        tensors, end = {}, 0
-        for tensor in unit.tensors:
-            stored = formats[tensor.name]
-            offset = align_up(end, TENSOR_ALIGNMENT)
-            tensors[tensor.name] = TensorEntry(offset, tensor.shape, stored)
-            end = offset + stored.num_bytes(tensor.shape)
-        return cls(tensors, max(PAGE_BYTES, align_up(end, PAGE_BYTES)))
+        stored = [StoredTensor(formats[tensor.name], tensor.shape) for tensor in unit.tensors]
+        offsets, num_bytes = _places(stored)
+        entries = (TensorEntry(offset, each.shape, each.format) for offset, each in zip(offsets, stored, strict=True))
+        return cls({tensor.name: entry for tensor, entry in zip(unit.tensors, entries, strict=True)}, num_bytes)
 
     @classmethod
     def plain(cls, unit: UnitSpec, dtype: DType) -> Self:
@@ -39,12 +36,21 @@ class UnitLayout:
         return cls.of(unit, {tensor.name: Plain(dtype) for tensor in unit.tensors})
 
 
+def _places(tensors: Iterable[StoredTensor]) -> tuple[list[int], int]:
+    """Where tensors begin in the file of a unit, in order, each aligned; and the file's size."""
+    offsets, end = [], 0
+    for each in tensors:
+        offsets.append(align_up(end, TENSOR_ALIGNMENT))
+        end = offsets[-1] + each.format.num_bytes(each.shape)
+    return offsets, max(PAGE_BYTES, align_up(end, PAGE_BYTES))
+
+
 @dataclass(frozen=True, slots=True)
 class Storing:
     """In which formats an import stores a model's tensors."""
 
     dtype: DType
-    """Of those that are plain, and what the others are rounded to before."""
+    """How plain tensors are stored, and what the others are rounded to before."""
     matrices: Int4 | None = None
     """The format of the layers' matrices; ``None``: plain, as everything else."""
     tables: bool = False
@@ -81,8 +87,7 @@ def in_format(stored: StoredWeights, matrices: Int4 | None) -> StoredWeights:
     for unit, its in stored.unit_tensors.items():
         if unit not in (EMBED, HEAD):
             tensors[unit] = tuple(replace(each, format=formats) if len(each.shape) == 2 else each for each in its)
-            aligned = sum(align_up(each.format.num_bytes(each.shape), TENSOR_ALIGNMENT) for each in tensors[unit])
-            num_bytes[unit] = max(PAGE_BYTES, align_up(aligned, PAGE_BYTES))
+            _, num_bytes[unit] = _places(tensors[unit])
     return replace(stored, unit_tensors=tensors, unit_bytes=num_bytes)
 
 

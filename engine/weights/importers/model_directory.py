@@ -14,7 +14,7 @@ from engine.formats.operands import operand
 from engine.formats.sizes import Plain
 from engine.model.family import Config, TensorSpec, UnitSpec
 from engine.weights.checks import check_units
-from engine.weights.importers.sources import PIECE_BYTES
+from engine.weights.importers.sources import PIECE_BYTES, fill
 from engine.weights.manifest import TOKENIZER_NAME, TensorEntry, UnitEntry, read_manifest
 
 _SMALL_FILES = (TOKENIZER_NAME, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -62,7 +62,9 @@ class ModelDirectory:
         fd = self._file(found)
         entry = found.tensors[tensor.name]
         for begin in range(0, entry.num_bytes, PIECE_BYTES):
-            yield where, _values(entry, _read(fd, self.path / found.file, entry, begin))
+            piece = bytearray(min(PIECE_BYTES, entry.num_bytes - begin))
+            fill(memoryview(piece), fd, entry.offset + begin, self.path / found.file)
+            yield where, _values(entry, piece)
 
     def release(self) -> None:
         """Close the file that is open."""
@@ -83,20 +85,6 @@ class ModelDirectory:
             except OSError as error:
                 raise CheckpointError(f"reading {path} failed: {error.strerror or error}") from error
         return self._open[1]
-
-
-def _read(fd: int, path: Path, entry: TensorEntry, begin: int) -> bytearray:
-    piece = bytearray(min(PIECE_BYTES, entry.num_bytes - begin))
-    view, offset = memoryview(piece), entry.offset + begin
-    while view:
-        try:
-            count = os.preadv(fd, [view], offset)
-        except OSError as error:
-            raise CheckpointError(f"reading {path} failed: {error.strerror}") from error
-        if not count:
-            raise CheckpointError(f"{path} ends too early; import the model again")
-        view, offset = view[count:], offset + count
-    return piece
 
 
 def _values(entry: TensorEntry, piece: bytearray) -> Tensor:

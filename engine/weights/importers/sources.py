@@ -64,6 +64,22 @@ def open_checkpoint_file(path: Path) -> CheckpointFile:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def fill(piece: memoryview, fd: int, offset: int, path: Path) -> None:
+    """Reads as many bytes as ``piece`` has, from an offset of an open file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is cut short.
+    """
+    while piece:
+        try:
+            count = os.preadv(fd, [piece], offset)
+        except OSError as error:
+            raise CheckpointError(f"reading {path} failed: {error.strerror}") from error
+        if count == 0:
+            raise CheckpointError(f"{path} ends too early; it is cut short")
+        piece, offset = piece[count:], offset + count
+
+
 class SafetensorsFile:
     """A ``.safetensors`` file, read by byte ranges: nothing is mapped, so nothing but one piece is ever resident."""
 
@@ -85,7 +101,7 @@ class SafetensorsFile:
         buffer = bytearray(min(PIECE_BYTES, end - begin))
         while begin < end:
             piece = memoryview(buffer)[: end - begin]
-            self._fill(piece, begin)
+            fill(piece, self._fd, begin, self.path)
             yield torch.frombuffer(piece, dtype=dtype)
             begin += len(piece)
 
@@ -98,7 +114,7 @@ class SafetensorsFile:
         if size < 8 or not 2 <= header_bytes <= min(size - 8, _HEADER_LIMIT):
             raise CheckpointError(f"{self.path} is not a safetensors file, or it is cut short")
         text = bytearray(header_bytes)
-        self._fill(memoryview(text), 8)
+        fill(memoryview(text), self._fd, 8, self.path)
         try:
             header = json.loads(text)
             header.pop("__metadata__", None)
@@ -113,17 +129,6 @@ class SafetensorsFile:
                 self.tensors[name] = TensorInfo(shape, dtype, str(entry["dtype"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.path} has a damaged safetensors header ({error})") from error
-
-    def _fill(self, piece: memoryview, offset: int) -> None:
-        num_read = 0
-        while num_read < len(piece):
-            try:
-                count = os.preadv(self._fd, [piece[num_read:]], offset + num_read)
-            except OSError as error:
-                raise CheckpointError(f"reading {self.path} failed: {error.strerror}") from error
-            if count == 0:
-                raise CheckpointError(f"{self.path} ends too early; it is cut short")
-            num_read += count
 
 
 class TorchFile:
