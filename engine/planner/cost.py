@@ -109,7 +109,7 @@ class PassModel:
         )
         in_each_pass = [
             layer_name(index)
-            for index, tier in enumerate(plan.layers)
+            for index, tier in enumerate(plan.layers if stored.has_packed(plan.dtype) else ())
             if (plan.stay_packed or tier is not TierName.DEVICE) and stored.is_packed(layer_name(index), plan.dtype)
         ]
         unpacked = sum(stored.computed_bytes(layer, plan.dtype) for layer in in_each_pass) / self._item

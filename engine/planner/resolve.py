@@ -85,7 +85,7 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
     extent_tokens = _extent_tokens(given)
     logits_rows = _logits_rows(shape, micro_batch, on_cpu=facts.shares_host_memory)
     workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows)
-    workspace += max(stored.scratch_bytes(layer_name(index), dtype) for index in range(shape.num_layers))
+    workspace += stored.scratch_bytes(dtype)
     kv_format = given.kv_format
     group_tokens = group_tokens_for(given)
     slot_bytes = kv_layer_bytes(shape, kv_format, group_tokens)

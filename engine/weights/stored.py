@@ -52,9 +52,7 @@ class StoredWeights:
     @cached_property
     def weight_format(self) -> str:
         """The format of the layers' matrices."""
-        layers = [unit for unit in self.unit_tensors if unit not in (EMBED, HEAD)]
-        names = {each.format.name for unit in layers for each in self.unit_tensors[unit] if len(each.shape) == 2}
-        return min(names, default=Plain.name)
+        return min((each.format.name for each in self._layer_tensors if len(each.shape) == 2), default=Plain.name)
 
     def is_packed(self, unit: str, dtype: DType) -> bool:
         """Whether a unit is smaller as it is stored than as it is computed with."""
@@ -66,12 +64,20 @@ class StoredWeights:
 
     @cached_property
     def _packed_in(self) -> frozenset[DType]:
-        layers = [unit for unit in self.unit_bytes if unit not in (EMBED, HEAD)]
-        return frozenset(dtype for dtype in DType if any(self.is_packed(unit, dtype) for unit in layers))
+        return frozenset(dtype for dtype in DType if any(self.is_packed(unit, dtype) for unit in self._layers))
 
-    def scratch_bytes(self, unit: str, dtype: DType) -> int:
-        """Bytes that unpacking a unit takes beside its result: one tensor is unpacked after the other."""
-        return max((each.format.scratch_bytes(each.shape, dtype) for each in self.unit_tensors[unit]), default=0)
+    def scratch_bytes(self, dtype: DType) -> int:
+        """Bytes that unpacking a layer takes beside its result: one tensor is unpacked after the other."""
+        return max((each.format.scratch_bytes(each.shape, dtype) for each in self._layer_tensors), default=0)
+
+    @cached_property
+    def _layer_tensors(self) -> frozenset[StoredTensor]:
+        """The different ones."""
+        return frozenset(each for unit in self._layers for each in self.unit_tensors[unit])
+
+    @property
+    def _layers(self) -> list[str]:
+        return [unit for unit in self.unit_bytes if unit not in (EMBED, HEAD)]
 
     def computed_bytes(self, unit: str, dtype: DType) -> int:
         """Bytes of a unit as it is computed with: as stored, or each tensor unpacked to the compute dtype."""
