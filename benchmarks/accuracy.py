@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.renumbered import along_outputs, load, renumbered, save
 from engine import Choice, Choose, PlanOptions, Request
 from engine.dtypes import DType
-from engine.formats.sizes import Int4
+from engine.formats.int4_sizes import Int4
 from engine.loading import load_engine
 from engine.units import GIB
 from engine.weights.importing import import_checkpoint

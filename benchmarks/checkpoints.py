@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.shapes import NUM_SPECIAL, config_of
-from engine.formats.sizes import Int4, Plain
+from engine.formats.int4_sizes import Int4
+from engine.formats.sizes import Plain
 from engine.model.registry import family_for
 from engine.weights.importing import import_checkpoint
 from engine.weights.manifest import is_model_dir

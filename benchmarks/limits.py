@@ -16,7 +16,7 @@ from benchmarks.bound import COMPUTE, DISK_READ, HOST_TO_DEVICE, UNPACKING
 from benchmarks.jobs import Job
 from benchmarks.shapes import layer_products, shape_of
 from engine.formats.int4 import pack, unpack
-from engine.formats.sizes import Int4
+from engine.formats.int4_sizes import Int4
 from engine.units import MIB
 from engine.weights.files import READ_BYTES
 from engine.weights.manifest import read_manifest

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.formats.int4 import pack, unpack_parts
-from engine.formats.sizes import Int4
+from engine.formats.int4_sizes import Int4
 
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
 State = dict[str, Tensor]

@@ -111,7 +111,7 @@ def make_model(
     Raises:
         CheckpointError, DiskFull: nothing is left behind.
     """
-    from engine.formats.sizes import Int4
+    from engine.formats.int4_sizes import Int4
     from engine.units import format_bytes
     from engine.weights.importing import import_checkpoint
 

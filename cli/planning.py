@@ -83,7 +83,7 @@ def read_input(
         PlanDoesNotFit: the model is larger than the disk, or every prompt longer than the model.
     """
     from engine.dtypes import DType
-    from engine.formats.sizes import Int4
+    from engine.formats.int4_sizes import Int4
     from engine.planner.decide import input_for_machine
     from engine.weights.layout import in_format
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.attention.extents import NewKV, pieces_from, pieces_of, up_to
 from engine.formats.int4 import Parts, unpack_parts
-from engine.formats.sizes import Int4
+from engine.formats.int4_sizes import Int4
 from engine.kvcache.cache import Extent
 from engine.shape import ModelShape
 

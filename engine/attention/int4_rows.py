@@ -6,9 +6,9 @@ Shapes: S tokens, K key/value heads, H head size, G groups of a head, C = H / 2 
 import torch
 from torch import Tensor
 
-from engine.attention.sizes import packed_tokens
+from engine.attention.int4_sizes import packed_tokens
 from engine.formats.int4 import Parts, quantised, unpack_parts
-from engine.formats.sizes import Int4
+from engine.formats.int4_sizes import Int4
 
 _FLOAT16 = torch.float16.itemsize
 
@@ -35,7 +35,7 @@ class PackedRows:
         together = self._together[kv_S2KH.device.type == "cpu"]
         for first in range(0, len(kv_S2KH), together):
             some = slice(first, first + together)
-            parts = quantised(kv_S2KH[some].float(), self._group)
+            parts = quantised(kv_S2KH[some], self._group)
             for place, part in zip(self.parts(rows_SB[some]), parts, strict=True):
                 place.copy_(part)
         return rows_SB

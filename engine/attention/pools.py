@@ -12,7 +12,8 @@ from engine.attention.int4_extents import PackedKV
 from engine.attention.sizes import kv_bytes_per_token, kv_layer_bytes
 from engine.attention.stored import rows_of
 from engine.errors import EngineError
-from engine.formats.sizes import Int4, TensorFormat
+from engine.formats.int4_sizes import Int4
+from engine.formats.sizes import TensorFormat
 from engine.kvcache.cache import Extent, Holding
 from engine.memory.closing import run_all
 from engine.memory.lane import REACHED, Event

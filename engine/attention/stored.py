@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.attention.int4_rows import PackedRows
-from engine.formats.sizes import Int4, TensorFormat
+from engine.formats.int4_sizes import Int4
+from engine.formats.sizes import TensorFormat
 from engine.shape import ModelShape
 
 

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any, ClassVar, Protocol
 
 from engine.dtypes import DType
-from engine.units import align_up
+from engine.formats.int4_sizes import Int4
 
 
 class TensorFormat(Protocol):
@@ -67,56 +67,6 @@ class Plain:
         if name not in tuple(DType):
             raise ValueError(f"its dtype {name!r} is not one of {', '.join(DType)}")
         return cls(DType(name))
-
-
-GROUPS = (32, 64, 128)
-"""How many values may share a scale and a minimum."""
-BLOCK_VALUES = 1 << 20
-"""Values that are unpacked together on the CPU: few enough that the next step finds cached what one step wrote."""
-_FLOAT16_BYTES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Int4:
-    """Four bits a value. Some neighbours along the last axis are a group, and share a scale and a minimum in float16.
-
-    The last axis is padded to whole groups. First come the codes, two a byte, then all scales, then all minima; each
-    row-major. See ``engine.formats.int4``.
-    """
-
-    group: int = 64
-    name: ClassVar[str] = "int4"
-
-    def num_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor of this shape, as it is stored: 4.5 bits a value where groups of 64 need no padding."""
-        values = prod(self.unpacked_shape(shape))
-        return values // 2 + 2 * _FLOAT16_BYTES * (values // self.group)
-
-    def unpacked_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The same, the last axis padded to whole groups."""
-        return (*shape[:-1], align_up(shape[-1], self.group))
-
-    def scratch_bytes(self, shape: tuple[int, ...], dtype: DType) -> int:
-        """Scales and minima in that type, and on the CPU the codes of a block, a byte each."""
-        values = prod(self.unpacked_shape(shape))
-        return 2 * dtype.num_bytes * (values // self.group) + min(values, max(BLOCK_VALUES, shape[-1] + self.group))
-
-    def is_ready(self, dtype: DType) -> bool:
-        """Never: products are made with what it is unpacked to."""
-        del dtype
-        return False
-
-    def fields(self) -> dict[str, Any]:
-        """What a manifest says of it."""
-        return {"name": self.name, "group": self.group}
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> "Int4":
-        """See ``format_from``."""
-        group = fields["group"]
-        if type(group) is not int or group not in GROUPS:
-            raise ValueError(f"its group of {group!r:.40} values is not one of {', '.join(map(str, GROUPS))}")
-        return cls(group)
 
 
 TENSOR_FORMATS = (Plain.name, Int4.name)

@@ -19,7 +19,8 @@ from engine.attention.sizes import kv_bytes_per_token, kv_layer_bytes
 from engine.devices.facts import MachineFacts
 from engine.devices.open import facts_of
 from engine.dtypes import DType
-from engine.formats.sizes import Int4, Plain
+from engine.formats.int4_sizes import Int4
+from engine.formats.sizes import Plain
 from engine.kvcache.cache import PAGE_TOKENS, KVCache
 from engine.kvcache.segments import MicroBatch, Segment
 from engine.measure.effort import Effort, Points

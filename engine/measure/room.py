@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from engine.attention.sizes import decode_workspace_bytes, head_group, packing_bytes
+from engine.attention.int4_sizes import head_group, packing_bytes
+from engine.attention.sizes import decode_workspace_bytes
 from engine.devices.facts import MachineFacts, free_disk_space
 from engine.dtypes import DType
 from engine.errors import Unmeasurable
-from engine.formats.sizes import TENSOR_FORMATS, Int4, Plain
+from engine.formats.int4_sizes import Int4
+from engine.formats.sizes import TENSOR_FORMATS, Plain
 from engine.measure.attention import cache_plan, cached_shape, measured_caches, qkv_tokens
 from engine.measure.disk import copied_at_once
 from engine.measure.effort import Effort

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from engine.attention.int4_rows import PackedRows
-from engine.attention.sizes import head_group
+from engine.attention.int4_sizes import head_group
 from engine.dtypes import DType
 from engine.formats.int4 import unpack
-from engine.formats.sizes import Int4
+from engine.formats.int4_sizes import Int4
 from engine.measure.effort import Effort
 from engine.measure.timing import timed
 from engine.memory.device import Device

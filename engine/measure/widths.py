@@ -7,7 +7,8 @@ from pathlib import Path
 
 from engine.devices.open import facts_of
 from engine.dtypes import DType
-from engine.formats.sizes import Int4, Plain
+from engine.formats.int4_sizes import Int4
+from engine.formats.sizes import Plain
 from engine.measure.attention import (
     Cache,
     OnHost,

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from engine.errors import PlanDoesNotFit
-from engine.formats.sizes import Int4, Plain
+from engine.formats.int4_sizes import Int4
+from engine.formats.sizes import Plain
 from engine.memory.lane import LaneName
 from engine.planner.hardware import Hardware
 from engine.planner.plan_input import PlanInput

@@ -13,9 +13,9 @@ from engine.tiers import TierName
 
 LINKS = (LaneName.DISK_READ, LaneName.DISK_WRITE, LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
 """The lanes that move bytes; the other two compute."""
-UNPACKED_BYTES = 11
+UNPACKED_BYTES = 7
 """Bytes that unpacking a value from four bits moves in a device's memory, at most: each step reads and writes all."""
-PACKED_BYTES = 55
+PACKED_BYTES = 26
 """The same of packing one."""
 CONTAINED = Figure(0, "contained in the other figures")
 """Stands for a cost that nobody measured by itself."""

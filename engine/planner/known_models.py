@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from engine.dtypes import DType
-from engine.formats.sizes import Int4
+from engine.formats.int4_sizes import Int4
 from engine.model.family import Sizes
 from engine.model.registry import known_configs, sizes_for
 from engine.shape import ModelShape

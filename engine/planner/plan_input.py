@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.attention.sizes import can_pack, kv_bytes_per_token, kv_format
+from engine.attention.int4_sizes import can_pack, kv_format
+from engine.attention.sizes import kv_bytes_per_token
 from engine.attention.table import kernel_for
 from engine.devices.facts import MachineFacts, free_disk_space
 from engine.dtypes import DType

@@ -5,18 +5,19 @@ One function sizes everything, so that what is promised and what is allocated ca
 
 from collections.abc import Mapping
 
+from engine.attention.int4_sizes import packing_bytes
 from engine.attention.sizes import (
     STORE_BUFFERS,
     decode_workspace_bytes,
     host_attention_bytes,
     kv_bytes_per_token,
     kv_layer_bytes,
-    packing_bytes,
 )
 from engine.attention.table import HEAD_STEP, LARGEST_HEAD, kernel_for, takes_heads
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
-from engine.formats.sizes import Int4, Plain, TensorFormat
+from engine.formats.int4_sizes import Int4
+from engine.formats.sizes import Plain, TensorFormat
 from engine.kvcache.cache import Layout, layouts, unit_tokens
 from engine.model.family import EMBED, HEAD, layer_name
 from engine.planner.placing import BOUNCED_SLOTS, STAGING_SLOTS, STREAMED_MICRO_BATCHES, place_layers, unpack_slots

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.dtypes import DType
 from engine.errors import CheckpointError
 from engine.formats.int4 import pack
-from engine.formats.sizes import Int4
+from engine.formats.int4_sizes import Int4
 from engine.memory.tensors import torch_dtype
 from engine.model.family import Config, TensorSpec, UnitSpec
 from engine.model.registry import sizes_for

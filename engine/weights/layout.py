@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from engine.dtypes import DType
-from engine.formats.sizes import Int4, Plain, TensorFormat, token_flops
+from engine.formats.int4_sizes import Int4
+from engine.formats.sizes import Plain, TensorFormat, token_flops
 from engine.model.family import EMBED, HEAD, TABLES, Sizes, TensorSpec, UnitSpec
 from engine.model.registry import sizes_for
 from engine.units import align_up

@@ -23,8 +23,9 @@ def packed(values_RI: Floats, group: int) -> bytes:
             some = row[first : first + group]
             minimum = np.float16(some.min())
             scale = np.float16((some.max() - some.min()) / np.float32(15))
-            steps = (some - np.float32(minimum)) / (np.float32(scale) if scale else np.float32(1))
-            its_codes += [int(min(15, max(0, np.rint(step)))) for step in steps]
+            step = np.float32(scale) if scale else np.float32(1)
+            start = np.float32(0.5) - np.float32(minimum) / step
+            its_codes += [int(min(15, max(0, value / step + start))) for value in some]
             scales.append(scale)
             minima.append(minimum)
         half = padded // 2
@@ -33,15 +34,13 @@ def packed(values_RI: Floats, group: int) -> bytes:
 
 
 def unpacked(raw: bytes, shape: tuple[int, int], group: int, dtype: DType) -> Floats:
-    """The padded rows that stored bytes stand for, in a number type, as float32: product and sum are rounded to it one
-    after the other, scales and minima before."""
+    """The padded rows that stored bytes stand for, computed in float32 and rounded once to a number type."""
     rows, width = shape
     padded = -(-width // group) * group
     codes = np.frombuffer(raw[: rows * padded // 2], np.uint8).reshape(rows, -1)
     scale, minimum = np.frombuffer(raw[rows * padded // 2 :], np.float16).reshape(2, rows, -1).astype(np.float32)
     both = np.concatenate([codes >> 4, codes & 15], 1).reshape(rows, -1, group).astype(np.float32)
-    scale, minimum = rounded(scale, dtype), rounded(minimum, dtype)
-    return rounded(rounded(both * scale[..., None], dtype) + minimum[..., None], dtype).reshape(rows, padded)
+    return rounded(both * scale[..., None] + minimum[..., None], dtype).reshape(rows, padded)
 
 
 def rounded(values: Floats, dtype: DType) -> Floats:

@@ -3,7 +3,8 @@
 import pytest
 
 from engine.dtypes import DType
-from engine.formats.sizes import Int4, Plain
+from engine.formats.int4_sizes import Int4
+from engine.formats.sizes import Plain
 from engine.planner.known_models import KNOWN_MODELS
 from engine.weights.layout import Storing, in_format, stored_as
 from engine.weights.stored import StoredTensor, StoredWeights, unpacked_bytes

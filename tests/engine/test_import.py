@@ -613,7 +613,7 @@ def test_memory_stays_small_however_large_the_model(kind: str, matrices: str, wi
         import sys
         from pathlib import Path
         from engine.dtypes import DType
-        from engine.formats.sizes import Int4
+        from engine.formats.int4_sizes import Int4
         from engine.weights.importing import import_checkpoint
         def memory(field):
             return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(field))

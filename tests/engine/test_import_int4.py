@@ -11,7 +11,8 @@ from torch import Tensor
 
 from engine.dtypes import DType
 from engine.errors import CheckpointError
-from engine.formats.sizes import Int4, Plain
+from engine.formats.int4_sizes import Int4
+from engine.formats.sizes import Plain
 from engine.memory.aligned import aligned_empty
 from engine.model.family import EMBED, HEAD, TABLES
 from engine.weights.files import WeightFiles

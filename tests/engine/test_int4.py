@@ -10,7 +10,7 @@ from torch import Tensor
 import engine.formats.int4 as int4_module
 from engine.dtypes import DType
 from engine.formats.int4 import pack, unpack
-from engine.formats.sizes import GROUPS, Int4
+from engine.formats.int4_sizes import GROUPS, Int4
 from engine.memory.tensors import torch_dtype
 from tests.engine.int4_reference import packed, unpacked
 
@@ -110,12 +110,21 @@ def test_what_float16_cannot_hold_is_refused(bad: float, place: int) -> None:
         pack(Int4(), values)
 
 
-def test_steps_beyond_float16_are_refused_though_both_ends_are_within() -> None:
-    """In float16, 15 steps are computed before the minimum is added to them."""
-    values = torch.zeros(1, 64)
-    values[0, 0], values[0, 1] = -60000.0, 60000.0
+def test_a_group_whose_last_step_leads_beyond_float16_is_refused() -> None:
+    """Scale and minimum are rounded: what comes of code 15 may be larger than the largest value was."""
+    values = torch.full((1, 64), -65504.0)
+    values[0, 1] = 65504.0
     with pytest.raises(ValueError, match="float16 cannot hold"):
         pack(Int4(), values)
+
+
+@pytest.mark.parametrize("dtype", DType)
+def test_a_range_beyond_float16_is_none_that_is_computed_with(dtype: DType) -> None:
+    """Both ends are numbers of float16, though 15 steps are not: these are multiplied in float32."""
+    values = torch.zeros(1, 64)
+    values[0, 0], values[0, 1] = -60000.0, 60000.0
+    found = values_of(Int4(), bytes_of(Int4(), values), (1, 64), dtype)
+    assert torch.equal(found[0, :2], values[0, :2].to(found.dtype))
 
 
 def test_rows_are_unpacked_alike_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +134,19 @@ def test_rows_are_unpacked_alike_in_blocks_of_any_size(monkeypatch: pytest.Monke
     for most in (1, 160, 161, 1000, 37 * 160):
         monkeypatch.setattr(int4_module, "BLOCK_VALUES", most)
         assert torch.equal(values_of(Int4(32), raw, (37, 130), DType.BFLOAT16), expected)
+
+
+@given(matrices(), st.sampled_from(list(DType)))
+def test_the_steps_of_a_gpu_give_the_same_bits(case: tuple[Int4, Tensor], dtype: DType) -> None:
+    stored, values = case
+    values = values.repeat(1, stored.group).to(torch_dtype(dtype))
+    apart, fused = (int4_module._quantised(values, stored.group, fused=fused) for fused in (False, True))
+    assert all(map(torch.equal, apart, fused))
+    found, expected = (torch.full_like(values, float("nan")) for _ in range(2))
+    int4_module.unpack_parts(apart, expected)
+    codes, scale, minimum = apart
+    int4_module._unpack_at_once(codes, scale.float(), minimum.float(), found)
+    assert torch.equal(found, expected)
 
 
 def test_sizes() -> None:

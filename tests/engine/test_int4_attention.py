@@ -11,9 +11,9 @@ from engine.attention.extents import NewKV
 from engine.attention.int4_decode import packed_decoder
 from engine.attention.int4_extents import PackedKV
 from engine.attention.int4_rows import PackedRows
-from engine.attention.sizes import head_group
+from engine.attention.int4_sizes import head_group
 from engine.dtypes import DType
-from engine.formats.sizes import Int4
+from engine.formats.int4_sizes import Int4
 from engine.kvcache.cache import Extent
 from engine.model.registry import reference_config, sizes_for
 from tests.engine.int4_reference import packed, unpacked

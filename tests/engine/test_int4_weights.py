@@ -14,7 +14,7 @@ from engine.attention.sizes import kv_bytes_per_token
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
 from engine.dtypes import DType
-from engine.formats.sizes import Int4
+from engine.formats.int4_sizes import Int4
 from engine.loading import load_engine, plan_input
 from engine.memory.memory import Memory
 from engine.memory.traffic import Span

@@ -15,7 +15,7 @@ import engine
 from engine import Engine, PlanOptions
 from engine.attention.table import Kernel, kernel_for
 from engine.dtypes import DType
-from engine.formats.sizes import Int4
+from engine.formats.int4_sizes import Int4
 from engine.loading import load_engine
 from engine.memory import ring
 from engine.memory.lane import REACHED, LaneName, ThreadLane

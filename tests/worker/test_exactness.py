@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.formats.sizes import Int4
+from engine.formats.int4_sizes import Int4
 from engine.planner.plan import PlanOptions
 from engine.weights.importing import import_checkpoint
 from tests.worker.bench import Bench
