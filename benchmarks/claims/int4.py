@@ -1,6 +1,7 @@
 """The claims of four bits: see docs/compression.md."""
 
 from benchmarks.claims.claim import AtLeast, AtMost, Claim, Machine, Need
+from benchmarks.claims.commands import generate
 
 _CAP = frozenset({Need.MEMORY_CAP})
 _CAPPED: dict[str, object] = {"cap_missing": None}
@@ -10,19 +11,14 @@ _ACCURACY = ("benchmarks.accuracy", "--numberings", "8", "--json")
 _HELD = ("--weight-format", "int4", "--peers", "plain", "--disk-rate", "1GB")
 
 
-def _generate(shape: str, requests: int, prompt: str, out: str, *more: str) -> tuple[str, ...]:
-    words = ("--shape", shape, "--requests", str(requests), "--prompt-len", prompt, "--gen-len", out)
-    return ("benchmarks.generate", *words, *more, "--json")
-
-
 def _from_disk(shape: str, cap: str, requests: int, prompt: str, out: str, *more: str) -> tuple[str, ...]:
-    return _generate(shape, requests, prompt, out, "--weights", "disk", "--memory-cap", cap, *more)
+    return generate(shape, requests, prompt, out, "--weights", "disk", "--memory-cap", cap, *more)
 
 
 _AS_FAST_AS_IT_IS = _from_disk(
     *("opt-1.3b", "3GiB", 16, "32", "64"), *("--weight-format", "int4", "--peers", "accelerate", "--repeat", "3")
 )
-_IN_MEMORY = _generate(
+_IN_MEMORY = generate(
     *("opt-1.3b", 32, "512", "32"), *("--weights", "device", "--kv-format", "int4", "--peers", "plain", "--repeat", "3")
 )
 

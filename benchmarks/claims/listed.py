@@ -1,6 +1,7 @@
 """The claims. A document that states a figure has an entry here; lines by kind of machine where speeds differ so."""
 
 from benchmarks.claims.claim import AtLeast, AtMost, Claim, Machine, Missed, Need
+from benchmarks.claims.commands import generate
 from benchmarks.claims.int4 import INT4_CLAIMS
 
 _CAP = frozenset({Need.MEMORY_CAP})
@@ -8,11 +9,6 @@ _AGREES: dict[str, object] = {"tokens_agree": True}
 _CAPPED: dict[str, object] = {"cap_missing": None}
 _DONE: dict[str, object] = {"all_done": True, "workers_that_computed": 2}
 _AMX, _CPU, _FLOAT32 = Machine.AMX, Machine.CPU, Machine.FLOAT32
-
-
-def _generate(shape: str, requests: int, prompt: str, out: str, *more: str) -> tuple[str, ...]:
-    words = ("--shape", shape, "--requests", str(requests), "--prompt-len", prompt, "--gen-len", out)
-    return ("benchmarks.generate", *words, *more, "--json")
 
 
 def _planned(model: str) -> tuple[str, ...]:
@@ -28,17 +24,17 @@ _FLEXGEN = ("benchmarks.flexgen_table", "--json")
 _OFF_PUBLISHED = "of FlexGen's published tokens/s is what is predicted of its schedule on a T4 off, {}, 512 → 32"
 _PREDICTED_175B = "tokens/s are predicted of FlexGen's schedule there, OPT-175B, where it measured 0.69"
 _TWO_WORKERS = ("benchmarks.two_workers",)
-_MEMORY_125M = _generate("opt-125m", 32, "512", "32", "--weights", "device", "--peer-batches", "8,16", "--repeat", "3")
-_MEMORY_1_3B = _generate(
+_MEMORY_125M = generate("opt-125m", 32, "512", "32", "--weights", "device", "--peer-batches", "8,16", "--repeat", "3")
+_MEMORY_1_3B = generate(
     *("opt-1.3b", 32, "512", "32"), *("--weights", "device", "--peer-batches", "8,16", "--repeat", "3")
 )
-_SPREAD_LENGTHS = _generate(
+_SPREAD_LENGTHS = generate(
     *("opt-125m", 64, "32-1024", "8-128"), *("--weights", "device", "--peer-batches", "8,16", "--repeat", "3")
 )
-_FROM_DISK = _generate(
+_FROM_DISK = generate(
     *("opt-1.3b", 32, "512", "32"), *("--weights", "disk", "--memory-cap", "3GiB", "--peer-batches", "8,16")
 )
-_SCORING = _generate(
+_SCORING = generate(
     "opt-125m", 64, "512", "4", "--weights", "device", "--task", "score", "--peers", "none", "--repeat", "3"
 )
 
