@@ -12,9 +12,33 @@ from engine.memory.closing import run_all
 from engine.memory.memory import Memory
 from engine.model.family import EMBED, HEAD, Family, layer_name
 from engine.planner.plan import Plan
+from engine.shape import ModelShape
 from engine.tiers import TierName
 from engine.weights.files import WeightFiles
 from engine.weights.stream import WeightStream
+
+
+def attention_of(shape: ModelShape, plan: Plan, memory: Memory) -> Attention:
+    """Attention, with its keys and values, for layers of this shape, as the plan says.
+
+    Raises:
+        TierFull: a budget would be exceeded.
+        DeviceUnavailable: the device has no kernel for the plan's number type.
+    """
+    return Attention(
+        shape,
+        plan.kv_format,
+        plan.dtype,
+        memory,
+        tokens=plan.kv_tokens(shape),
+        layouts=plan.kv_layouts,
+        extent_tokens=plan.extent_tokens,
+        num_slots=plan.kv_slots,
+        group_tokens=plan.group_tokens,
+        unpacked_tokens=plan.unpacked_tokens,
+        kept_rows=plan.micro_batch,
+        host_attends=plan.host_attention,
+    )
 
 
 class Stage:
@@ -68,20 +92,7 @@ class Stage:
             self._closers.append(self.weights.close)
             self.activations = Activations(memory, plan, shape.hidden_size)
             self._closers.append(self.activations.close)
-            self.attention = Attention(
-                shape,
-                plan.kv_format,
-                plan.dtype,
-                memory,
-                tokens=plan.kv_tokens(shape),
-                layouts=plan.kv_layouts,
-                extent_tokens=plan.extent_tokens,
-                num_slots=plan.kv_slots,
-                group_tokens=plan.group_tokens,
-                unpacked_tokens=plan.unpacked_tokens,
-                kept_rows=plan.micro_batch,
-                host_attends=plan.host_attention,
-            )
+            self.attention = attention_of(shape, plan, memory)
             self._closers.append(self.attention.close)
         except BaseException:
             self.close()

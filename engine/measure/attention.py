@@ -39,6 +39,7 @@ from engine.planner.resolve import EXTENT_TOKENS, resolve_plan
 from engine.request import SamplingParams
 from engine.sequence import Sequence as TokenSequence
 from engine.shape import ModelShape
+from engine.stage import attention_of
 from engine.tiers import Shares, TierName
 from engine.units import GIB, align_up
 from engine.weights.manifest import PAGE_BYTES
@@ -325,22 +326,7 @@ def cache_in(
     shape = cached_shape(hidden_size, effort)
     plan = cache_plan(tier, kv_format, device.name, dtype, shape, facts_of(device), effort)
     memory = Memory(device, plan.used_bytes, folder)
-    tokens = plan.kv_tokens(shape)
     cache = Cache(device, dtype, shape, effort, memory.traffic)
-    opened = Attention(
-        shape,
-        plan.kv_format,
-        plan.dtype,
-        memory,
-        tokens=tokens,
-        layouts=plan.kv_layouts,
-        extent_tokens=plan.extent_tokens,
-        num_slots=plan.kv_slots,
-        group_tokens=plan.group_tokens,
-        unpacked_tokens=plan.unpacked_tokens,
-        kept_rows=plan.micro_batch,
-        host_attends=plan.host_attention,
-    )
-    with closing(memory.disk), closing(opened) as cache.attention:
+    with closing(memory.disk), closing(attention_of(shape, plan, memory)) as cache.attention:
         cache.books = cache.attention.cache()
         yield cache
