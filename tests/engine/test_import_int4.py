@@ -2,12 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from engine.dtypes import DType
 from engine.errors import CheckpointError
@@ -22,6 +20,7 @@ from engine.weights.manifest import Manifest, read_manifest
 from tests.engine import checkpoints, llama_checkpoints
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.int4_reference import packed, unpacked
+from tests.engine.test_import import read_back, refusal
 
 OF_LLAMA = ("llama, three heads, tied", "qwen3, biases, tied")
 
@@ -42,24 +41,8 @@ def raw_tensors(model_dir: Path, unit: str) -> dict[str, bytes]:
         return {name: bytes(raw[each.offset : each.offset + each.num_bytes].numpy()) for name, each in entries}
 
 
-def plain_tensors(model_dir: Path, unit: str) -> dict[str, Tensor]:
-    with WeightFiles.open(model_dir) as files:
-        raw = aligned_empty(files.num_bytes(unit))
-        files.read_unit(unit, raw)
-        return files.tensors(unit, raw)
-
-
 def unit_files(manifest: Manifest, folder: Path) -> dict[str, bytes]:
     return {unit.name: (folder / unit.file).read_bytes() for unit in manifest.units}
-
-
-def refusal(source: Path, destination: Path, **options: Any) -> str:
-    """The error's text; nothing may be left of the destination."""
-    with pytest.raises(CheckpointError) as caught:
-        import_checkpoint(source, destination, **options)
-    assert not destination.exists()
-    assert not list(destination.parent.glob(".*partial*"))
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16])
@@ -73,9 +56,10 @@ def test_matrices_of_layers_are_packed_and_everything_else_is_plain(
     manifest = import_checkpoint(tmp_path / "hf", tmp_path / "int4", dtype, matrices=Int4(group))
     assert read_manifest(tmp_path / "int4") == manifest
     assert manifest.dtype is plain.dtype is dtype
+    plain_units = read_back(tmp_path / "plain")
     matrices = 0
     for unit in manifest.units:
-        found, wanted = raw_tensors(tmp_path / "int4", unit.name), plain_tensors(tmp_path / "plain", unit.name)
+        found, wanted = raw_tensors(tmp_path / "int4", unit.name), plain_units[unit.name]
         assert found.keys() == wanted.keys()
         for name, values in wanted.items():
             if unit.name in (EMBED, HEAD) or values.ndim == 1:

@@ -1,6 +1,5 @@
 """A KV cache in four bits: what transformers gives if each key and value is rounded as the format is described."""
 
-import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -13,7 +12,7 @@ import torch
 from _pytest.mark import ParameterSet
 from transformers import OPTForCausalLM
 
-from engine import Engine, Generate, Generation, PlanDoesNotFit, PlanOptions, Request, SamplingParams, Score, Scoring
+from engine import Engine, Generation, PlanDoesNotFit, PlanOptions, Scoring
 from engine.attention.sizes import kv_bytes_per_token
 from engine.devices.host import HostDevice
 from engine.dtypes import DType
@@ -26,6 +25,7 @@ from tests.engine import llama_checkpoints
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.int4_reference import packed, unpacked
 from tests.engine.placements import BESIDE_A_DEVICE, PLACEMENTS, options_of, scattered
+from tests.engine.test_llama import prompts, requests
 from tests.engine.test_placement import make_device
 
 HEADS = (32, 64, 80, 96, 128)
@@ -78,23 +78,13 @@ def rounding(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Rounding(folder / "model", made.model, 64 if request.param % 64 == 0 else request.param)
 
 
-def prompts() -> list[str]:
-    rng = np.random.default_rng(7)
-    return ["".join(rng.choice(list(string.ascii_letters), length)) for length in PROMPT_LENGTHS]
-
-
-def requests() -> list[Request]:
-    sampling = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-    scored = [Request(("score", index), Score(text, " and so on")) for index, text in enumerate(prompts())]
-    return [Request(("generate", index), Generate(text, sampling)) for index, text in enumerate(prompts())] + scored
-
-
 def errors(engine: Engine, rounding: Rounding, *, rounded: bool = True) -> list[float]:
     """How far log-probabilities are off; and those of generated tokens from the highest."""
     tokenizer = Tokenizer.of_model(rounding.model_dir / "tokenizer.json", engine._stage.family.shape)
-    outputs = {output.key: output.result for output in engine.run(requests())}
+    texts = prompts(PROMPT_LENGTHS)
+    outputs = {output.key: output.result for output in engine.run(requests(texts, NEW_TOKENS))}
     found: list[float] = []
-    for index, text in enumerate(prompts()):
+    for index, text in enumerate(texts):
         generated, scored = outputs["generate", index], outputs["score", index]
         assert isinstance(generated, Generation)
         assert isinstance(scored, Scoring)

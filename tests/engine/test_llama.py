@@ -1,6 +1,7 @@
 """Llama's family against transformers' classes on the same weights, wherever weights, KV cache and activations lie."""
 
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -41,21 +42,22 @@ def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Imported(Oracle(model), folder / "model", Tokenizer.load(folder / "model" / "tokenizer.json", None))
 
 
-def prompts() -> list[str]:
+def prompts(lengths: Sequence[int] = PROMPT_LENGTHS) -> list[str]:
     """Texts of the wanted number of tokens: one letter, one token."""
     rng = np.random.default_rng(7)
-    return ["".join(rng.choice(list(string.ascii_letters), length)) for length in PROMPT_LENGTHS]
+    return ["".join(rng.choice(list(string.ascii_letters), length)) for length in lengths]
 
 
-def requests() -> list[Request]:
-    sampling = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-    scored = [Request(("score", index), Score(text, " and so on")) for index, text in enumerate(prompts())]
-    return [Request(("generate", index), Generate(text, sampling)) for index, text in enumerate(prompts())] + scored
+def requests(texts: Sequence[str], new_tokens: int) -> list[Request]:
+    """Each text is generated from, and scored."""
+    sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+    scored = [Request(("score", index), Score(text, " and so on")) for index, text in enumerate(texts)]
+    return [Request(("generate", index), Generate(text, sampling)) for index, text in enumerate(texts)] + scored
 
 
 def check(engine: Engine, imported: Imported) -> None:
     """Every generated token is the oracle's likeliest after those before it; log-probabilities are the oracle's."""
-    outputs = {output.key: output.result for output in engine.run(requests())}
+    outputs = {output.key: output.result for output in engine.run(requests(prompts(), NEW_TOKENS))}
     for index, text in enumerate(prompts()):
         generated, scored = outputs["generate", index], outputs["score", index]
         assert isinstance(generated, Generation)
