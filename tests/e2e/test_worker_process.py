@@ -52,6 +52,22 @@ def test_the_doorbell_wakes_the_worker_and_a_second_job_reads_no_weights(
     assert "abab" not in worker.log
 
 
+def test_a_worker_whose_cache_is_in_four_bits_leaves_an_exact_job_to_others(
+    station: Station, tiny_model: Path, tmp_path: Path
+) -> None:
+    words = ("enqueue", write_dataset(tmp_path, 3), "--model", tiny_model, "--task", "generate", "--json")
+    exact, other = (json_of(station.cli(*words, *more))["id"] for more in (["--exact"], []))
+    station.start_worker("--kv-format", "int4")
+
+    assert station.wait_done(other).num_done == 3
+    says = f"leaves job {exact} to others"
+    wait_until(
+        "the worker to leave it alone, or not",
+        lambda: station.job(exact).is_finished or any(says in str(each.message) for each in station.workers()),
+    )
+    assert station.job(exact).num_done == 0
+
+
 def test_lost_and_doubled_messages_change_nothing(station: Station, tiny_model: Path) -> None:
     station.start_worker(scan_s=0.3)
     settings = load_settings({}, station.environ)
