@@ -251,14 +251,19 @@ def test_what_a_job_keeps_cannot_be_given_to_go_on_with_it(
     assert run("run", "--resume", "1", "--device", "cpu", "-o", "out").exit_code == 3  # only the job is missing
 
 
-def test_a_resumed_job_whose_plan_does_not_fit_stays_as_it_is(
-    home: Path, run: Run, model: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [("--device-memory", "1KiB", "does not fit"), ("--kv-format", "int4", "--exact and --kv-format int4")],
+)
+def test_a_resumed_job_whose_plan_does_not_do_for_it_stays_as_it_is(
+    option: str, value: str, says: str, home: Path, run: Run, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    dataset = write_rows(Path("d.jsonl"), {"prompt": "a"})
     with monkeypatch.context() as patched:
         patched.setattr("cli.serving.work_off", lambda database, settings, job, *_, **__: job)
-        run("run", write_rows(Path("d.jsonl"), {"prompt": "a"}), "--model", model, *GENERATE, "-o", "out")
-    done = run("run", "--resume", "1", "--device", "cpu", "--device-memory", "1KiB", "-o", "out")
-    assert (done.exit_code, "does not fit" in done.stderr) == (2, True)
+        run("run", dataset, "--model", model, *GENERATE, "--exact", "-o", "out")
+        done = run("run", "--resume", "1", "--device", "cpu", option, value, "-o", "out")
+    assert (done.exit_code, says in done.stderr) == (2, True)
     job = only_job(home)
     assert job is not None
     assert job.state == "queued"
