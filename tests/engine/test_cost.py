@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import replace
-from math import inf
+from math import inf, prod
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.flexgen import BlockCost, BlockPolicy, block_cost
+from engine.attention.sizes import kv_bytes_per_token
 from engine.devices.facts import MachineFacts
 from engine.dtypes import DType
 from engine.errors import EngineError, HardwareError, PlanDoesNotFit
+from engine.formats.sizes import Int4, Plain, TensorFormat
 from engine.memory.lane import LaneName
 from engine.model.family import EMBED, HEAD, layer_name
 from engine.model.registry import known_configs, sizes_for
@@ -32,7 +34,8 @@ from engine.planner.search import SCREENED_PASSES, Found, search
 from engine.planner.workload import Lengths, Workload
 from engine.tiers import Shares, TierName
 from engine.units import GIB, MIB
-from engine.weights.layout import Storing, stored_as
+from engine.weights.layout import Storing, in_format, stored_as
+from engine.weights.stored import StoredWeights
 
 T4 = load_hardware("t4-gcp")
 DEVICE, HOST, DISK = Shares(100, 0, 0), Shares(0, 100, 0), Shares(0, 0, 100)
@@ -544,3 +547,67 @@ def test_what_is_dealt_out_reads_the_weights_once_for_each_micro_batch() -> None
     )
     once, twice = (each.lane_seconds[LaneName.DEVICE_COMPUTE] for each in (whole, dealt_out))
     assert 1.9 * once < twice < 2.1 * once
+
+
+def compute_s(hardware: Hardware, stored: StoredWeights, plan: Plan, load: PassLoad) -> float:
+    cost = PassModel(hardware, SMALL.shape, stored, plan).cost(load)
+    return cost.lane_seconds[LaneName.DEVICE_COMPUTE]
+
+
+def values_for(figure: str, hardware: Hardware, stored: StoredWeights, plan: Plan, load: PassLoad) -> float:
+    """How many values compute packs or unpacks in a pass: by how much longer it takes at half the rate."""
+    slow, fast = (replace(hardware, **{figure: Figure(rate, "a test")}) for rate in (1e9, 2e9))
+    return (compute_s(slow, stored, plan, load) - compute_s(fast, stored, plan, load)) * 2e9
+
+
+@pytest.mark.parametrize(("stay_packed", "num_layers"), [(False, 18), (True, 24)])
+def test_compute_takes_its_time_to_unpack_layers(stay_packed: bool, num_layers: int) -> None:
+    """Of 24, a fourth lie on the device; whatever a pass carries."""
+    plan = replace(small_plan(Shares(25, 25, 50), DEVICE), stay_packed=stay_packed)
+    four = in_format(SMALL.stored(), Int4())
+    values = num_layers * sum(prod(each.shape) for each in four.unit_tensors[layer_name(0)])
+    for load in (PassLoad(), mean_request_load(MANY, plan)):
+        assert values_for("unpacking", T4, four, plan, load) == pytest.approx(values, rel=1e-3)
+        assert values_for("unpacking", T4, SMALL.stored(), plan, load) == pytest.approx(0, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("shares_host", "kv", "attends", "unpacks_attended"),
+    [
+        (False, DEVICE, False, True),
+        (False, HOST, False, True),
+        (False, HOST, True, False),
+        (True, DEVICE, False, False),
+    ],
+)
+def test_compute_takes_its_time_to_pack_and_unpack_keys_and_values(
+    shares_host: bool, kv: Shares, attends: bool, unpacks_attended: bool
+) -> None:
+    """What a pass adds is both packed and unpacked; a GPU unpacks what it attends to, a CPU multiplies it as it is."""
+    hardware = replace(T4, shares_host_memory=shares_host)
+    plan = replace(small_plan(HOST, kv), host_attention=attends, kv_format=Int4())
+    load = PassLoad(prompt_tokens=300, prompt_segments=2, reattended=70, decode_tokens=20, attended=5000)
+    values = 2 * SMALL.shape.num_layers * SMALL.shape.num_kv_heads * SMALL.shape.head_size
+    unpacked = 320 + 70 + (5000 if unpacks_attended else 0)
+    for figure, tokens in (("packing", 320), ("unpacking", unpacked)):
+        assert values_for(figure, hardware, SMALL.stored(), plan, load) == pytest.approx(tokens * values)
+        plain = replace(plan, kv_format=Plain(plan.dtype))
+        assert values_for(figure, hardware, SMALL.stored(), plain, load) == pytest.approx(0, abs=1)
+
+
+@pytest.mark.parametrize(("figure", "attends"), [("packed_decode", False), ("packed_host_attention", True)])
+def test_attention_to_codes_has_a_rate_of_its_own(figure: str, attends: bool) -> None:
+    """Of a CPU, where keys and values lie in its memory, and of the host beside a GPU."""
+    lane = LaneName.HOST_COMPUTE if attends else LaneName.DEVICE_COMPUTE
+    hardware = replace(T4, shares_host_memory=not attends)
+    plan = replace(small_plan(HOST, HOST if attends else DEVICE), host_attention=attends)
+    load = PassLoad(decode_tokens=20, attended=5000)
+    read = 5000 * kv_bytes_per_token(SMALL.shape, Plain(plan.dtype))
+
+    def seconds(rate: float, kv_format: TensorFormat) -> float:
+        machine = replace(hardware, **{figure: Rate.constant(rate, "a test")})
+        cost = PassModel(machine, SMALL.shape, SMALL.stored(), replace(plan, kv_format=kv_format)).cost(load)
+        return cost.lane_seconds[lane]
+
+    assert seconds(1e9, Int4()) - seconds(2e9, Int4()) == pytest.approx(read / 2e9)
+    assert seconds(1e9, Plain(plan.dtype)) == seconds(2e9, Plain(plan.dtype))
