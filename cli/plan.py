@@ -19,7 +19,7 @@ from worker.payloads import TASKS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from engine.planner.advice import Advice
+    from engine.planner.advice import Advised
     from engine.planner.hardware import Hardware
     from engine.planner.plan_input import PlanInput
     from engine.planner.search import Found
@@ -124,13 +124,13 @@ def command(
     if sweep is not None:
         _emit_sweep(given, machine, sweep, as_json)
         return
-    from engine.planner.advice import advise
+    from engine.planner.advice import Advised, advise
     from engine.planner.decide import best_plan
     from engine.planner.explain import document
 
     found = best_plan(given, machine)
     if as_json:
-        emit_json(document(given, machine, found, [] if no_advice else advise(given, machine, found)))
+        emit_json(document(given, machine, found, Advised() if no_advice else advise(given, machine, found)))
         return
     _explain(given, machine, found, model)
     if not no_advice:
@@ -151,6 +151,7 @@ def _machines(named: str | None) -> list[str | None]:
 def _compare(read: "Callable[..., tuple[PlanInput, Hardware]]", machines: list[str | None], as_json: bool) -> None:
     """One line for each machine, the fastest first; those that the model does not fit come last, with the reason."""
     from engine.errors import HardwareAbsent, HardwareError, PlanDoesNotFit
+    from engine.planner.advice import Advised
     from engine.planner.decide import best_plan
     from engine.planner.explain import document
 
@@ -159,7 +160,7 @@ def _compare(read: "Callable[..., tuple[PlanInput, Hardware]]", machines: list[s
     for name in machines:
         try:
             given, machine = read(hardware_name=name)
-            documents.append(document(given, machine, best_plan(given, machine), []))
+            documents.append(document(given, machine, best_plan(given, machine), Advised()))
         except HardwareAbsent:
             raise
         except (PlanDoesNotFit, HardwareError) as error:
@@ -286,9 +287,14 @@ def _facts(machine: "Hardware") -> str:
     return ", ".join([*memories, *speeds])
 
 
-def _emit_advice(advice: "list[Advice]") -> None:
-    for index, each in enumerate(advice):
-        label = "advice" if index == 0 else ""
-        emit(f"{label:<9} +{100 * each.gain:.0f}%: {each.change} ({format_rate(each.generated_per_s)})")
-    if not advice:
-        emit("advice    nothing would help by more than 1%")
+def _emit_advice(advised: "Advised") -> None:
+    from engine.planner.advice import KV, WEIGHTS
+
+    said = [
+        f"+{100 * each.gain:.0f}%: {each.change} ({format_rate(each.generated_per_s)})" for each in advised.changes
+    ] or ["nothing would help by more than 1%"]
+    if advised.in_vain:
+        names = {WEIGHTS: "for weights", KV: "for the KV cache"}
+        said.append(f"four bits would gain nothing {' or '.join(names[each] for each in advised.in_vain)}")
+    for index, line in enumerate(said):
+        emit(f"{'' if index else 'advice':<9} {line}")

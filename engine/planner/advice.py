@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from engine.errors import PlanDoesNotFit
 from engine.formats.int4_sizes import Int4
@@ -18,6 +19,7 @@ from engine.weights.layout import in_format
 LEAST_GAIN = 0.01
 MOST_ADVICE = 5
 FACTOR = 2
+WEIGHTS, KV = "weights", "kv"
 _DISK = (LaneName.DISK_READ, LaneName.DISK_WRITE)
 _LINK = (LaneName.HOST_TO_DEVICE, LaneName.DEVICE_TO_HOST)
 
@@ -32,52 +34,73 @@ class Advice:
     """0.5: half as much again."""
 
 
-def advise(given: PlanInput, hardware: Hardware, found: Found) -> list[Advice]:
-    """The changes that would help most, the best first; those that gain less than a hundredth are left out.
+@dataclass(frozen=True, slots=True)
+class Advised:
+    """What was tried."""
+
+    changes: tuple[Advice, ...] = ()
+    """Those that would help most, the best first; those that gain less than a hundredth are left out."""
+    in_vain: tuple[str, ...] = ()
+    """What was tried in four bits, ``WEIGHTS`` or ``KV``, and gains less than that."""
+
+
+class _Change(NamedTuple):
+    text: str
+    given: PlanInput
+    hardware: Hardware
+    four_bits: str | None = None
+    """What it stores in four bits, if that is what it does."""
+
+
+def advise(given: PlanInput, hardware: Hardware, found: Found) -> Advised:
+    """The changes that would help most.
 
     ``found``: what the search gives without them.
     """
-    advice = []
+    advice: list[Advice] = []
+    in_vain: list[str] = []
     changes = list(_changes(given, hardware))
     if found.prediction.bound_by is not LaneName.DEVICE_COMPUTE:
         # Else it costs compute, and all that it gains is room.
         changes += _with_packed_cache(given, hardware)
-    for change, changed_input, machine in changes:
+    for change in changes:
         try:
             # A fraction of the gain matters less than an answer in seconds.
-            changed = search(changed_input, machine, most_simulated=LEAST_SIMULATED).prediction.generated_per_s
+            changed = search(change.given, change.hardware, most_simulated=LEAST_SIMULATED).prediction.generated_per_s
         except PlanDoesNotFit:
             continue
         gain = changed / found.prediction.generated_per_s - 1
         if gain >= LEAST_GAIN:
-            advice.append(Advice(change, changed, gain))
-    return sorted(advice, key=lambda each: -each.gain)[:MOST_ADVICE]
+            advice.append(Advice(change.text, changed, gain))
+        elif change.four_bits is not None:
+            in_vain.append(change.four_bits)
+    return Advised(tuple(sorted(advice, key=lambda each: -each.gain)[:MOST_ADVICE]), tuple(in_vain))
 
 
-def _changes(given: PlanInput, hardware: Hardware) -> Iterator[tuple[str, PlanInput, Hardware]]:
+def _changes(given: PlanInput, hardware: Hardware) -> Iterator[_Change]:
     budgets = given.budgets
     given = given.within(budgets)
     for tier in (TierName.DEVICE, TierName.HOST):
         if budgets[tier]:
             name = "memory" if hardware.shares_host_memory else f"{tier} memory"
-            change = f"twice the {name}: {format_bytes(FACTOR * budgets[tier])}"
-            yield change, given.within(budgets | {tier: FACTOR * budgets[tier]}), hardware
-    yield "a disk twice as fast", given, _with_lanes(hardware, _DISK)
+            text = f"twice the {name}: {format_bytes(FACTOR * budgets[tier])}"
+            yield _Change(text, given.within(budgets | {tier: FACTOR * budgets[tier]}), hardware)
+    yield _Change("a disk twice as fast", given, _with_lanes(hardware, _DISK))
     if not hardware.shares_host_memory:
-        yield "a link to the device twice as fast", given, _with_lanes(hardware, _LINK)
+        yield _Change("a link to the device twice as fast", given, _with_lanes(hardware, _LINK))
     if given.stored.weight_format == Plain.name:
-        change = (
+        text = (
             "the layers' weights in four bits (overnight import --weight-format int4), which changes answers a little"
         )
-        yield change, replace(given, stored=in_format(given.stored, Int4())), hardware
+        yield _Change(text, replace(given, stored=in_format(given.stored, Int4())), hardware, WEIGHTS)
     products = {dtype: _faster(rate) for dtype, rate in hardware.matmul.items()}
-    yield "products twice as fast", given, replace(hardware, matmul=products)
+    yield _Change("products twice as fast", given, replace(hardware, matmul=products))
 
 
-def _with_packed_cache(given: PlanInput, hardware: Hardware) -> Iterator[tuple[str, PlanInput, Hardware]]:
+def _with_packed_cache(given: PlanInput, hardware: Hardware) -> Iterator[_Change]:
     if not given.options.may_round and given.why_not_int4 is None:
-        change = f"a KV cache in four bits (--kv-format {Int4.name}), which changes answers a little"
-        yield change, given.asking(replace(given.options, kv_format=Int4.name)), hardware
+        text = f"a KV cache in four bits (--kv-format {Int4.name}), which changes answers a little"
+        yield _Change(text, given.asking(replace(given.options, kv_format=Int4.name)), hardware, KV)
 
 
 def _with_lanes(hardware: Hardware, lanes: tuple[LaneName, ...]) -> Hardware:

@@ -1,10 +1,9 @@
 """What there is to say about a plan: as one JSON document. Pure; no torch."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 
 from engine.memory.lane import LaneName
-from engine.planner.advice import Advice
+from engine.planner.advice import Advised
 from engine.planner.hardware import Hardware
 from engine.planner.plan import FLAGS, PlanOptions, flag_name
 from engine.planner.plan_input import PlanInput
@@ -30,7 +29,7 @@ def rows_per_s(given: PlanInput, found: Found) -> float:
     return given.workload.rows / found.prediction.seconds
 
 
-def document(given: PlanInput, hardware: Hardware, found: Found, advice: Sequence[Advice]) -> dict[str, object]:
+def document(given: PlanInput, hardware: Hardware, found: Found, advised: Advised) -> dict[str, object]:
     """Plan, prediction, memory and advice in plain JSON values; bytes, seconds, tokens and rows per second."""
     assert given.workload is not None
     prediction = found.prediction
@@ -62,5 +61,6 @@ def document(given: PlanInput, hardware: Hardware, found: Found, advice: Sequenc
             str(tier): {"used": used, "budget": found.plan.budgets[tier]}
             for tier, used in found.plan.used_bytes.items()
         },
-        "advice": [asdict(each) for each in advice],
+        "advice": [asdict(each) for each in advised.changes],
+        "four_bits_in_vain": list(advised.in_vain),
     }

@@ -67,6 +67,16 @@ def test_for_people_the_placement_the_lane_and_the_time_are_told(run: Run) -> No
     assert "advice" not in without
 
 
+def test_where_four_bits_gain_nothing_that_is_said(run: Run) -> None:
+    """Kept plain, OPT-30B finds room in host memory, and the host attends beside products that bound it as much."""
+    words = (*ADVISED, "--model", "facebook/opt-30b", "--host-attention", "on")
+    words += ("--weights", "0/100/0", "--micro-batch", "1024", "--micro-batches", "2")
+    assert planned(run(*words, "--json"))["four_bits_in_vain"] == ["weights", "kv"]
+    told = run(*words).stdout
+    assert told.endswith("\n          four bits would gain nothing for weights or for the KV cache\n")
+    assert "four bits (" not in told
+
+
 def test_the_flags_that_are_told_give_the_same_plan(run: Run) -> None:
     document = planned(run(*T4, "--model", "opt-6.7b", "--json"))
     again = planned(run(*T4, "--model", "opt-6.7b", "--json", *document["flags"].split()))
