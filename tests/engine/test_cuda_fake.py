@@ -34,7 +34,8 @@ from engine.dtypes import DType
 from engine.executor import Executor
 from engine.kvcache.cache import KVCache
 from engine.kvcache.segments import Segment, arrange
-from engine.memory.lane import Reached
+from engine.memory.device import Pieces
+from engine.memory.lane import Event, LaneName, Reached
 from engine.memory.memory import Memory
 from engine.model.family import EMBED, HEAD, Family, NamedWeights, layer_name, run_layer
 from engine.model.registry import family_for
@@ -48,10 +49,13 @@ from engine.sequence import Sequence as Tokens
 from engine.stage import Stage
 from engine.tiers import Shares, TierName
 from engine.units import MIB
-from engine.weights.stored import StoredWeights
+from engine.weights.files import WeightFiles
+from engine.weights.layout import Storing, stored_as
+from engine.weights.manifest import UnitEntry
 from tests.engine.checkpoints import SMALL, VARIANTS
 
 GPU = torch.device("cuda:0")
+ON_DEVICE = Shares(100, 0, 0)
 SYNCS = {
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.nonzero.default,
@@ -129,11 +133,13 @@ class Downloaded:
 
 
 class FakeCuda:
-    """What compute asks of a device, with fake memory; what moves between memories is refused."""
+    """What compute asks of a device, with fake memory; once weights are loaded, what moves between memories is
+    refused."""
 
     name = "cuda:0"
     shares_host_memory = False
     torch_device = GPU
+    loads = True
 
     def __init__(self, capability: tuple[int, int] | None = None) -> None:
         self.capability = capability
@@ -142,7 +148,12 @@ class FakeCuda:
         return torch.empty(num_bytes, dtype=torch.uint8, device=GPU)
 
     def allocate_host(self, num_bytes: int) -> Tensor:
-        raise AssertionError("nothing lies on the host")
+        assert self.loads, "nothing lies on the host"
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def copy(self, lane: LaneName, pieces: Pieces, after: Event) -> Event:
+        assert self.loads, "nothing moves in a pass"
+        return Reached()
 
     def upload(self, values: Tensor) -> Tensor:
         assert values.device.type == "cpu"
@@ -253,44 +264,37 @@ def test_sampling_makes_no_host_wait(rows: int, guard: OneDevice) -> None:
     assert_like(greedy, (rows,), torch.bool)
 
 
-class Resident:
-    """Fake weights, all on the device."""
+class NoFiles(WeightFiles):
+    """Units that lie as an import would store them, without a byte of them."""
 
-    opens_two = True
+    def __init__(self, family: Family, storing: Storing) -> None:
+        self._units = {
+            name: UnitEntry(name=name, file="", num_bytes=layout.num_bytes, checksum="", tensors=layout.tensors)
+            for name, layout in storing.layouts(family.units()).items()
+        }
 
-    def __init__(self, family: Family, dtype: torch.dtype) -> None:
-        self.units = unit_weights(family, dtype)
-
-    @contextmanager
-    def layer(self, index: int) -> Iterator[NamedWeights]:
-        yield self.units[layer_name(index)]
-
-    def embedding(self) -> NamedWeights:
-        return self.units[EMBED]
-
-    def head(self) -> NamedWeights:
-        return self.units[HEAD]
+    def read_unit(self, name: str, out: Tensor) -> int:
+        return 0
 
     def close(self) -> None:
         pass
 
 
 def plan_for(
-    family: Family, dtype: DType, disk_dir: Path, capability: tuple[int, int] | None, micro_batch: int
+    family: Family, storing: Storing, disk_dir: Path, capability: tuple[int, int] | None, **asked: Any
 ) -> Plan:
-    sizes = {
-        unit.name: sum(torch.Size(spec.shape).numel() for spec in unit.tensors) * dtype.num_bytes
-        for unit in family.units()
-    }
+    dtype = storing.dtype
     options = PlanOptions(
-        dtype=dtype, device_memory=64 * MIB, kv=Shares(100, 0, 0), micro_batch=micro_batch, micro_batches=3,
-        extent_tokens=32,
+        **{
+            "dtype": dtype, "device_memory": 64 * MIB, "weights": ON_DEVICE, "kv": ON_DEVICE, "micro_batches": 3,
+            "extent_tokens": 32, "stay_packed": storing.matrices is not None, **asked,
+        }
     )  # fmt: skip
     return resolve_plan(
         PlanInput(
             options=options,
             shape=family.shape,
-            stored=StoredWeights.of_one_tensor(dtype, sizes),
+            stored=stored_as(family, storing),
             device="cuda:0",
             facts=MachineFacts(64 * MIB, 64 * MIB, shares_host_memory=False, capability=capability),
             disk_dir=disk_dir,
@@ -323,15 +327,19 @@ def one_pass(running: Mapping[str, Tokens], kv: KVCache) -> Pass:
 
 
 def make_executor(
-    family: Family, dtype: DType, folder: Path, capability: tuple[int, int] | None, micro_batch: int = 48
+    family: Family,
+    storing: Storing,
+    folder: Path,
+    capability: tuple[int, int] | None,
+    micro_batch: int = 48,
+    **asked: Any,
 ) -> tuple[Executor, KVCache]:
-    """On a card that is not there, with fake weights; in fake modes."""
-    plan = plan_for(family, dtype, folder, capability, micro_batch)
-    memory = Memory(FakeCuda(capability), {**plan.budgets, TierName.DEVICE: 256 * MIB}, folder)  # type: ignore[arg-type]
-    files: Any = Resident(family, getattr(torch, dtype))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.stage.WeightStream", lambda resident, memory, **_: resident)
-        stage = Stage(files, family, plan, memory)
+    """On a card that is not there, with fake weights, which stay on the device as they are stored; in fake modes."""
+    plan = plan_for(family, storing, folder, capability, micro_batch=micro_batch, **asked)
+    device = FakeCuda(capability)
+    memory = Memory(device, {**plan.budgets, TierName.DEVICE: 256 * MIB}, folder)  # type: ignore[arg-type]
+    stage = Stage(NoFiles(family, storing), family, plan, memory)
+    device.loads = False
     return Executor(stage), stage.attention.cache()
 
 
@@ -356,7 +364,7 @@ def test_a_whole_pass_stays_on_the_device(
 ) -> None:
     """Decode, prefill over extents, chunked prefill, scoring with and without a cache: what a pass may hold."""
     family = family_for(config(**VARIANTS[variant]))
-    executor, kv = make_executor(family, dtype, tmp_path, capability)
+    executor, kv = make_executor(family, Storing(dtype), tmp_path, capability)
     running = sequences()
     results = run_fake(executor, kv, running)
     found = {name: result for result in results for name, one in running.items() if result.segment.sequence is one}

@@ -12,20 +12,32 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.dtypes import DType
-from engine.kvcache.segments import Segment, arrange
+from engine.formats.sizes import Int4
+from engine.kvcache.cache import KVCache
+from engine.kvcache.segments import MicroBatch, Segment, arrange
 from engine.model.registry import family_for
 from engine.request import SamplingParams
 from engine.schedule.passes import Pass
 from engine.sequence import Sequence
+from engine.weights.layout import Storing
 from tests.engine.hub_configs import HUB
 from tests.engine.test_cuda_fake import GPU, PlainIndexing, make_executor
 
 INSIDE = {"_varlen_attn_out": 1}
 """Kernels in custom operators, which are known by their source alone; who adds one says how many it launches."""
 NOT_LAUNCHED = ("device", "empty", "empty_like", "empty_strided", "new_empty")
+
+
+def tensors_in(values: object) -> list[Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def memory_of(x: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(x.untyped_storage())
 
 
 class Launches(TorchDispatchMode):
@@ -38,9 +50,11 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        is_view = any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns)
-        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-        if not is_view and name not in NOT_LAUNCHED and any(x.device == GPU for x in tensors):
+        before, after = tensors_in((args, kwargs)), tensors_in(result)
+        may_be_view = any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns)
+        # A cast, or a reshape of what has gaps, says that it may be one, and is none.
+        is_view = may_be_view and {*map(memory_of, after)} <= {*map(memory_of, before)}
+        if not is_view and name not in NOT_LAUNCHED and any(x.device == GPU for x in (*before, *after)):
             assert func.namespace == "aten" or name in INSIDE, f"how many kernels does {func} launch?"
             self.found[name] += INSIDE.get(name, 1)
         return result
@@ -51,17 +65,29 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "OPT": ({"model_type": "opt", **SIZES, "word_embed_proj_dim": 64, "ffn_dim": 256}, 14),
     "Llama": ({**HUB["meta-llama/Llama-2-7b-hf"], **SIZES, "num_key_value_heads": 8, "intermediate_size": 96}, 22),
     "Llama with groups": (
-        {**HUB["meta-llama/Llama-2-7b-hf"], **SIZES, "num_key_value_heads": 2, "intermediate_size": 96}, 22
+        {**HUB["meta-llama/Llama-2-7b-hf"], **SIZES, "num_key_value_heads": 2, "intermediate_size": 96}, 23
     ),
-    "Qwen2": ({**HUB["Qwen/Qwen2.5-0.5B"], **SIZES, "num_key_value_heads": 2, "intermediate_size": 96}, 22),
+    "Qwen2": ({**HUB["Qwen/Qwen2.5-0.5B"], **SIZES, "num_key_value_heads": 2, "intermediate_size": 96}, 23),
 }  # fmt: skip
 """The most that a layer may launch for a micro-batch."""
+UNPACKING = 6
+"""The most that a matrix in four bits launches beside, in each pass."""
+PACKED_CACHE, PACKED_PART = 46, 8
+"""The most that a layer of OPT may launch for a micro-batch with its cache in four bits; and of these, for a part of
+the cache that is unpacked by itself."""
 
 
 def launches(
-    config: dict[str, Any], dtype: DType, capability: tuple[int, int], number: int, folder: Path
+    config: dict[str, Any],
+    storing: Storing,
+    capability: tuple[int, int],
+    number: int,
+    folder: Path,
+    *,
+    batches: int = 1,
+    **asked: Any,
 ) -> Counter[str]:
-    """What one layer launches: a pass through two layers, less a pass through one."""
+    """What one layer launches for so many micro-batches alike: a pass through two layers, less a pass through one."""
     found = []
     for depth in (1, 2):
         family = family_for({**config, "num_hidden_layers": depth})
@@ -69,27 +95,76 @@ def launches(
             counted = Launches()
             for mode in (torch.inference_mode(), FakeTensorMode(), PlainIndexing(), counted):
                 stack.enter_context(mode)
-            executor, cache = make_executor(family, dtype, folder, capability, micro_batch=512)
-            sequences = [Sequence([5] * 20, 19, 24, SamplingParams()) for _ in range(number)]
-            assert all(cache.admit(sequence) for sequence in sequences)
-            segments = [Segment(one, 19, 1, cache.held[one]) for one in sequences[: number // 2]]
-            segments += [Segment(one, 0, 8, cache.held[one]) for one in sequences[number // 2 : -2]]
-            segments += [Segment(Sequence([5] * 9, 9, 9, score_from=2), 0, 8) for _ in range(2)]
+            executor, cache = make_executor(family, storing, folder, capability, micro_batch=512, **asked)
+            this_pass = Pass(tuple(micro_batch(cache, number) for _ in range(batches)))
             counted.found.clear()
-            executor.run(Pass((arrange(segments),)))
+            executor.run(this_pass)
             found.append(counted.found)
     return found[1] - found[0]
 
 
-@pytest.mark.parametrize(
+def micro_batch(cache: KVCache, number: int) -> MicroBatch:
+    """Decode tokens, whole prompts and scored rows side by side: every kind that a micro-batch can have."""
+    sequences = [Sequence([5] * 20, 19, 24, SamplingParams()) for _ in range(number)]
+    assert all(cache.admit(sequence) for sequence in sequences)
+    segments = [Segment(one, 19, 1, cache.held[one]) for one in sequences[: number // 2]]
+    segments += [Segment(one, 0, 8, cache.held[one]) for one in sequences[number // 2 : -2]]
+    segments += [Segment(Sequence([5] * 9, 9, 9, score_from=2), 0, 8) for _ in range(2)]
+    return arrange(segments)
+
+
+CARDS = pytest.mark.parametrize(
     ("dtype", "capability"), [(DType.FLOAT16, (7, 5)), (DType.FLOAT16, (8, 0)), (DType.BFLOAT16, (9, 0))], ids=str
 )
+
+
+@CARDS
 @pytest.mark.parametrize("name", MODELS)
 def test_a_layer_launches_as_much_for_many_as_for_few(
     name: str, dtype: DType, capability: tuple[int, int], tmp_path: Path
 ) -> None:
-    """Decode tokens, whole prompts and scored rows side by side: every kind that a micro-batch can have."""
     config, most = MODELS[name]
-    few, many = (launches(config, dtype, capability, number, tmp_path) for number in (8, 64))
+    few, many = (launches(config, Storing(dtype), capability, number, tmp_path) for number in (8, 64))
     assert few == many
     assert few.total() <= most, dict(few)
+
+
+@CARDS
+@pytest.mark.parametrize("name", ["OPT", "Llama"])
+def test_weights_in_four_bits_are_unpacked_once_a_pass(
+    name: str, dtype: DType, capability: tuple[int, int], tmp_path: Path
+) -> None:
+    """And not once more for another micro-batch. What is no matrix is copied beside them."""
+    config = {**MODELS[name][0], "intermediate_size": 128}  # as in real models, whole groups
+
+    def more(batches: int) -> Counter[str]:
+        plain, packed = (
+            launches(config, Storing(dtype, matrices), capability, 8, tmp_path, batches=batches)
+            for matrices in (None, Int4())
+        )
+        assert plain <= packed
+        return packed - plain
+
+    for_one = more(1)
+    assert for_one == more(2)
+    shapes = [tensor.shape for tensor in family_for({**config, "num_hidden_layers": 1}).units()[1].tensors]
+    matrices = sum(len(shape) == 2 for shape in shapes)
+    assert for_one["copy_"] == len(shapes) - matrices
+    assert 0 < for_one.total() - for_one["copy_"] <= UNPACKING * matrices, dict(for_one)
+
+
+@CARDS
+def test_a_cache_in_four_bits_launches_as_much_for_many_as_for_few(
+    dtype: DType, capability: tuple[int, int], tmp_path: Path
+) -> None:
+    """As long as what they attend to is unpacked at once; else some more for each further part of it."""
+
+    def packed(number: int, **asked: Any) -> Counter[str]:
+        config, asked = MODELS["OPT"][0], {"kv_format": "int4", "extent_tokens": None, **asked}
+        return launches(config, Storing(dtype), capability, number, tmp_path, **asked)
+
+    few, many = packed(8), packed(64)
+    assert few == many
+    assert few.total() <= PACKED_CACHE, dict(few)
+    in_parts = packed(64, group_tokens=256)  # 32 sequences of 20 tokens and 30 of 8, in four parts
+    assert 0 < in_parts.total() - many.total() <= 3 * PACKED_PART, dict(in_parts)
