@@ -28,8 +28,10 @@ def command(app: App, as_json: bool) -> None:
     if not models:
         say(f"no models in {folder} yet; begin with: overnight demo, or: overnight import FOLDER")
         return
-    cells = [(m["name"], m["family"], m["dtype"], format_bytes(m["bytes"]), m["path"]) for m in models]
-    emit_table(("NAME", "FAMILY", "DTYPE", "SIZE", "PATH"), cells)
+    cells = [
+        (m["name"], m["family"], m["weight_format"], m["dtype"], format_bytes(m["bytes"]), m["path"]) for m in models
+    ]
+    emit_table(("NAME", "FAMILY", "WEIGHTS", "DTYPE", "SIZE", "PATH"), cells)
 
 
 def scan(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -51,6 +53,7 @@ def scan(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
             {
                 "name": path.name,
                 "family": manifest.model_type,
+                "weight_format": manifest.weight_format,
                 "dtype": manifest.dtype,
                 "bytes": manifest.num_bytes,
                 "path": str(path),

@@ -133,7 +133,6 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
     from engine.formats.sizes import Plain
     from engine.weights.checks import check_units
     from engine.weights.importers.tokenizer_present import check_tokenizer
-    from engine.weights.layout import stored_in
     from engine.weights.manifest import read_manifest
     from worker.models import resolve_model
 
@@ -147,7 +146,7 @@ def prepare(dataset_name: str, options: JobOptions, settings: "Settings") -> Sub
     if model.is_imported:
         manifest = read_manifest(model.path)
         check_units(manifest, model.path)  # the tokenizer takes longer: the worker looks at it
-        stored = stored_in(manifest).weight_format
+        stored = manifest.weight_format
         if options.exact and stored != Plain.name:
             raise click.UsageError(
                 f"--exact: {model.path} has its weights in {stored}, so no worker could run the job; name the model "

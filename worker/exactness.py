@@ -4,7 +4,6 @@ from pathlib import Path
 
 from engine.formats.sizes import Plain
 from engine.planner.plan import PlanOptions
-from engine.weights.layout import stored_in
 from engine.weights.manifest import is_model_dir, read_manifest
 
 
@@ -21,7 +20,7 @@ def why_not_exact(model_dir: Path, placement: PlanOptions) -> str | None:
     if placement.may_round:
         return f"this worker runs with --kv-format {placement.kv_format}"
     if is_model_dir(model_dir):
-        found = stored_in(read_manifest(model_dir)).weight_format
+        found = read_manifest(model_dir).weight_format
         if found != Plain.name:
             return f"{model_dir} has its weights in {found}"
     return None

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from engine.dtypes import DType
 from engine.errors import CheckpointError
 from engine.formats.sizes import Plain, TensorFormat, format_from
+from engine.model.family import EMBED, HEAD
 from engine.units import MIB
-from engine.weights.stored import TENSOR_ALIGNMENT
+from engine.weights.stored import TENSOR_ALIGNMENT, StoredTensor, matrix_format
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -79,6 +80,12 @@ class Manifest:
     created_by: str
     beyond_float16: Mapping[str, float] = field(default_factory=dict)
     """By unit and tensor (``layer.0/fc1.weight``), the largest absolute value of those that float16 cannot hold."""
+
+    @property
+    def weight_format(self) -> str:
+        """The format of the layers' matrices."""
+        entries = (entry for unit in self.units if unit.name not in (EMBED, HEAD) for entry in unit.tensors.values())
+        return matrix_format(StoredTensor(entry.format, entry.shape) for entry in entries)
 
     def to_json(self) -> str:
         """The text of ``manifest.json``."""

@@ -1,6 +1,6 @@
 """How large the units of a model are, as stored and as computed with. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -52,7 +52,7 @@ class StoredWeights:
     @cached_property
     def weight_format(self) -> str:
         """The format of the layers' matrices."""
-        return min((each.format.name for each in self._layer_tensors if len(each.shape) == 2), default=Plain.name)
+        return matrix_format(self._layer_tensors)
 
     def is_packed(self, unit: str, dtype: DType) -> bool:
         """Whether a unit is smaller as it is stored than as it is computed with."""
@@ -84,6 +84,11 @@ class StoredWeights:
         if self.is_ready(unit, dtype):
             return self.unit_bytes[unit]
         return sum(unpacked_bytes(tensor.format, tensor.shape, dtype) for tensor in self.unit_tensors[unit])
+
+
+def matrix_format(tensors: Iterable[StoredTensor]) -> str:
+    """The format of the matrices among some tensors, by its name."""
+    return min((each.format.name for each in tensors if len(each.shape) == 2), default=Plain.name)
 
 
 def unpacked_bytes(stored: TensorFormat, shape: tuple[int, ...], dtype: DType) -> int:

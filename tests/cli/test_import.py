@@ -88,7 +88,16 @@ def test_four_bits_from_a_checkpoint_or_from_a_model_by_its_name(home: Path, run
     assert (done.exit_code, done.stdout) == (0, f"{home / 'models' / 'tiny-int4'}\n")
     assert "4-bit and float32 weights" in done.stderr
     assert run("import", str(checkpoint), "direct", "--weight-format", "int4", "--quantize-embeddings").exit_code == 0
-    sizes = {entry["name"]: entry["bytes"] for entry in json.loads(run("models", "--json").stdout)["models"]}
+    listed = json.loads(run("models", "--json").stdout)["models"]
+    assert [entry["weight_format"] for entry in listed] == ["int4", "plain", "int4"]
+    head, *lines = (line.split() for line in run("models").stdout.splitlines())
+    assert head == ["NAME", "FAMILY", "WEIGHTS", "DTYPE", "SIZE", "PATH"]
+    assert [line[:4] for line in lines] == [
+        ["direct", "opt", "int4", "float32"],
+        ["tiny", "opt", "plain", "float32"],
+        ["tiny-int4", "opt", "int4", "float32"],
+    ]
+    sizes = {entry["name"]: entry["bytes"] for entry in listed}
     assert sizes["direct"] <= sizes["tiny-int4"] < sizes["tiny"]
     again = run("import", "tiny-int4", "again", "--weight-format", "int4")
     assert again.exit_code == 3
