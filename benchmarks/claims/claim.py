@@ -23,6 +23,7 @@ class Need(StrEnum):
     """What not every machine has."""
 
     MEMORY_CAP = "a memory limit that the kernel enforces"
+    SMOLLM2 = "a model from PyPI that `make venv` leaves out"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ _CAPPED: dict[str, object] = {"cap_missing": None}
 _AMX, _CPU, _FLOAT32 = Machine.AMX, Machine.CPU, Machine.FLOAT32
 _UNPACKING = ("benchmarks.unpacking", "--json")
 _ACCURACY = ("benchmarks.accuracy", "--numberings", "8", "--json")
+_SMOLLM2 = ("benchmarks.accuracy", "--model", "smollm2", "--rows", "200", "--first", "1", "--numberings", "3", "--json")
 _HELD = ("--weight-format", "int4", "--peers", "plain", "--disk-rate", "1GB")
 
 
@@ -106,6 +107,30 @@ INT4_CLAIMS: tuple[Claim, ...] = (
             ("int4-axis", "axis_ratio", 0.8, "of the drift along FlexGen's axis of groups is that along ours"),
             ("int4-kv-lost", "lost.kv", 0.005, "of 1,000 reviews are labelled less rightly with an int4 KV cache"),
             ("int4-kv-drift", "drift.kv", 0.01, "is the mean drift of a log-probability, int4 KV cache"),
+        )
+    ),
+    *(
+        Claim(
+            name=name,
+            sentence=sentence,
+            command=_SMOLLM2,
+            figure=figure,
+            line=AtMost(line),
+            needs=frozenset({Need.SMOLLM2}),
+        )
+        for name, figure, line, sentence in (
+            (
+                "int4-smollm2-lost",
+                "token_lost.weights",
+                0.6,
+                "of the log-probability of a token is lost on average, SmolLM2-135M, int4 weights",
+            ),
+            (
+                "int4-smollm2-axis",
+                "token_axis_ratio",
+                0.8,
+                "of a token's drift along FlexGen's axis of groups is that along ours, SmolLM2-135M",
+            ),
         )
     ),
 )
