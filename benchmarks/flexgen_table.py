@@ -18,7 +18,8 @@ from typing import Any
 
 from benchmarks.flexgen import BlockPolicy, block_cost
 from engine.dtypes import DType
-from engine.formats.sizes import Int4, Plain
+from engine.formats.int4_sizes import Int4
+from engine.formats.sizes import Plain
 from engine.planner.advice import LEAST_GAIN
 from engine.planner.decide import input_for_machine
 from engine.planner.hardware import PACKED_BYTES, UNPACKED_BYTES

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.dtypes import DType
-from engine.formats.sizes import Int4
+from engine.formats.int4_sizes import Int4
 from tests.engine.like_cuda import CARDS, Card, LikeCuda
 from tests.engine.placements import options_of, scattered
 from tests.gpu.in_four_bits import (

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from engine.attention.int4_rows import PackedRows
-from engine.attention.sizes import head_group
+from engine.attention.int4_sizes import head_group
 from engine.attention.stored import PlainRows
 from engine.dtypes import DType
 from engine.formats.int4 import pack, unpack
-from engine.formats.sizes import Int4, Plain
+from engine.formats.int4_sizes import Int4
+from engine.formats.sizes import Plain
 from engine.loading import load_engine
 from engine.memory.device import Device
 from engine.memory.tensors import torch_dtype

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.dtypes import DType
-from engine.formats.sizes import GROUPS, Int4
+from engine.formats.int4_sizes import GROUPS, Int4
 from tests.engine.placements import scattered
 from tests.gpu.in_four_bits import (
     HEADS,
