@@ -4,7 +4,8 @@ Each configuration is planned, predicted from the machine's profile, and run on 
 is run twice, and the second time counts, as for a worker that goes on to its next job.
 
 ``--slow-gpu``: the same of a device with memory of its own (``benchmarks.slow_gpu``), keys and values in host memory,
-each configuration once with them fetched and once with the host attending.
+each configuration once with them fetched and once with the host attending. ``--four-bits``: there, with weights or keys
+and values in four bits, which take that device long to unpack.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from benchmarks.workload import Range
 from benchmarks.workload import Workload as Texts
 from engine.attention.sizes import kv_bytes_per_token
 from engine.errors import EngineError
+from engine.formats.int4_sizes import Int4
+from engine.formats.sizes import Plain
 from engine.kvcache.cache import unit_tokens
 from engine.planner.hardware import Hardware
 from engine.planner.plan import Plan, PlanOptions
@@ -50,11 +53,14 @@ class Configuration:
     kv: str = "100/0/0"
     memory: int = 3 * GIB
     options: dict[str, Any] = field(default_factory=dict)
+    weight_format: str = Plain.name
 
     def __str__(self) -> str:
         spread = "{}-{}".format(*self.prompt) if self.prompt[0] < self.prompt[1] else str(self.prompt[0])
         attends = ", host attends" if self.options.get("host_attention") == "on" else ""
-        return f"{self.shape} {self.requests}x{spread} w {self.weights} kv {self.kv}{attends}"
+        weights = self.weights + ("" if self.weight_format == Plain.name else f" {self.weight_format}")
+        kv = f"{self.kv} {self.options['kv_format']}" if "kv_format" in self.options else self.kv
+        return f"{self.shape} {self.requests}x{spread} w {weights} kv {kv}{attends}"
 
 
 CONFIGURATIONS = (
@@ -81,6 +87,16 @@ _BESIDE = (
 )
 ON_SLOW_GPU = tuple(
     replace(each, options={"host_attention": how, "micro_batches": 2}) for each in _BESIDE for how in ("off", "on")
+)
+_PACKED: dict[str, Any] = {"weight_format": Int4.name}
+_PACKED_KV: dict[str, Any] = {"options": {"kv_format": Int4.name}}
+IN_FOUR_BITS = (
+    Configuration("opt-125m", 32, (128, 128), (16, 16), "0/100/0", **_PACKED),
+    Configuration("opt-125m", 32, (128, 128), (16, 16), "50/50/0", **_PACKED, options={"stay_packed": True}),
+    Configuration("opt-125m", 16, (512, 512), (12, 12), "0/0/100", kv="0/100/0", **_PACKED),
+    Configuration("opt-125m", 24, (256, 256), (16, 16), "100/0/0", **_PACKED_KV),
+    Configuration("opt-125m", 24, (256, 256), (16, 16), "100/0/0", kv="0/100/0", **_PACKED_KV),
+    Configuration("opt-125m", 24, (64, 512), (4, 24), "0/100/0", kv="0/100/0", **_PACKED, **_PACKED_KV),
 )
 SLOW_GPU = {"flops": 100e9, "memory_speed": 0.6e9, "link_speed": 0.5e9}
 """Operations and bytes a second: so slow that what the processor takes over them does not count (attention to many
@@ -121,21 +137,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predictions", description=__doc__)
     parser.add_argument("--profile", type=Path, metavar="FILE", help="default: the machine is measured now")
     parser.add_argument("--slow-gpu", action="store_true", help="a device with memory of its own, slow on purpose")
+    parser.add_argument("--four-bits", action="store_true", help="that device, over weights or a cache in four bits")
     parser.add_argument("--only", metavar="TEXT", help="configurations whose name contains this")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--cache-dir", type=Path, default=default_cache())
     asked = parser.parse_args(arguments)
-    known = ON_SLOW_GPU if asked.slow_gpu else CONFIGURATIONS
+    known = IN_FOUR_BITS if asked.four_bits else ON_SLOW_GPU if asked.slow_gpu else CONFIGURATIONS
+    slow_gpu = asked.slow_gpu or asked.four_bits
     chosen = [each for each in known if asked.only is None or asked.only in str(each)]
     try:
         hardware = (
             load_hardware(asked.profile)
             if asked.profile
-            else measured_here(asked.cache_dir, _say, _device(slow_gpu=asked.slow_gpu))
+            else measured_here(asked.cache_dir, _say, _device(slow_gpu=slow_gpu))
         )
         outcomes = []
         for configuration in chosen:
-            outcomes.append(_run(configuration, hardware, asked.cache_dir, _device(slow_gpu=asked.slow_gpu)))
+            outcomes.append(_run(configuration, hardware, asked.cache_dir, _device(slow_gpu=slow_gpu)))
             _say(_line(outcomes[-1]))
     except (EngineError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
@@ -181,7 +199,7 @@ def _run(configuration: Configuration, hardware: Hardware, cache: Path, device: 
     from engine.weights.layout import stored_in
     from engine.weights.manifest import read_manifest
 
-    checkpoint = make_checkpoint(configuration.shape, "bfloat16", cache, _say)
+    checkpoint = make_checkpoint(configuration.shape, "bfloat16", cache, _say, configuration.weight_format)
     manifest = read_manifest(checkpoint.model_dir)
     stored, shape = stored_in(manifest), sizes_for(manifest.config).shape
     texts = Texts(

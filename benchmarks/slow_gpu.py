@@ -35,6 +35,10 @@ class SlowGpu(SimulatedDevice):
             yield
 
 
+_UNPACKING = (torch.ops.aten.bitwise_right_shift, torch.ops.aten.bitwise_and)
+"""What takes codes out of bytes, and nothing else does."""
+
+
 class _Slowly(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, flops: float, memory_speed: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -55,11 +59,13 @@ class _Slowly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
     def _seconds(self, func: Any, args: Any, kwargs: Any, found: Any) -> float:
-        """What the device takes over an operation, at least: only products and attention are made slower."""
+        """What the device takes over an operation, at least: only products, attention and unpacking are made slower."""
         if func is torch.ops.overnight.attend_packed.default:
             return self._attention_s(*args)
         if func is torch.ops.mkldnn._linear_pointwise.default:  # this engine's own; PyTorch's list has it not
             operations = 2 * args[0].shape[0] * args[1].numel()
+        elif func.overloadpacket in _UNPACKING:
+            operations = 0
         elif (count := flop_registry.get(func.overloadpacket)) is not None:
             operations = count(*args, **kwargs, out_val=found)
         else:
