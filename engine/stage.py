@@ -32,6 +32,7 @@ def attention_of(shape: ModelShape, plan: Plan, memory: Memory) -> Attention:
         memory,
         tokens=plan.kv_tokens(shape),
         layouts=plan.kv_layouts,
+        room=plan.kv_room,
         extent_tokens=plan.extent_tokens,
         num_slots=plan.kv_slots,
         group_tokens=plan.group_tokens,

@@ -50,7 +50,7 @@ class Prospects:
         self._policy = policy
         self._clock = clock
         self.left: str | None = None
-        """Of the first job that is to be exact and that this worker leaves to others: a sentence, after ``look``."""
+        """Why the first job that is to be exact is left to other workers, in a sentence; ``None``: none is."""
 
     def look(self) -> list[Prospect]:
         """The jobs with rows to claim whose model is here and not left alone for now, in turn.

@@ -8,13 +8,15 @@ from torch import Tensor
 from engine.attention.elsewhere import Elsewhere
 from engine.attention.host_attention import HostAttention
 from engine.attention.host_runner import HostRunner
+from engine.attention.int4_sizes import has_windows
+from engine.attention.int4_window_runner import WindowedRunner
 from engine.attention.packed_runner import PackedRunner
 from engine.attention.pools import KVPools
 from engine.attention.table import kernel_for
 from engine.dtypes import DType
 from engine.errors import DeviceUnavailable
 from engine.formats.sizes import TensorFormat
-from engine.kvcache.cache import KVCache, Layout, Move, unit_tokens
+from engine.kvcache.cache import KVCache, Layout, Move, SequenceRoom, unit_tokens
 from engine.kvcache.segments import MicroBatch
 from engine.memory.closing import run_all
 from engine.memory.memory import Memory
@@ -60,6 +62,7 @@ class Attention:
         *,
         tokens: Mapping[TierName, int],
         layouts: Mapping[TierName, Layout],
+        room: SequenceRoom,
         extent_tokens: int,
         num_slots: int,
         group_tokens: int,
@@ -76,6 +79,7 @@ class Attention:
             memory: where compute is, and the budgets.
             tokens: how many each tier holds.
             layouts: how a sequence lies in each.
+            room: what a sequence takes.
             extent_tokens: the longest extent, and no page is longer.
             num_slots: buffers for what compute cannot address; 0 where there is nothing of the kind.
             group_tokens: of one of these.
@@ -91,7 +95,7 @@ class Attention:
         kernel = None if device.shares_host_memory else kernel_for(dtype, device.capability)
         if kernel is None and not device.shares_host_memory:
             raise DeviceUnavailable(f"{device.name} has no attention in {dtype}")
-        self.tokens, self.layouts = tokens, layouts
+        self.tokens, self.layouts, self._room = tokens, layouts, room
         self._extent_tokens = extent_tokens
         page_tokens = unit_tokens(Layout.PAGES, extent_tokens)
         computed = torch_dtype(dtype)
@@ -104,6 +108,7 @@ class Attention:
                 computed,
                 memory,
                 pools,
+                room=room,
                 group_tokens=group_tokens,
                 unpacked_tokens=unpacked_tokens,
                 num_slots=num_slots,
@@ -119,16 +124,20 @@ class Attention:
         else:
             try:
                 on_host = (
-                    HostAttention(shape, stored, dtype, memory, pools, page_tokens=page_tokens, most_rows=kept_rows)
+                    HostAttention(
+                        shape, stored, dtype, memory, pools, page_tokens=page_tokens, most_rows=kept_rows, room=room
+                    )
                     if host_attends
                     else None
                 )
             except BaseException:
                 run_all([elsewhere.close, pools.close])
                 raise
-            self._runner = PackedRunner(
-                shape, kernel, device, pools, elsewhere, on_host, unpacked_tokens=unpacked_tokens
-            )
+            parts = (shape, kernel, device, pools, elsewhere, on_host)
+            if has_windows(shape, stored):
+                self._runner = WindowedRunner(*parts, room=room, unpacked_tokens=unpacked_tokens)
+            else:
+                self._runner = PackedRunner(*parts, unpacked_tokens=unpacked_tokens)
         self.ahead = 1 if host_attends else 0
         """How many micro-batches should be started before one is finished: what is computed meanwhile."""
 
@@ -163,6 +172,7 @@ class Attention:
             self.tokens,
             extent_tokens=self._extent_tokens,
             layouts=self.layouts,
+            room=self._room,
             fills_together=fills_together,
             claim=self.claim,
         )

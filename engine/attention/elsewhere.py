@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from engine.attention.groups import Group, Kept, groups_of, kept_of, unwritten
+from engine.attention.int4_window_pages import WindowPages, WindowWork
+from engine.attention.int4_window_rows import WindowRows
 from engine.attention.pools import KV, KVPools
 from engine.attention.sizes import STORE_BUFFERS, kv_layer_bytes
 from engine.formats.sizes import TensorFormat
+from engine.kvcache.cache import SequenceRoom
 from engine.kvcache.segments import MicroBatch
 from engine.memory.closing import run_all, settle
 from engine.memory.lane import REACHED, Event, LaneName, ThreadLane
@@ -49,6 +52,8 @@ class _Work:
     unwritten: Tensor
     """Where the host's pool must hold some number all the same, int64: attention there reads whole pages, and what it
     does not attend to counts for nothing only if it is a number."""
+    by_windows: WindowWork | None = None
+    """Instead of ``slots``, where keys are packed by windows."""
 
 
 class Elsewhere:
@@ -62,6 +67,7 @@ class Elsewhere:
         memory: Memory,
         pools: KVPools,
         *,
+        room: SequenceRoom,
         group_tokens: int,
         unpacked_tokens: int,
         num_slots: int,
@@ -76,6 +82,7 @@ class Elsewhere:
             dtype: what is computed with.
             memory: where compute is, and the budgets.
             pools: where keys and values lie.
+            room: what a sequence takes.
             group_tokens: of one buffer.
             unpacked_tokens: whose keys and values are unpacked at a time; 0: they are never packed.
             num_slots: how many buffers are filled ahead of compute; 0: nothing lies elsewhere.
@@ -88,7 +95,8 @@ class Elsewhere:
         self._shape, self._rows, self._dtype = shape, pools.rows, dtype
         self._token_bytes = kv_layer_bytes(shape, stored)
         self._device, self._traffic, self._pools = memory.device, memory.traffic, pools
-        self._group_tokens, self._host_attends = group_tokens, host_attends
+        self._group_tokens, self._host_attends, self._room = group_tokens, host_attends, room
+        self._by_windows = WindowPages(pools, pools.rows, room) if isinstance(pools.rows, WindowRows) else None
         self._work: list[_Work] = []
         self._coming: deque[tuple[Group, Place]] = deque()
         self._stored: list[Event] = [REACHED] * shape.num_layers
@@ -108,7 +116,7 @@ class Elsewhere:
         try:
             tier = TierName.DEVICE if memory.device.shares_host_memory else TierName.HOST
             for _ in range(STORE_BUFFERS if num_slots else 0):
-                self._buffers.append(_Buffer(memory.allocate(tier, kept_rows * self._token_bytes, KV)))
+                self._buffers.append(_Buffer(memory.allocate(tier, kept_rows * pools.rows.leaving_bytes, KV)))
             if unpacked_tokens:
                 size = 2 * shape.num_kv_heads * shape.head_size * dtype.itemsize
                 self._unpacked = memory.allocate(TierName.DEVICE, unpacked_tokens * size, KV)
@@ -119,10 +127,14 @@ class Elsewhere:
 
     def begin(self, batches: Sequence[MicroBatch]) -> None:
         """A pass begins: what its micro-batches attend to is fetched from now on."""
-        groups = groups_of(batches, self._group_tokens, host_attends=self._host_attends)
+        groups = groups_of(batches, self._group_tokens, self._room, host_attends=self._host_attends)
         # Only attention on the host reads whole pages; a page of one token has nothing that nobody wrote.
         page_tokens = self._pools.page_tokens if self._host_attends else 1
-        self._work = [_work_of(each, kept_of(batch), page_tokens) for each, batch in zip(groups, batches, strict=True)]
+        by_windows = self._by_windows
+        self._work = [
+            _work_of(each, kept_of(batch), page_tokens, None if by_windows is None else by_windows.work_of(batch))
+            for each, batch in zip(groups, batches, strict=True)
+        ]
         self._stored_upto = [-1] * self._shape.num_layers
         self._ring.begin(self._items())
 
@@ -137,34 +149,48 @@ class Elsewhere:
 
         Groups are entered in order, layer by layer.
         """
+        with self.fetched_rows(group) as rows:
+            yield self.unpacked(rows) if self._rows.is_packed else rows
+
+    @contextmanager
+    def fetched_rows(self, group: Group) -> Iterator[Tensor]:
+        """The same as it is stored."""
         expected, place = self._coming.popleft()
         assert expected is group
         with self._ring.enter(place) as (_, raw):
-            rows = self._rows.view(raw[: group.num_tokens * self._token_bytes])
-            yield self.unpacked(rows) if self._rows.is_packed else rows
+            yield self._rows.view(raw[: group.num_tokens * self._token_bytes])
 
     def unpacked(self, rows: Tensor) -> Tensor:
         """The keys and values of packed rows, ``[S, k|v, K, H]``, in memory that the next call writes to, too."""
-        assert self._unpacked is not None
-        row = 2, self._shape.num_kv_heads, self._shape.head_size
-        kv_S2KH = self._unpacked.data.view(self._dtype).view(-1, *row)[: len(rows)]
+        kv_S2KH = self.buffer(len(rows))
         self._rows.unpack(rows, kv_S2KH)
         return kv_S2KH
 
-    def store(self, layer: int, index: int, rows: Tensor) -> None:
-        """Keep what a micro-batch adds, as it is stored, of those rows that are kept elsewhere.
+    def buffer(self, num_tokens: int) -> Tensor:
+        """The same memory as it is."""
+        assert self._unpacked is not None
+        row = 2, self._shape.num_kv_heads, self._shape.head_size
+        return self._unpacked.data.view(self._dtype).view(-1, *row)[:num_tokens]
+
+    def leaving(self, index: int, rows: Tensor, kv_T2KH: Tensor) -> Tensor | None:
+        """What of a micro-batch is kept elsewhere; ``rows``: see ``StoredRows.rounded``."""
+        kept = self._work[index].kept
+        some = slice(kept.first_row, kept.first_row + kept.num_rows)
+        return self._rows.leaving(rows[some], kv_T2KH[some]) if kept.num_rows else None
+
+    def store(self, layer: int, index: int, rows: Tensor | None) -> None:
+        """Keep what a micro-batch adds: see ``leaving``.
 
         To be called for each micro-batch, in order.
         """
         work = self._work[index]
         kept = work.kept
-        if kept.num_rows:
+        if rows is not None:
             buffer = next(self._next_buffer)
             buffer.left.wait()
-            rows = rows[kept.first_row : kept.first_row + kept.num_rows]
             if not self._device.shares_host_memory:
                 rows = rows.contiguous()  # by compute, in its own memory: a lane copies bytes as they lie
-            raw = buffer.block.data[: kept.num_rows * self._token_bytes]
+            raw = buffer.block.data[: kept.num_rows * self._rows.leaving_bytes]
             on_host = raw.view(rows.dtype).view(rows.shape)
             copied = self._device.copy(LaneName.DEVICE_TO_HOST, [(on_host, rows)], self._device.compute_mark())
             if not self._device.shares_host_memory:
@@ -210,6 +236,15 @@ class Elsewhere:
     def _put(self, layer: int, work: _Work, rows: Tensor, copied: Event) -> None:
         """On the lane: into the pages."""
         copied.wait()
+        if work.by_windows is not None:
+            assert self._by_windows is not None
+            if len(work.unwritten):
+                self._pools.layers(TierName.HOST)[layer].index_fill_(0, work.unwritten, 0)
+            self._by_windows.put(layer, work.by_windows, rows)
+            if work.by_windows.on_disk:
+                with self._traffic.moving(LaneName.DISK_WRITE, work.by_windows.disk_tokens * self._token_bytes, KV):
+                    self._by_windows.write(layer, work.by_windows, rows)
+            return
         if len(work.slots):
             some = rows if len(work.slots) == len(rows) else rows[work.on_host]
             put(self._pools.layers(TierName.HOST)[layer], work.slots, some, work.unwritten)
@@ -227,9 +262,10 @@ def put(pool: Tensor, slots: Tensor, rows: Tensor, unwritten: Tensor) -> None:
         pool.index_fill_(0, unwritten, 0)
 
 
-def _work_of(groups: list[Group], kept: Kept, page_tokens: int) -> _Work:
+def _work_of(groups: list[Group], kept: Kept, page_tokens: int, by_windows: WindowWork | None) -> _Work:
     on_host = [run for tier, run in kept.runs if tier is TierName.HOST]
     slots = [slot for run in on_host for slot in range(run.offset, run.offset + run.num_tokens)]
     rows = [row for run in on_host for row in range(run.at, run.at + run.num_tokens)]
     blank = list(unwritten(on_host, page_tokens))
-    return _Work(groups, kept, *(torch.tensor(each, dtype=torch.int64) for each in (slots, rows, blank)))
+    to, of, zeros = (torch.tensor(each, dtype=torch.int64) for each in (slots, rows, blank))
+    return _Work(groups, kept, to, of, zeros, by_windows)

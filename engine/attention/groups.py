@@ -8,7 +8,7 @@ attend to themselves in none.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from engine.kvcache.cache import Extent
+from engine.kvcache.cache import ROOM_OF_TOKENS, Extent, SequenceRoom
 from engine.kvcache.segments import Kind, MicroBatch, Segment
 from engine.sequence import Sequence as Tokens
 from engine.tiers import TierName
@@ -43,7 +43,11 @@ class Share:
     """Where its keys begin in the buffer."""
     past: int
     """How many are fetched."""
+    size: int
+    """Tokens of the buffer that are the segment's."""
     runs: tuple[Run, ...]
+    open_at: int | None = None
+    """Where the plain keys of its last window begin, if that is not full: see ``int4_windows``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +71,15 @@ class Group:
     @property
     def num_tokens(self) -> int:
         """How much of the buffer is used, room for added tokens included."""
-        last = self.shares[-1]
-        return last.at + last.past + (0 if self.is_part else last.length)
+        return self.shares[-1].at + self.shares[-1].size
 
 
-def groups_of(batches: Sequence[MicroBatch], most: int, *, host_attends: bool = False) -> list[list[Group]]:
+def groups_of(
+    batches: Sequence[MicroBatch], most: int, room: SequenceRoom = ROOM_OF_TOKENS, *, host_attends: bool = False
+) -> list[list[Group]]:
     """The groups of each micro-batch of a pass, of at most ``most`` tokens.
 
+    ``room``: what sequences take. Where they are kept by windows, none comes in parts.
     ``host_attends``: those that can are attended to where they lie, and come in no group.
     """
     added: dict[Tokens, int] = {}
@@ -86,22 +92,23 @@ def groups_of(batches: Sequence[MicroBatch], most: int, *, host_attends: bool = 
             if segment.kind is Kind.ELSEWHERE and not (host_attends and segment.can_attend_on_host):
                 segments.append((row, segment))
             row += segment.length
-        tokens = sum(segment.start + segment.length for _, segment in segments)
-        found.append(list(_packed(segments, most, min(most, div_ceil(tokens, LEAST_GROUPS)), added)))
+        tokens = sum(_size(segment, room) for _, segment in segments)
+        found.append(list(_packed(segments, most, min(most, div_ceil(tokens, LEAST_GROUPS)), room, added)))
         added.update((segment.sequence, index) for segment in batch.segments)
     return found
 
 
 def _packed(
-    segments: Sequence[tuple[int, Segment]], most: int, wanted: int, added: dict[Tokens, int]
+    segments: Sequence[tuple[int, Segment]], most: int, wanted: int, room: SequenceRoom, added: dict[Tokens, int]
 ) -> Iterator[Group]:
     """``wanted``: tokens of a group that is no larger than one sequence makes it."""
     together: list[Share] = []
     tier, at, follows = TierName.HOST, 0, -1
     for row, segment in segments:
         assert segment.holding is not None
-        size = segment.start + segment.length
+        size = _size(segment, room)
         is_long = size > most
+        assert not (is_long and room.beside), "a buffer holds the longest sequence"
         if together and (is_long or at + size > wanted or segment.holding.tier is not tier):
             yield Group(tier, tuple(together), is_part=False, is_last=True, follows=follows)
             together, at, follows = [], 0, -1
@@ -110,17 +117,33 @@ def _packed(
         if is_long:
             for first in range(0, segment.start, most):
                 past = min(most, segment.start - first)
-                share = Share(row, segment.length, 0, past, tuple(_runs(segment.holding.extents, first, past, 0)))
+                runs = tuple(runs_of(segment.holding.extents, first, past, 0))
+                share = Share(row, segment.length, 0, past, past, runs)
                 yield Group(tier, (share,), is_part=True, is_last=first + past == segment.start, follows=before)
             continue
-        runs = tuple(_runs(segment.holding.extents, 0, segment.start, at))
-        together.append(Share(row, segment.length, at, segment.start, runs))
+        runs = tuple(runs_of(segment.holding.extents, 0, segment.start, at))
+        open_at = None
+        if segment.start % room.window:
+            open_at = at + size - align_up(room.beside, room.window)
+            runs += tuple(runs_of(segment.holding.extents, open_from(segment, room), room.beside, open_at))
+        together.append(Share(row, segment.length, at, segment.start, size, runs, open_at))
         at, follows = at + size, max(follows, before)
     if together:
         yield Group(tier, tuple(together), is_part=False, is_last=True, follows=follows)
 
 
-def _runs(extents: Sequence[Extent], first: int, count: int, at: int) -> Iterator[Run]:
+def _size(segment: Segment, room: SequenceRoom) -> int:
+    """Tokens of a buffer: whole windows, also for the plain keys behind them."""
+    tokens = align_up(segment.start + segment.length, room.window)
+    return tokens + (align_up(room.beside, room.window) if segment.start % room.window else 0)
+
+
+def open_from(segment: Segment, room: SequenceRoom) -> int:
+    """Where in the sequence's holding the plain keys of the window that is not full begin, in tokens."""
+    return room.of(segment.sequence.num_kv_tokens) - room.beside
+
+
+def runs_of(extents: Sequence[Extent], first: int, count: int, at: int) -> Iterator[Run]:
     """Where ``count`` tokens of a sequence lie, from its token ``first`` on."""
     for extent in extents:
         begin, end = max(first, extent.start), min(first + count, extent.start + extent.capacity)
@@ -155,7 +178,7 @@ def kept_of(batch: MicroBatch) -> Kept:
         holding = segment.holding
         if holding is not None and not holding.is_addressable:
             first = min(first, row)
-            found = _runs(holding.extents, segment.start, segment.length, row - first)
+            found = runs_of(holding.extents, segment.start, segment.length, row - first)
             runs += [(holding.tier, run) for run in found]
         row += segment.length
     return Kept(first, row - first, tuple(runs))

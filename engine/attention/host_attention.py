@@ -14,11 +14,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.attention.groups import open_from, runs_of
 from engine.attention.pages import PageTable, attend_pages, page_table
 from engine.attention.pools import KV, KVPools
 from engine.attention.sizes import HOST_SLOTS, host_attention_bytes, host_block_bytes, host_block_pages
 from engine.dtypes import DType
 from engine.formats.sizes import TensorFormat
+from engine.kvcache.cache import SequenceRoom
 from engine.kvcache.segments import MicroBatch
 from engine.memory.closing import run_all
 from engine.memory.lane import REACHED, Event, LaneEvent, LaneName, ThreadLane
@@ -59,6 +61,7 @@ class HostAttention:
         *,
         page_tokens: int,
         most_rows: int,
+        room: SequenceRoom,
     ) -> None:
         """Take the memory.
 
@@ -70,12 +73,13 @@ class HostAttention:
             pools: where keys and values lie.
             page_tokens: of a page.
             most_rows: of a micro-batch, at most.
+            room: what a sequence takes.
 
         Raises:
             TierFull: a budget would be exceeded.
         """
         self._device, self._traffic, self._pools = memory.device, memory.traffic, pools
-        self._page_tokens = page_tokens
+        self._page_tokens, self._room = page_tokens, room
         self._under_way: deque[tuple[LaneEvent, _Slot]] = deque()
         self._lane = ThreadLane(LaneName.HOST_COMPUTE)
         pages = len(pools.layers(TierName.HOST)[0]) // page_tokens
@@ -99,6 +103,7 @@ class HostAttention:
         row, first, end = 0, 0, 0
         pages: list[list[int]] = []
         counts: list[int] = []
+        opened: list[list[int]] = []
         for segment in batch.segments:
             if segment.can_attend_on_host:
                 assert segment.holding is not None
@@ -113,10 +118,14 @@ class HostAttention:
                     ]
                 )
                 counts.append(segment.start + 1)
+                if self._room.beside:
+                    first_open = open_from(segment, self._room)
+                    runs = runs_of(segment.holding.extents, first_open, self._room.beside, 0)
+                    opened.append([row for run in runs for row in range(run.offset, run.offset + run.num_tokens)])
             row += segment.length
         if not pages:
             return None
-        return Attended(slice(first, end), page_table(pages, counts, self._page_tokens, self._block_pages))
+        return Attended(slice(first, end), page_table(pages, counts, self._page_tokens, self._block_pages, opened))
 
     def start(self, layer: int, attended: Attended, q_RNH: Tensor, out_RNH: Tensor, stored: Event) -> None:
         """Begin with some rows; ``stored``: when the keys that the pass adds are in their pages.

@@ -17,6 +17,10 @@ from engine.attention.extents import NewKV, SequenceKV
 from engine.attention.groups import Group
 from engine.attention.int4_decode import packed_decoder
 from engine.attention.int4_rows import PackedRows
+from engine.attention.int4_sizes import WINDOW
+from engine.attention.int4_window_extents import WindowedKV
+from engine.attention.int4_window_rows import WindowRows
+from engine.attention.int4_windows import attend_windows, window_decoder
 from engine.attention.kernels import Decoder, attend, decoder, merge
 from engine.attention.pools import KVPools
 from engine.attention.rows import Part, Rows
@@ -47,7 +51,7 @@ class HostRunner:
         """Both are the runner's to close."""
         self._num_kv_heads = num_kv_heads
         self._rows = pools.rows
-        self._views: WeakKeyDictionary[Holding, SequenceKV] = WeakKeyDictionary()
+        self._views: WeakKeyDictionary[Holding, SequenceKV | WindowedKV] = WeakKeyDictionary()
         self._work: list[_Work] = []
         self._pools = pools
         self._elsewhere = elsewhere
@@ -65,24 +69,31 @@ class HostRunner:
         work, num_kv_heads = self._work[index], self._num_kv_heads
         num_heads = qkv.shape[1] - 2 * num_kv_heads
         kv_T2KH = qkv[:, num_heads:].view(len(qkv), 2, -1, qkv.shape[2])
+        has_windows = isinstance(self._rows, WindowRows)
         stored = self._rows.rounded(kv_T2KH)
-        self._elsewhere.store(layer, index, stored)
+        left = self._elsewhere.leaving(index, stored, kv_T2KH)
+        if not has_windows:
+            self._elsewhere.store(layer, index, left)
         q_TNH, k_TKH, v_TKH = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
         if work.num_tokens < out_TNH.shape[0]:
             out_TNH[work.num_tokens :] = 0
-        packed = self._rows.parts(stored) if isinstance(self._rows, PackedRows) else None
+        packed = self._rows.new_parts(stored) if isinstance(self._rows, PackedRows) else None
         new = NewKV(k_TKH, v_TKH, packed)
         if packed is None:
             decode = decoder(work.decode_rows, q_TNH, k_TKH, v_TKH, out_TNH)
         else:
-            decode = packed_decoder(work.decode_rows, q_TNH, new, out_TNH)
-        rows = Rows(layer, q_TNH, new, out_TNH, decode)
+            decode = (window_decoder if has_windows else packed_decoder)(work.decode_rows, q_TNH, new, out_TNH)
+        rows = Rows(layer, q_TNH, new, out_TNH, decode, has_windows)
         self._sharing.run(rows, work.here)
         if self._elsewhere.groups(index):
             one = work.single
-            decode = decoder(one.stop - one.start, q_TNH[one], k_TKH[one], v_TKH[one], out_TNH[one])
+            decode = None
+            if not has_windows:
+                decode = decoder(one.stop - one.start, q_TNH[one], k_TKH[one], v_TKH[one], out_TNH[one])
             self._attend_elsewhere(rows, self._elsewhere.groups(index), decode, one.start)
+        if has_windows:  # a new window's plain keys go where those of the one before are read from
+            self._elsewhere.store(layer, index, left)
         self._found.append(out_TNH)
 
     def finish(self) -> Tensor:
@@ -110,6 +121,9 @@ class HostRunner:
         """Group by group, as they come."""
         pieces: list[tuple[Tensor, Tensor]] = []
         for group in groups:
+            if isinstance(self._rows, WindowRows):
+                self._attend_windows(rows, group, self._rows)
+                continue
             with self._elsewhere.fetched(group) as kv_S2KH:
                 for share in group.shares:
                     end = share.at + share.past + (0 if group.is_part else share.length)
@@ -130,6 +144,20 @@ class HostRunner:
                         out_NtH.copy_(merge(pieces)[0])
                         pieces = []
 
+    def _attend_windows(self, rows: Rows, group: Group, stored: WindowRows) -> None:
+        """A group whose keys are packed by windows."""
+        with self._elsewhere.fetched_rows(group) as rows_SB:
+            kv_S2KH = self._elsewhere.unpacked(rows_SB)
+            for share in group.shares:
+                first, end = share.at + share.past, share.at + share.past + share.length
+                if share.open_at is not None:
+                    opened = rows_SB[share.open_at : share.at + share.size]
+                    kv_S2KH[first - share.past % WINDOW : first, 0] = stored.opened_in(opened)[: share.past % WINDOW]
+                q_NtH, k_KtH, v_KtH = rows.at(share.row, share.length)
+                kv_S2KH[first:end, 0], kv_S2KH[first:end, 1] = k_KtH.transpose(0, 1), v_KtH.transpose(0, 1)
+                k_KsH, v_KsH = kv_S2KH[share.at : end].permute(1, 2, 0, 3)
+                attend_windows(q_NtH, k_KsH, v_KsH, rows.out(share.row, share.length))
+
     def _work_of(self, batch: MicroBatch) -> _Work:
         here: list[Part] = []
         begin, decode_rows = 0, 0
@@ -148,7 +176,7 @@ class HostRunner:
             begin = end
         return _Work(batch.num_tokens, self._sharing.share(here), decode_rows, single)
 
-    def _kv_of(self, holding: Holding) -> SequenceKV:
+    def _kv_of(self, holding: Holding) -> SequenceKV | WindowedKV:
         kv = self._views.get(holding)
         if kv is None:
             kv = self._views[holding] = self._pools.by_heads(holding)

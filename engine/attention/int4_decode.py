@@ -11,9 +11,8 @@ from torch import Tensor
 
 from engine.attention.extents import NewKV
 from engine.attention.int4_extents import PackedPiece
-from engine.attention.int4_products import Halves, scores, sums_of, weigh
+from engine.attention.int4_products import numbers_of, scores, sums_of, weigh
 from engine.attention.kernels import Decoder
-from engine.formats.int4 import LARGEST_CODE
 from engine.formats.linear import has_products
 
 
@@ -42,22 +41,22 @@ def packed_decoder(num_rows: int, q_TNH: Tensor, new: NewKV, out_TNH: Tensor) ->
 
 def _attend(q_KQH: Tensor, sums_KQG: Tensor, pieces: Sequence[PackedPiece], out_KQH: Tensor) -> None:
     """One softmax over all pieces."""
-    found = [scores(q_KQH, sums_KQG, _numbers(each, 0, torch.float32), *_scales(each, 0)) for each in pieces]
-    weights_KQs = (found[0] if len(found) == 1 else torch.cat(found, -1)).softmax(-1)
+    found = [
+        scores(q_KQH, sums_KQG, numbers_of(each.codes_2KcC[0], torch.float32), *_scales(each, 0)) for each in pieces
+    ]
+    weigh_pieces((found[0] if len(found) == 1 else torch.cat(found, -1)).softmax(-1), pieces, out_KQH)
+
+
+def weigh_pieces(weights_KQs: Tensor, pieces: Sequence[PackedPiece], out_KQH: Tensor) -> None:
+    """Values times weights, into ``out``."""
     # As numbers of the type that is computed with, where products of that are fast: codes lose nothing in any.
     dtype = out_KQH.dtype if has_products(out_KQH.dtype) else torch.float32
     sums = []
-    parts = torch.split(weights_KQs, [each.shape[-1] for each in found], -1)
+    parts = torch.split(weights_KQs, [each.codes_2KcC.shape[2] for each in pieces], -1)
     for weights_KQp, piece in zip(parts, pieces, strict=True):
         sums.append(torch.empty(out_KQH.shape))
-        weigh(weights_KQp, _numbers(piece, 1, dtype), *_scales(piece, 1), sums[-1])
+        weigh(weights_KQp, numbers_of(piece.codes_2KcC[1], dtype), *_scales(piece, 1), sums[-1])
     out_KQH.copy_(sums[0] if len(sums) == 1 else torch.stack(sums).sum(0))
-
-
-def _numbers(piece: PackedPiece, which: int, dtype: torch.dtype) -> Halves:
-    """Codes of keys (0) or values (1)."""
-    codes_KsC = piece.codes_2KcC[which]
-    return codes_KsC.bitwise_right_shift(4).to(dtype), codes_KsC.bitwise_and(LARGEST_CODE).to(dtype)
 
 
 def _scales(piece: PackedPiece, which: int) -> tuple[Tensor, Tensor]:

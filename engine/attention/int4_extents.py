@@ -48,7 +48,7 @@ class PackedKV:
     ) -> None:
         """``raw``: the bytes of each extent; ``dtype``: what they are read as."""
         self._extents, self._dtype, self._head_size = extents, dtype, shape.head_size
-        self._layers = [_packed(each.view(shape.num_layers, -1), shape, stored) for each in raw]
+        self._layers = [packed_layers(each.view(shape.num_layers, -1), shape, stored) for each in raw]
 
     def up_to(self, layer: int, position: int) -> tuple[list[PackedPiece], int]:
         """The extents up to that of a position."""
@@ -70,7 +70,7 @@ class PackedKV:
                 place[:, heads, there] = part[rows][here, :, heads].permute(1, 2, 0, 3)
 
 
-def _packed(raw: Tensor, shape: ModelShape, stored: Int4) -> tuple[PackedPiece, ...]:
+def packed_layers(raw: Tensor, shape: ModelShape, stored: Int4) -> tuple[PackedPiece, ...]:
     """Each layer's bytes, ``[L, bytes]``: scales, minima, codes."""
     heads, groups = (2, shape.num_kv_heads, -1), shape.head_size // stored.group
     # A token of one head takes four bytes for each group and half a byte for each value.

@@ -12,8 +12,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from engine.formats.int4 import LARGEST_CODE
+
 Halves = tuple[Tensor, Tensor]
 """Codes as numbers of any floating type, ``[B, s, C]`` each."""
+
+
+def numbers_of(codes_sC: Tensor, dtype: torch.dtype) -> Halves:
+    """Two codes a byte as numbers, ``[..., s, C]`` each."""
+    return codes_sC.bitwise_right_shift(4).to(dtype), codes_sC.bitwise_and(LARGEST_CODE).to(dtype)
 
 
 def sums_of(q_BQH: Tensor, groups: int) -> Tensor:
@@ -32,6 +39,14 @@ def scores(q_BQH: Tensor, sums_BQG: Tensor, keys: Halves, scale_BGs: Tensor, min
     for group, (q_BQg, keys_Bsg) in enumerate(zip(q_BQH.chunk(groups, -1), _by_group(keys, groups), strict=True)):
         found_BQs.addcmul_(torch.bmm(q_BQg, keys_Bsg.mT), scale_BGs[:, group, None])
     return found_BQs
+
+
+def window_scores(q_BQH: Tensor, keys: Halves, scale_BH: Tensor, minimum_BH: Tensor) -> Tensor:
+    """Queries times the keys of a window, ``[B, Q, s]``, whose channels have a scale and a minimum each: that is put
+    into the queries."""
+    first_BQC, second_BQC = (q_BQH * scale_BH[:, None]).chunk(2, -1)
+    products_BQs = torch.bmm(first_BQC, keys[0].mT).baddbmm_(second_BQC, keys[1].mT)
+    return products_BQs.add_(torch.bmm(q_BQH, minimum_BH[..., None]))
 
 
 def weigh(weights_BQs: Tensor, values: Halves, scale_BGs: Tensor, minimum_BGs: Tensor, out_BQH: Tensor) -> None:

@@ -18,11 +18,13 @@ class PackedRows:
 
     is_packed = True
 
-    def __init__(self, num_kv_heads: int, head_size: int, stored: Int4) -> None:
-        self._group, self._heads = stored.group, (2, num_kv_heads)
-        numbers = 2 * num_kv_heads * (head_size // stored.group) * _FLOAT16
+    def __init__(self, num_kv_heads: int, head_size: int, stored: Int4, *, sides: int = 2) -> None:
+        """``sides``: keys and values, or one of them."""
+        self._group, self._heads = stored.group, (sides, num_kv_heads)
+        numbers = sides * num_kv_heads * (head_size // stored.group) * _FLOAT16
         self._ends = numbers, 2 * numbers
-        self._bytes = 2 * numbers + num_kv_heads * head_size
+        self._bytes = 2 * numbers + sides * num_kv_heads * head_size // 2
+        self.row_bytes = self.leaving_bytes = self._bytes
         self._together = {on_cpu: packed_tokens(num_kv_heads, head_size, on_cpu=on_cpu) for on_cpu in (True, False)}
 
     def view(self, raw: Tensor) -> Tensor:
@@ -46,6 +48,15 @@ class PackedRows:
         codes, scale, minimum = rows_SB[:, second:], rows_SB[:, :first], rows_SB[:, first:second]
         by_head = len(rows_SB), *self._heads, -1
         return codes.view(by_head), scale.view(torch.float16).view(by_head), minimum.view(torch.float16).view(by_head)
+
+    def new_parts(self, rows: Tensor) -> Parts:
+        """Codes, scales and minima in rows that ``rounded`` gave."""
+        return self.parts(rows)
+
+    def leaving(self, rows: Tensor, kv_S2KH: Tensor) -> Tensor:
+        """The rows."""
+        del kv_S2KH
+        return rows
 
     def rounded(self, kv_S2KH: Tensor) -> Tensor:
         """``uint8 [S, B]``."""

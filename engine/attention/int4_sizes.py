@@ -4,30 +4,66 @@ from engine.attention.sizes import kv_layer_bytes
 from engine.dtypes import DType
 from engine.formats.int4_sizes import Int4
 from engine.formats.sizes import Plain, TensorFormat
+from engine.kvcache.cache import ROOM_OF_TOKENS, SequenceRoom
 from engine.shape import ModelShape
+from engine.units import div_ceil
 
+WINDOW = 64
+"""Tokens of a sequence whose keys are packed together, where positions turn them: see ``int4_windows``."""
 _GROUP = 64
 _PACKED_VALUES, _PACKED_VALUES_ON_CPU = 1 << 24, 1 << 20
-"""Keys and values that are packed at once: what caches hold; on a GPU, so many that few launches pack a micro-batch."""
+"""How many values are packed at once: on the CPU as many as caches hold, on a GPU so many that a few launches pack a
+micro-batch."""
 _PACKING_BYTES = 12
-"""Of each of these, beside its row: in float32, as steps, as codes."""
+"""What each of these takes meanwhile, beside its row: a copy in float32, its step in float32, its code."""
 
 
-def kv_format(name: str, dtype: DType, head_size: int) -> TensorFormat:
+def kv_format(name: str, dtype: DType, shape: ModelShape) -> TensorFormat:
     """How one head's vector is stored."""
-    return Int4(head_group(head_size)) if name == Int4.name else Plain(dtype)
+    return Int4(head_group(shape.head_size, turned=shape.turns_keys)) if name == Int4.name else Plain(dtype)
 
 
-def can_pack(head_size: int) -> bool:
+def has_windows(shape: ModelShape, stored: TensorFormat) -> bool:
+    """Whether keys are packed by windows: those that positions turn lose too much token by token."""
+    return shape.turns_keys and isinstance(stored, Int4)
+
+
+def can_pack(head_size: int, *, turned: bool = False) -> bool:
     """Whether heads of this size can be stored in four bits: two codes are a byte, and no group lies across the halves
     of a head (see ``int4_products``), unless it is the whole head."""
-    group = head_group(head_size)
-    return head_size % 2 == 0 and (group == head_size or head_size // 2 % group == 0)
+    group = head_group(head_size, turned=turned)
+    step = 4 if turned else 2  # plain keys of float32 lie beside packed ones
+    return head_size % step == 0 and (group == head_size or (head_size % group == 0 and head_size // 2 % group == 0))
 
 
-def head_group(head_size: int) -> int:
-    """How many of a head's values share a scale and a minimum: 64, or all where these do not divide it."""
+def head_group(head_size: int, *, turned: bool = False) -> int:
+    """How many of a head's values share a scale and a minimum: 64, or all where these do not divide it.
+
+    ``turned``: 64 or somewhat fewer; then as many scales as a head has values find room in the rows of a window.
+    """
+    if turned:
+        return head_size // div_ceil(head_size, _GROUP)
     return _GROUP if head_size % _GROUP == 0 else head_size
+
+
+def kv_room(shape: ModelShape, stored: TensorFormat, dtype: DType) -> SequenceRoom:
+    """What a sequence takes: where keys are packed by windows, whole ones, and room for the plain keys of one."""
+    if not has_windows(shape, stored):
+        return ROOM_OF_TOKENS
+    plain = WINDOW * shape.num_kv_heads * shape.head_size * dtype.num_bytes
+    return SequenceRoom(WINDOW, div_ceil(plain, kv_layer_bytes(shape, stored)))
+
+
+def leaving_bytes(shape: ModelShape, stored: TensorFormat, dtype: DType, num_tokens: int) -> int:
+    """Bytes of a layer's new tokens on their way to where they are kept: of windows, keys are plain."""
+    rows = kv_layer_bytes(shape, stored, num_tokens)
+    return rows // 2 + kv_layer_bytes(shape, Plain(dtype), num_tokens) // 2 if has_windows(shape, stored) else rows
+
+
+def reading_bytes(shape: ModelShape, stored: TensorFormat, dtype: DType, pool_tokens: int) -> int:
+    """Bytes that a prompt takes on the CPU which attends to earlier parts of itself: these are unpacked, and its heads
+    are dealt out, so that no two are at the same time."""
+    return kv_layer_bytes(shape, Plain(dtype), min(shape.max_positions, pool_tokens)) if isinstance(stored, Int4) else 0
 
 
 def packed_tokens(num_kv_heads: int, head_size: int, *, on_cpu: bool) -> int:

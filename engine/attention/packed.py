@@ -86,11 +86,6 @@ def ragged_numbers(places: Places, folding: Folding = NO_FOLDING) -> list[int]:
     return [0, *accumulate(lengths), *starts, 0, *used]
 
 
-def ragged_size(places: Places, folding: Folding = NO_FOLDING) -> int:
-    """How many numbers those are."""
-    return 3 * len(places.lengths) * folding.sequences + 2
-
-
 def ragged_of(places: Places, numbers: Tensor, folding: Folding = NO_FOLDING) -> Ragged:
     """A ``Ragged`` over its uploaded numbers."""
     count = len(places.lengths) * folding.sequences

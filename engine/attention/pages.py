@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.attention.int4_pages import PackedPages
+from engine.attention.int4_pages import PackedPages, WindowedPages
 from engine.attention.int4_rows import PackedRows
+from engine.attention.int4_window_rows import WindowRows
 from engine.attention.stored import StoredRows
 
 
@@ -32,6 +33,9 @@ class Block:
     """Their places in the page table."""
     first_page: int | None
     """Where they are neighbours, the first; ``None``: they are not."""
+    opened: tuple[Tensor, Tensor] | None = None
+    """Which of its pages, int64 ``[m]``, are windows that are not full, and the rows of the pool with their plain keys,
+    int64 ``[m, beside]``: see ``int4_windows``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,17 @@ class PageTable:
     blocks: tuple[Block, ...]
 
 
-def page_table(pages: Sequence[Sequence[int]], num_tokens: Sequence[int], page_tokens: int, most: int) -> PageTable:
-    """A table for rows with these pages and this many tokens each, in blocks of at most ``most`` pages."""
+def page_table(
+    pages: Sequence[Sequence[int]],
+    num_tokens: Sequence[int],
+    page_tokens: int,
+    most: int,
+    opened: Sequence[Sequence[int]] = (),
+) -> PageTable:
+    """A table for rows with these pages and this many tokens each, in blocks of at most ``most`` pages.
+
+    ``opened``: rows of the pool with the plain keys of each one's last page, if that may be a window that is not full.
+    """
     entries = sorted(
         (page, row, min(page_tokens, count - index * page_tokens))
         for row, (its, count) in enumerate(zip(pages, num_tokens, strict=True))
@@ -61,7 +74,12 @@ def page_table(pages: Sequence[Sequence[int]], num_tokens: Sequence[int], page_t
     for first in range(0, len(places), most):
         end = min(first + most, len(places))
         together = places[end - 1] - places[first] == end - 1 - first
-        blocks.append(Block(slice(first, end), int(places[first]) if together else None))
+        partial = [place for place in range(first, end) if opened and used[place] < page_tokens]
+        plain = None
+        if partial:
+            rows = [opened[owners[place]] for place in partial]
+            plain = torch.tensor(partial, dtype=torch.int64) - first, torch.tensor(rows, dtype=torch.int64)
+        blocks.append(Block(slice(first, end), int(places[first]) if together else None, plain))
     return PageTable(
         pages=torch.from_numpy(places.copy()),
         owners=torch.from_numpy(owners.copy()),
@@ -87,7 +105,7 @@ def attend_pages(
     num_heads, head_size = q_RNH.shape[1:]
     page_tokens = table.hidden.shape[2]
     pool_P = pool.view(-1, page_tokens, *pool.shape[1:])
-    read = PackedPages(stored) if isinstance(stored, PackedRows) else PlainPages()
+    read = _pages_of(stored, pool)
     scaled_RNH = q_RNH.float() * head_size**-0.5
     count, size = len(table.pages), num_heads * head_size
     taken = (count * num_heads, count * num_heads, count * size)
@@ -99,7 +117,7 @@ def attend_pages(
         entries, number = each.entries, each.entries.stop - each.entries.start
         rows_bp = stored.view(staged[: number * pool_P[0].nbytes]).view(number, *pool_P.shape[1:])
         _stage(pool_P, table.pages[entries], each, rows_bp)
-        read.stage(rows_bp, block)
+        read.stage(rows_bp, block, each.opened)
         scores_bNp = read.scores(scaled_RNH[table.owners[entries]])
         scores_bNp += table.hidden[entries]
         torch.amax(scores_bNp, -1, out=best_nN[entries])
@@ -113,8 +131,9 @@ def attend_pages(
 class PlainPages:
     """Pages of rows ``[k|v, K, H]``; keys and values are multiplied as float32."""
 
-    def stage(self, rows_bp2KH: Tensor, work: Tensor) -> None:
+    def stage(self, rows_bp2KH: Tensor, work: Tensor, opened: tuple[Tensor, Tensor] | None = None) -> None:
         """These are next; ``work``: float32 values."""
+        del opened
         self._k_bKpH, self._v_bKpH = rows_bp2KH.permute(2, 0, 3, 1, 4)
         self._wide_bKpH = work[: self._k_bKpH.numel()].view(self._k_bKpH.shape)
 
@@ -132,6 +151,12 @@ class PlainPages:
         weights = weights_bNp.view(number * num_kv_heads, -1, page_tokens)
         out = out_bNH.view(number * num_kv_heads, -1, head_size)
         torch.bmm(weights, self._wide_bKpH.flatten(0, 1), out=out)
+
+
+def _pages_of(stored: StoredRows, pool: Tensor) -> PlainPages | PackedPages:
+    if isinstance(stored, WindowRows):
+        return WindowedPages(stored, pool)
+    return PackedPages(stored) if isinstance(stored, PackedRows) else PlainPages()
 
 
 def _stage(pool_P: Tensor, pages: Tensor, block: Block, staged_b: Tensor) -> None:

@@ -9,12 +9,14 @@ from torch import Tensor
 from engine.attention.extents import PlainKV, SequenceKV
 from engine.attention.groups import Group, Run
 from engine.attention.int4_extents import PackedKV
+from engine.attention.int4_sizes import has_windows
+from engine.attention.int4_window_extents import WindowedKV
 from engine.attention.sizes import kv_bytes_per_token, kv_layer_bytes
 from engine.attention.stored import rows_of
 from engine.errors import EngineError
 from engine.formats.int4_sizes import Int4
 from engine.formats.sizes import TensorFormat
-from engine.kvcache.cache import Extent, Holding
+from engine.kvcache.cache import Extent, Holding, Move
 from engine.memory.closing import run_all
 from engine.memory.lane import REACHED, Event
 from engine.memory.memory import Memory
@@ -23,8 +25,11 @@ from engine.memory.spill import SpillRange
 from engine.memory.tier import Block
 from engine.shape import ModelShape
 from engine.tiers import TierName
+from engine.units import MIB
 
 KV = "KV cache"
+_MOVED_BYTES = 16 * MIB
+"""How much of the keys and values is moved within a layer's pool at once, through the workspace."""
 
 
 @dataclass(slots=True, eq=False)
@@ -99,9 +104,11 @@ class KVPools:
         if tier is TierName.DISK and self._spilled is not None:
             self._spilled.claim(end * self._token_bytes)
 
-    def by_heads(self, holding: Holding) -> SequenceKV:
+    def by_heads(self, holding: Holding) -> SequenceKV | WindowedKV:
         """The keys and values of one sequence where compute is the CPU, uninitialised at first."""
         raw = [self._extent(holding.tier, extent) for extent in holding.extents]
+        if isinstance(self._stored, Int4) and has_windows(self._shape, self._stored):
+            return WindowedKV(holding.extents, raw, self._shape, self._stored, self._dtype)
         if isinstance(self._stored, Int4):
             return PackedKV(holding.extents, raw, self._shape, self._stored, self._dtype)
         return PlainKV(holding.extents, raw, self._shape, self._dtype)
@@ -111,6 +118,15 @@ class KVPools:
         if tier not in self._blocks:
             return ()
         return tuple(map(self.rows.view, self._blocks[tier].data.view(self._shape.num_layers, -1).unbind()))
+
+    def move(self, move: Move) -> None:
+        """Towards the beginning of the device's pools, piece by piece, since both places may overlap."""
+        for pool in self.layers(TierName.DEVICE):
+            step = max(1, _MOVED_BYTES // pool[0].nbytes)
+            for first in range(0, move.num_tokens, step):
+                count = min(step, move.num_tokens - first)
+                piece = pool[move.source + first : move.source + first + count].clone()
+                pool[move.destination + first : move.destination + first + count] = piece
 
     def scattered(self, group: Group, layer: int) -> tuple[Place, int]:
         """A group's keys and values of one layer, for an item of a ``Ring``, and how many bytes these are."""

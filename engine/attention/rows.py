@@ -9,6 +9,8 @@ from torch import Tensor
 
 from engine.attention.blocks import attend_whole
 from engine.attention.extents import NewKV, SequenceKV
+from engine.attention.int4_window_extents import WindowedKV
+from engine.attention.int4_windows import attend_by_windows
 from engine.attention.kernels import Decoder, attend, merge
 from engine.kvcache.segments import Segment
 
@@ -20,7 +22,7 @@ class Part:
     begin: int
     """The segment's first row."""
     segment: Segment
-    kv: SequenceKV | None
+    kv: SequenceKV | WindowedKV | None
     """Where its keys and values are kept, if compute can address that."""
     kv_heads: slice
     """The key/value heads, and with them the query heads that share them."""
@@ -43,6 +45,8 @@ class Rows:
     out_TNH: Tensor
     decode: Decoder | None
     """Where one token's attention has a faster way."""
+    has_windows: bool = False
+    """Keys are packed by windows."""
 
     def at(self, row: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """All heads of some rows: queries ``[N, t, H]``, keys and values ``[K, t, H]``."""
@@ -64,17 +68,25 @@ class Rows:
         k_KtH, v_KtH = k_KtH[part.kv_heads], v_KtH[part.kv_heads]
         heads = self._heads(part)
         q_NtH, out_NtH = q_NtH[heads], self.out(part.begin, length)[heads]
+        if kv is not None:
+            kv.append(self.layer, start, part.kv_heads, slice(part.begin, part.begin + length), self.new)
+        if self.has_windows:
+            assert kv is None or isinstance(kv, WindowedKV)
+            attend_by_windows(self.layer, start, part.kv_heads, (q_NtH, k_KtH, v_KtH), kv, out_NtH)
+            return
         if kv is None:
             attend_whole(q_NtH, k_KtH, v_KtH, out_NtH)
             return
-        kv.append(self.layer, start, part.kv_heads, slice(part.begin, part.begin + length), self.new)
+        assert not isinstance(kv, WindowedKV)
         if not start and self.new.packed is not None:
             attend_whole(q_NtH, k_KtH, v_KtH, out_NtH)  # what would be unpacked is at hand
             return
-        seen = list(kv.read(self.layer, start + length, part.kv_heads))
-        if len(seen) == 1:
-            attend_whole(q_NtH, *seen[0], out_NtH)
+        extents, _ = kv.up_to(self.layer, start + length - 1)
+        if len(extents) == 1:
+            (seen,) = kv.read(self.layer, start + length, part.kv_heads)
+            attend_whole(q_NtH, *seen, out_NtH)
             return
+        # One by one: reading packed ones unpacks them.
         stored = kv.read(self.layer, start, part.kv_heads)
         pieces = [attend(q_NtH, k_KsH, v_KsH, causal=False) for k_KsH, v_KsH in stored]
         pieces.append(attend(q_NtH, k_KtH, v_KtH, causal=True))

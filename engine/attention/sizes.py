@@ -62,4 +62,8 @@ def host_attention_bytes(
     block += host_block_pages(shape, pages, page_tokens) * 4 * shape.num_kv_heads * shape.head_size * page_tokens
     if isinstance(stored, Int4):  # codes, one a byte, and scales and minima in float32
         block += 2 * host_block_bytes(shape, stored, pages, page_tokens)
+        if shape.turns_keys:  # of windows that are not full, plain keys, and in float32
+            block += (
+                host_block_pages(shape, pages, page_tokens) * 8 * shape.num_kv_heads * shape.head_size * page_tokens
+            )
     return slots + block + 4 * pages * (size + 2 * shape.num_heads) + 4 * most_rows * size

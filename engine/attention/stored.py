@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.attention.int4_rows import PackedRows
+from engine.attention.int4_sizes import has_windows
+from engine.attention.int4_window_rows import WindowRows
 from engine.formats.int4_sizes import Int4
 from engine.formats.sizes import TensorFormat
 from engine.shape import ModelShape
@@ -20,12 +22,18 @@ class StoredRows(Protocol):
     is_packed: bool
     """Whether rows must be unpacked before anybody attends to them."""
 
+    leaving_bytes: int
+    """What a token takes on its way to where it is kept."""
+
     def view(self, raw: Tensor) -> Tensor:
         """Rows in bytes of memory, ``uint8 [S * B]``: a view of ``S`` rows."""
 
     def rounded(self, kv_S2KH: Tensor) -> Tensor:
         """Rows of keys and values, which are rounded in place to what will be read from these rows: so it makes no
         difference who attends to them when."""
+
+    def leaving(self, rows: Tensor, kv_S2KH: Tensor) -> Tensor:
+        """What goes to where some tokens are kept: from their rows, and what ``rounded`` has left of them."""
 
     def unpack(self, rows: Tensor, out_S2KH: Tensor) -> None:
         """The keys and values of rows that are packed."""
@@ -38,6 +46,7 @@ class PlainRows:
 
     def __init__(self, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> None:
         self._dtype, self._row = dtype, (2, num_kv_heads, head_size)
+        self.leaving_bytes = 2 * num_kv_heads * head_size * dtype.itemsize
 
     def view(self, raw: Tensor) -> Tensor:
         """``[S, k|v, K, H]``."""
@@ -47,6 +56,11 @@ class PlainRows:
         """As they are."""
         return kv_S2KH
 
+    def leaving(self, rows: Tensor, kv_S2KH: Tensor) -> Tensor:
+        """The rows."""
+        del kv_S2KH
+        return rows
+
     def unpack(self, rows: Tensor, out_S2KH: Tensor) -> None:
         """As they are."""
         out_S2KH.copy_(rows)
@@ -55,4 +69,6 @@ class PlainRows:
 def rows_of(shape: ModelShape, stored: TensorFormat, dtype: torch.dtype) -> StoredRows:
     """The rows of a format; ``dtype`` is computed with."""
     heads = shape.num_kv_heads, shape.head_size
-    return PackedRows(*heads, stored) if isinstance(stored, Int4) else PlainRows(*heads, dtype)
+    if not isinstance(stored, Int4):
+        return PlainRows(*heads, dtype)
+    return WindowRows(*heads, stored, dtype) if has_windows(shape, stored) else PackedRows(*heads, stored)

@@ -28,24 +28,39 @@ def quantised(values_P: Tensor, group: int) -> Parts:
     return _quantised(values_P, group, fused=values_P.device.type != "cpu")
 
 
+def quantised_columns(values_sH: Tensor) -> Parts:
+    """The same of ``[..., s, H]`` where the values of a column are a group: scales and minima ``[..., H]``."""
+    codes_sH, scale_1H, minimum_1H = _coded(values_sH, -2, fused=values_sH.device.type != "cpu")
+    return _in_halves(codes_sH), scale_1H.squeeze(-2), minimum_1H.squeeze(-2)
+
+
 def _quantised(values_P: Tensor, group: int, *, fused: bool) -> Parts:
-    """``fused``: in fewer steps, each of which does more; on a CPU these are slow. The same numbers."""
-    values_Gg = values_P.view(*values_P.shape[:-1], -1, group)
+    codes_Gg, scale_G1, minimum_G1 = _coded(values_P.view(*values_P.shape[:-1], -1, group), -1, fused=fused)
+    return _in_halves(codes_Gg.flatten(-2)), scale_G1.squeeze(-1), minimum_G1.squeeze(-1)
+
+
+def _coded(values: Tensor, dim: int, *, fused: bool) -> Parts:
+    """Codes, a byte each, of groups along a dimension, which scales and minima have, too.
+
+    ``fused``: in fewer steps, each of which does more; on a CPU these are slow. The same numbers.
+    """
     if fused:
-        lowest_G, highest_G = (each.float() for each in values_Gg.aminmax(dim=-1))
+        lowest, highest = (each.float() for each in values.aminmax(dim=dim, keepdim=True))
     else:
-        values_Gg = values_Gg.float()
-        lowest_G, highest_G = values_Gg.amin(-1), values_Gg.amax(-1)
-    scale_G = (highest_G - lowest_G).div_(LARGEST_CODE).half()
-    minimum_G = lowest_G.half()
-    step_G = scale_G.float().masked_fill_(scale_G == 0, 1)
+        values = values.float()
+        lowest, highest = values.amin(dim, keepdim=True), values.amax(dim, keepdim=True)
+    scale = (highest - lowest).div_(LARGEST_CODE).half()
+    minimum = lowest.half()
+    step = scale.float().masked_fill_(scale == 0, 1)
     # Half a step more, so that cutting off what is behind the point rounds.
-    start_G = 0.5 - minimum_G.float() / step_G
-    step_G1, start_G1 = step_G[..., None], start_G[..., None]
-    steps_Gg = torch.addcdiv(start_G1, values_Gg, step_G1) if fused else values_Gg.div(step_G1).add_(start_G1)
-    codes_P = steps_Gg.clamp_(0, LARGEST_CODE).to(torch.uint8).flatten(-2)
+    start = 0.5 - minimum.float() / step
+    steps = torch.addcdiv(start, values, step) if fused else values.div(step).add_(start)
+    return steps.clamp_(0, LARGEST_CODE).to(torch.uint8), scale, minimum
+
+
+def _in_halves(codes_P: Tensor) -> Tensor:
     first_C, second_C = codes_P.chunk(2, -1)
-    return first_C.bitwise_left_shift(4).bitwise_or_(second_C), scale_G, minimum_G
+    return first_C.bitwise_left_shift(4).bitwise_or_(second_C)
 
 
 def fits(scale: Tensor, minimum: Tensor) -> bool:
@@ -86,37 +101,45 @@ def unpack_parts(parts: Parts, out_P: Tensor) -> None:
     Computed in float32, where a code times a scale of float16 is exact: so it makes no difference whether a device
     rounds before it adds the minimum. Then rounded once to the type of ``out``: the same numbers everywhere.
     """
-    codes_C, *others = parts
-    scale_G, minimum_G = (each.float() for each in others)
+    codes_C, scale_G, minimum_G = parts
+    _unpack(codes_C, scale_G[..., None], minimum_G[..., None], out_P, out_P.view(*scale_G.shape, -1))
+
+
+def unpack_columns(parts: Parts, out_sH: Tensor) -> None:
+    """The same of what ``quantised_columns`` gave."""
+    codes_sC, scale_H, minimum_H = parts
+    _unpack(codes_sC, scale_H[..., None, :], minimum_H[..., None, :], out_sH, out_sH)
+
+
+def _unpack(codes_C: Tensor, scale: Tensor, minimum: Tensor, out_P: Tensor, grouped: Tensor) -> None:
+    """``grouped``: a view of ``out``, as scales and minima can be multiplied with."""
     unpack_some = _unpack_in_blocks if out_P.device.type == "cpu" else _unpack_at_once
-    unpack_some(codes_C, scale_G, minimum_G, out_P)
+    unpack_some(codes_C, scale.float(), minimum.float(), out_P, grouped)
 
 
-def _unpack_at_once(codes_C: Tensor, scale_G: Tensor, minimum_G: Tensor, out_P: Tensor) -> None:
+def _unpack_at_once(codes_C: Tensor, scale: Tensor, minimum: Tensor, out_P: Tensor, grouped: Tensor) -> None:
     """On a GPU, which casts as it stores: no bytes in between."""
     first_C, second_C = out_P.chunk(2, -1)
     torch.bitwise_right_shift(codes_C, 4, out=first_C)
     torch.bitwise_and(codes_C, LARGEST_CODE, out=second_C)
-    out_Gg = out_P.view(*scale_G.shape, -1)
-    torch.addcmul(minimum_G[..., None], out_Gg, scale_G[..., None], out=out_Gg)
+    torch.addcmul(minimum, grouped, scale, out=grouped)
 
 
-def _unpack_in_blocks(codes_C: Tensor, scale_G: Tensor, minimum_G: Tensor, out_P: Tensor) -> None:
+def _unpack_in_blocks(codes_C: Tensor, scale: Tensor, minimum: Tensor, out_P: Tensor, grouped: Tensor) -> None:
     """Some rows at a time: over a whole matrix, each step would go through memory."""
     rows = len(out_P)
     together = min(rows, max(1, BLOCK_VALUES // max(1, out_P[0].numel()))) if rows else 1
     bytes_P = torch.empty(together, *out_P.shape[1:], dtype=torch.uint8)
     first_C, second_C = bytes_P.chunk(2, -1)
     rounds = out_P.dtype != torch.float32
-    values_P = torch.empty(bytes_P.shape) if rounds else out_P
+    scratch = torch.empty(together, *grouped.shape[1:]) if rounds else grouped
     for first in range(0, rows, together):
         block = slice(first, first + together)
-        codes_bC, out_bP = codes_C[block], out_P[block]
+        codes_bC, place = codes_C[block], grouped[block]
         count = len(codes_bC)
         torch.bitwise_right_shift(codes_bC, 4, out=first_C[:count])
         torch.bitwise_and(codes_bC, LARGEST_CODE, out=second_C[:count])
-        values_bP = values_P[:count] if rounds else out_bP
-        values_bP.copy_(bytes_P[:count])
-        values_bP.view(*scale_G[block].shape, -1).mul_(scale_G[block][..., None]).add_(minimum_G[block][..., None])
+        values = scratch[:count] if rounds else place
+        values.copy_(bytes_P[:count].view(place.shape)).mul_(scale[block]).add_(minimum[block])
         if rounds:
-            out_bP.copy_(values_bP)
+            place.copy_(values)

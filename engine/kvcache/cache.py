@@ -40,6 +40,28 @@ def unit_tokens(layout: Layout, extent_tokens: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceRoom:
+    """How much room a sequence takes, in tokens."""
+
+    window: int = 1
+    """A multiple of these."""
+    beside: int = 0
+    """And so much more, behind that of its tokens."""
+
+    def of(self, tokens: int) -> int:
+        """For a sequence of so many tokens."""
+        return align_up(tokens, self.window) + self.beside if tokens else 0
+
+    def longest_in(self, room: int) -> int:
+        """Tokens of the longest sequence that finds room."""
+        return max(0, room - self.beside) // self.window * self.window
+
+
+ROOM_OF_TOKENS = SequenceRoom()
+"""Where tokens are all that is kept."""
+
+
+@dataclass(frozen=True, slots=True)
 class Extent:
     """Consecutive tokens of one sequence in consecutive room of one tier, in all layers alike."""
 
@@ -84,6 +106,7 @@ class KVCache:
         *,
         extent_tokens: int,
         layouts: Mapping[TierName, Layout] | None = None,
+        room: SequenceRoom = ROOM_OF_TOKENS,
         fills_together: bool = False,
         claim: Callable[[TierName, int], None] | None = None,
     ) -> None:
@@ -93,6 +116,7 @@ class KVCache:
             tokens: how many each tier has room for.
             extent_tokens: the longest extent, and no page is longer.
             layouts: of the tiers; of those that are not named, in extents.
+            room: what a sequence takes.
             fills_together: shares were asked for, and the tier that is furthest below its own is filled next; else the
                 one that is nearest to compute.
             claim: is called before tokens of a tier are handed out, with the end of their range; may raise
@@ -101,6 +125,7 @@ class KVCache:
         self._extent_tokens = extent_tokens
         self._layouts = {tier: (layouts or {}).get(tier, Layout.EXTENTS) for tier in tokens}
         self._tokens = {tier: count - count % self._unit(tier) for tier, count in tokens.items()}
+        self.room = room
         self._fills_together = fills_together
         self._claim = claim
         self._free = {tier: FreeRanges(count) for tier, count in self._tokens.items()}
@@ -109,7 +134,7 @@ class KVCache:
     @property
     def largest_sequence(self) -> int:
         """Tokens of the longest sequence that an empty cache can hold."""
-        return max(self._tokens.values())
+        return self.room.longest_in(max(self._tokens.values()))
 
     @property
     def num_tokens(self) -> int:
@@ -140,7 +165,7 @@ class KVCache:
         Raises:
             DiskFull: the spill file cannot grow although its budget would allow it, and no sequence holds any room.
         """
-        needed = sequence.num_kv_tokens
+        needed = self.room.of(sequence.num_kv_tokens)
         tiers = [
             tier
             for tier in TierName
@@ -171,7 +196,7 @@ class KVCache:
 
         The books have the new places at once, so the moves come before the next pass, and after those of before.
         """
-        needed = sequence.num_kv_tokens
+        needed = self.room.of(sequence.num_kv_tokens)
         for tier, layout in self._layouts.items():
             if layout is Layout.ONE_PIECE and self._free[tier].longest < needed <= self._free[tier].free:
                 return self._joined(tier, needed)
@@ -247,10 +272,16 @@ class KVCache:
                 yield free.allocate(size), size
                 rest -= size
             return
-        longest = max(1, needed) if layout is Layout.ONE_PIECE else self._extent_tokens
-        for start in range(0, needed, longest):
-            size = min(longest, needed - start)
+        if layout is Layout.ONE_PIECE:
+            if needed:
+                yield free.allocate(needed), needed
+            return
+        tokens = needed - self.room.beside if needed else 0
+        for start in range(0, tokens, self._extent_tokens):
+            size = min(self._extent_tokens, tokens - start)
             yield free.allocate(size), size
+        if self.room.beside and needed:
+            yield free.allocate(self.room.beside), self.room.beside
 
     def _give(self, tier: TierName, extents: Iterable[Extent]) -> None:
         for extent in extents:

@@ -109,3 +109,13 @@ def mean_request_load(workload: Workload, plan: Plan) -> PassLoad:
 def residency_passes(lengths: Lengths, plan: Plan) -> float:
     """Passes from admission to the end."""
     return lengths.decode_steps + max(1.0, lengths.prompt / plan.tokens_per_pass)
+
+
+def mean_room(workload: Workload, plan: Plan) -> float:
+    """Tokens of KV cache that are reserved for a request."""
+    return workload.mean(lambda each: plan.kv_room.of(each.reserved))
+
+
+def mean_occupied(workload: Workload, plan: Plan) -> float:
+    """The same, times the passes for which they are."""
+    return workload.mean(lambda each: plan.kv_room.of(each.reserved) * residency_passes(each, plan))

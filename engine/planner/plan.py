@@ -11,7 +11,7 @@ from typing import Literal
 from engine.attention.sizes import kv_bytes_per_token
 from engine.dtypes import DType
 from engine.formats.sizes import TENSOR_FORMATS, Plain, TensorFormat
-from engine.kvcache.cache import Layout, unit_tokens
+from engine.kvcache.cache import Layout, SequenceRoom, unit_tokens
 from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 
@@ -165,6 +165,8 @@ class Plan:
     extent_tokens: int
     kv_format: TensorFormat
     """How one head's keys or values of a token are stored."""
+    kv_room: SequenceRoom
+    """What a sequence takes of it, in tokens."""
     unpacked_tokens: int
     """Tokens whose keys and values are unpacked at a time; 0: they are never packed, or never unpacked."""
     kv_layouts: Mapping[TierName, Layout]
@@ -215,7 +217,7 @@ class Plan:
 
     def largest_sequence(self, shape: ModelShape) -> int:
         """KV tokens of the longest sequence that finds room: it lives in one tier."""
-        return max(self.kv_tokens(shape).values())
+        return self.kv_room.longest_in(max(self.kv_tokens(shape).values()))
 
     @property
     def tokens_per_pass(self) -> int:

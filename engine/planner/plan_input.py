@@ -3,13 +3,14 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.attention.int4_sizes import can_pack, kv_format
+from engine.attention.int4_sizes import can_pack, kv_format, kv_room
 from engine.attention.sizes import kv_bytes_per_token
 from engine.attention.table import kernel_for
 from engine.devices.facts import MachineFacts, free_disk_space
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
 from engine.formats.sizes import Plain, TensorFormat
+from engine.kvcache.cache import SequenceRoom
 from engine.planner.plan import PlanOptions
 from engine.planner.workload import Workload
 from engine.shape import ModelShape
@@ -57,14 +58,17 @@ class PlanInput:
     @property
     def kv_format(self) -> TensorFormat:
         """How one head's keys or values of a token are stored: plain unless four bits are asked for."""
-        return kv_format(self.options.kv_format or Plain.name, self.dtype, self.shape.head_size)
+        return kv_format(self.options.kv_format or Plain.name, self.dtype, self.shape)
+
+    @property
+    def kv_room(self) -> SequenceRoom:
+        """What a sequence takes of the KV cache."""
+        return kv_room(self.shape, self.kv_format, self.dtype)
 
     @property
     def why_not_int4(self) -> str | None:
         """Why the KV cache cannot be stored in four bits; ``None``: it can."""
-        if self.shape.turns_keys:
-            return "the keys of models with rotary positions are not stored in four bits yet"
-        if not can_pack(self.shape.head_size):
+        if not can_pack(self.shape.head_size, turned=self.shape.turns_keys):
             return f"heads of {self.shape.head_size} values cannot be stored in four bits"
         return None
 

@@ -9,7 +9,7 @@ from engine.memory.lane import LaneName
 from engine.model.family import layer_name
 from engine.planner.cost import OVERLAPPED, Overlap, PassCost, PassModel
 from engine.planner.hardware import LINKS, Hardware
-from engine.planner.load import PassLoad, mean_request_load, residency_passes
+from engine.planner.load import PassLoad, mean_occupied, mean_request_load, mean_room, residency_passes
 from engine.planner.plan import Plan
 from engine.planner.simulation import Simulation
 from engine.planner.workload import Workload
@@ -63,16 +63,15 @@ def compute_ceiling_per_s(
 
 def usable_kv_tokens(workload: Workload, plan: Plan, token_bytes: int) -> float:
     """Tokens of KV cache that whole sequences can take: a sequence lives in one tier."""
-    reserved = workload.mean(lambda each: each.reserved)
-    return sum(math.floor(pool / token_bytes / reserved + 1e-9) for pool in plan.kv_bytes.values()) * reserved
+    room = mean_room(workload, plan)
+    return sum(math.floor(pool / token_bytes / room + 1e-9) for pool in plan.kv_bytes.values()) * room
 
 
 def steady_requests_per_pass(workload: Workload, plan: Plan, token_bytes: int) -> float:
     """New requests a pass once as many end as begin: the least of what memory, slots and tokens allow."""
     residency = workload.mean(lambda each: residency_passes(each, plan))
-    occupied = workload.mean(lambda each: each.reserved * residency_passes(each, plan))
     return min(
-        usable_kv_tokens(workload, plan, token_bytes) / occupied,
+        usable_kv_tokens(workload, plan, token_bytes) / mean_occupied(workload, plan),
         min(workload.requests, plan.tokens_per_pass) / residency,
         plan.tokens_per_pass / workload.mean(lambda each: each.reserved),
     )
@@ -84,10 +83,9 @@ def as_filled(workload: Workload, plan: Plan, token_bytes: int) -> Plan:
     if plan.kv_fills_together:
         return plan
     if plan.schedule == "block":
-        tokens = min(float(workload.requests), plan.tokens_per_pass) * workload.mean(lambda each: each.reserved)
+        tokens = min(float(workload.requests), plan.tokens_per_pass) * mean_room(workload, plan)
     else:
-        occupied = workload.mean(lambda each: each.reserved * residency_passes(each, plan))
-        tokens = steady_requests_per_pass(workload, plan, token_bytes) * occupied
+        tokens = steady_requests_per_pass(workload, plan, token_bytes) * mean_occupied(workload, plan)
     left = math.ceil(tokens * token_bytes)
     filled = {}
     for tier in TierName:
@@ -142,9 +140,8 @@ class _Run:
     def by_block(self) -> Prediction:
         """As many sequences as find room; their prompts; then decoding until the last of them ends; then the next."""
         workload = self._workload
-        reserved = workload.mean(lambda each: each.reserved)
-        room = usable_kv_tokens(workload, self._plan, self._token_bytes)
-        in_block = min(float(workload.requests), self._plan.tokens_per_pass, math.floor(room / reserved + 1e-9))
+        fitting = usable_kv_tokens(workload, self._plan, self._token_bytes) / mean_room(workload, self._plan)
+        in_block = min(float(workload.requests), self._plan.tokens_per_pass, math.floor(fitting + 1e-9))
         if in_block < 1:
             return self._prediction(math.inf, math.inf, 0.0, self._model.cost(PassLoad()), PassLoad())
         prompts = self._request.prompts.scaled(in_block)

@@ -14,7 +14,7 @@ from engine.memory.lane import LaneName
 from engine.model.family import layer_name
 from engine.planner.cost import Overlap, PassModel
 from engine.planner.hardware import LINKS, Hardware
-from engine.planner.load import PassLoad, mean_request_load, residency_passes
+from engine.planner.load import PassLoad, mean_occupied, mean_request_load, residency_passes
 from engine.planner.lp import LinearProgram
 from engine.planner.placing import whole_layers
 from engine.planner.plan import Plan
@@ -137,8 +137,7 @@ class Relaxation:
 
     def _limit_memory(self, program: _Program, room: Mapping[TierName, float], sample: Plan, choice: Choice) -> None:
         """Layers and KV cache of a tier fit into what is left of it; in GiB."""
-        occupied = self._workload.mean(lambda each: each.reserved * residency_passes(each, sample))
-        occupied *= self._given.token_bytes
+        occupied = mean_occupied(self._workload, sample) * self._given.token_bytes
         gib = float(GIB)
         layer_bytes = self._layer_bytes(choice)
         for index, tier in enumerate(_TIERS):

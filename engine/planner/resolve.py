@@ -5,7 +5,7 @@ One function sizes everything, so that what is promised and what is allocated ca
 
 from collections.abc import Mapping
 
-from engine.attention.int4_sizes import packing_bytes
+from engine.attention.int4_sizes import leaving_bytes, packing_bytes, reading_bytes
 from engine.attention.sizes import (
     STORE_BUFFERS,
     decode_workspace_bytes,
@@ -88,14 +88,16 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
     workspace = _workspace_bytes(shape, dtype, micro_batch, logits_rows)
     workspace += stored.scratch_bytes(dtype)
     kv_format = given.kv_format
-    group_tokens = group_tokens_for(given)
+    group_tokens, of_sequence = group_tokens_for(given), given.kv_room
     slot_bytes = kv_layer_bytes(shape, kv_format, group_tokens)
-    store_bytes = STORE_BUFFERS * kv_layer_bytes(shape, kv_format, micro_batch)
+    store_bytes = STORE_BUFFERS * leaving_bytes(shape, kv_format, dtype, micro_batch)
     at_once = extent_tokens
     if options.kv is not None and options.kv.disk:
         at_once = max(extent_tokens, min(group_tokens, shape.max_positions + 1))
     pool_tokens = (budgets[TierName.DEVICE] + budgets[TierName.HOST]) // kv_bytes_per_token(shape, kv_format)
     workspace += decode_workspace_bytes(shape, kv_format, at_once, facts.attention_threads, pool_tokens)
+    if facts.shares_host_memory:
+        workspace += reading_bytes(shape, kv_format, dtype, pool_tokens)
     workspace += packing_bytes(shape, kv_format, micro_batch, on_cpu=facts.shares_host_memory)
     # On the CPU, what is stored waits in the one memory that there is.
     kept_here = store_bytes if facts.shares_host_memory else 0
@@ -107,14 +109,17 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
         if not isinstance(kv_format, Int4):
             return 0
         # A GPU attends to what is unpacked alone, one sequence at least; on the CPU, this is for what is elsewhere.
-        of_pool = 0 if facts.shares_host_memory else max(group_tokens, shape.max_positions)
+        of_pool = (
+            0 if facts.shares_host_memory else max(group_tokens, align_up(shape.max_positions, of_sequence.window))
+        )
         return max(of_pool, group_tokens if kv_slots else 0)
 
     def buffer_bytes(kv_slots: int) -> int:
         unpacked = unpacked_tokens(kv_slots)
         taken = kv_layer_bytes(shape, Plain(dtype), unpacked)
         if not facts.shares_host_memory:
-            taken += kv_layer_bytes(shape, kv_format, unpacked)  # gathered from the pool, before it is unpacked
+            # Gathered from the pool, before it is unpacked; of every window, its plain keys, too.
+            taken += kv_layer_bytes(shape, kv_format, unpacked + unpacked // of_sequence.window * of_sequence.beside)
         return taken + (kv_slots * slot_bytes + kept_here if kv_slots else 0)
 
     def placed(kv_slots: int) -> tuple[TierName, ...]:
@@ -194,6 +199,7 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
         prefill_chunk=options.prefill_chunk or micro_batch * micro_batches,
         extent_tokens=extent_tokens,
         kv_format=kv_format,
+        kv_room=of_sequence,
         unpacked_tokens=unpacked_tokens(kv_slots),
         kv_layouts=layouts(shares_host_memory=facts.shares_host_memory),
         group_tokens=group_tokens,
@@ -230,6 +236,13 @@ def fitting_plan(given: PlanInput) -> Plan | None:
 
 def group_tokens_for(given: PlanInput) -> int:
     """Tokens of keys and values that pass through a buffer at once."""
+    # Where keys are packed by windows, a sequence is never cut.
+    room = given.kv_room
+    least = align_up(room.of(given.shape.max_positions), room.window) if room.beside else 0
+    return max(least, _group_tokens(given))
+
+
+def _group_tokens(given: PlanInput) -> int:
     options, extent_tokens = given.options, _extent_tokens(given)
     if options.group_tokens is not None:
         return options.group_tokens
@@ -242,7 +255,8 @@ def group_tokens_for(given: PlanInput) -> int:
 
 
 def _extent_tokens(given: PlanInput) -> int:
-    return min(given.options.extent_tokens or EXTENT_TOKENS, given.shape.max_positions + 1)
+    wanted = min(given.options.extent_tokens or EXTENT_TOKENS, given.shape.max_positions + 1)
+    return align_up(wanted, given.kv_room.window)
 
 
 def _spills_kv(given: PlanInput, budgets: Mapping[TierName, int], *, streamed: bool) -> bool:
@@ -278,7 +292,7 @@ def _wanted_on_host(given: PlanInput, on_device: int, extent_tokens: int) -> int
     if given.workload is None or given.facts.shares_host_memory:
         return given.budgets[TierName.HOST]
     page_tokens = unit_tokens(Layout.PAGES, extent_tokens)
-    tokens = given.workload.reserved_tokens(page_tokens)
+    tokens = given.workload.reserved_tokens(page_tokens, given.kv_room)
     fixed = given.options.kv
     kept_there = on_device if fixed is None else 0
     return max(page_tokens * given.token_bytes, MORE_MAY_COME * tokens * given.token_bytes - kept_there)

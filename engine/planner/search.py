@@ -13,7 +13,7 @@ from engine.errors import PlanDoesNotFit
 from engine.formats.sizes import TENSOR_FORMATS
 from engine.planner.cost import OVERLAPPED, Overlap, PassModel
 from engine.planner.hardware import Hardware
-from engine.planner.load import mean_request_load, residency_passes
+from engine.planner.load import mean_request_load, mean_room, residency_passes
 from engine.planner.plan import AUTO, Plan, PlanOptions
 from engine.planner.plan_input import PlanInput
 from engine.planner.predict import (
@@ -278,7 +278,7 @@ class _Search:
         model = PassModel(self._hardware, self._given.shape, self._given.stored, filled, self._overlap)
         pass_s = model.cost(load.scaled(rate)).seconds
         residency = workload.mean(lambda each: residency_passes(each, plan))
-        at_once = usable_kv_tokens(workload, plan, self._given.token_bytes) / workload.mean(lambda each: each.reserved)
+        at_once = usable_kv_tokens(workload, plan, self._given.token_bytes) / mean_room(workload, plan)
         steadily_s = (workload.requests / rate + residency) * pass_s
         if workload.requests > min(at_once, plan.tokens_per_pass):
             return rate / pass_s, steadily_s

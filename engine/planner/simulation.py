@@ -49,7 +49,7 @@ class Simulation:
         ]
         """KV tokens of each tier."""
         self._waiting = _mixed(workload)
-        self._waiting_tokens = sum(each.reserved * number for each, number in self._waiting)
+        self._waiting_tokens = sum(self._room_of(each) * number for each, number in self._waiting)
         self._prefilling: deque[_Group] = deque()
         self._decoding = 0
         self._attended = 0
@@ -59,7 +59,7 @@ class Simulation:
         self._passes = 0
         self._prompts = {each: request_load(each, plan).prompts for each in workload.lengths}
         self._sustaining = sustaining_prompt_tokens(
-            min(sum(self._free) / workload.mean(lambda each: each.reserved), plan.tokens_per_pass),
+            min(sum(self._free) / workload.mean(self._room_of), plan.tokens_per_pass),
             workload.mean(lambda each: each.prompt),
             workload.mean(lambda each: each.decode_steps),
         )
@@ -127,7 +127,7 @@ class Simulation:
         # Everybody who runs has a token in this pass, so there are never more of them than it has tokens.
         number = min(waiting, div_ceil(left, min(lengths.prompt, self._plan.prefill_chunk)))
         for tier, free in enumerate(self._free):
-            room = align_up(lengths.reserved, self._units[tier])
+            room = align_up(self._room_of(lengths), self._units[tier])
             fitting = min(number, free // room)
             if fitting > 0:
                 self._leave_queue(fitting)
@@ -139,7 +139,7 @@ class Simulation:
         lengths, waiting = self._waiting.popleft()
         if waiting > number:
             self._waiting.appendleft((lengths, waiting - number))
-        self._waiting_tokens -= number * lengths.reserved
+        self._waiting_tokens -= number * self._room_of(lengths)
 
     def _compute(self, group: _Group, room: int, finished: list[_Group]) -> int:
         """How many tokens of a group's prompts find room, one sequence after another."""
@@ -177,7 +177,10 @@ class Simulation:
         self._passes += 1
 
     def _free_room(self, group: _Group) -> None:
-        self._free[group.tier] += group.number * align_up(group.lengths.reserved, self._units[group.tier])
+        self._free[group.tier] += group.number * align_up(self._room_of(group.lengths), self._units[group.tier])
+
+    def _room_of(self, lengths: Lengths) -> int:
+        return self._plan.kv_room.of(lengths.reserved)
 
 
 def _mixed(workload: Workload) -> deque[tuple[Lengths, int]]:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from engine.kvcache.cache import ROOM_OF_TOKENS, SequenceRoom
 from engine.units import align_up, div_ceil
 
 MORE_MAY_COME = 4
@@ -93,9 +94,9 @@ class Workload:
         """KV tokens that the longest request reserves."""
         return max(each.reserved for each in self.lengths)
 
-    def reserved_tokens(self, unit: int) -> int:
+    def reserved_tokens(self, unit: int, room: SequenceRoom = ROOM_OF_TOKENS) -> int:
         """KV tokens that all requests together reserve, each in whole units of as many tokens."""
-        return sum(align_up(each.reserved, unit) * each.requests for each in self.lengths)
+        return sum(align_up(room.of(each.reserved), unit) * each.requests for each in self.lengths)
 
     def times(self, factor: float) -> "Workload":
         """So many times the requests, of the same lengths; at least one of each."""

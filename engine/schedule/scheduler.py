@@ -184,7 +184,7 @@ class Scheduler:
         known = [each for each in (*self._running, *self._waiting) if self.needs_kv(each)]
         if not known:
             return 0.0
-        room = self._kv.num_tokens * len(known) / max(1, sum(each.num_kv_tokens for each in known))
+        room = self._kv.num_tokens * len(known) / max(1, sum(self._kv.room.of(each.num_kv_tokens) for each in known))
         prompts = sum(each.num_to_compute if each.is_scored else each.num_prompt_tokens for each in known)
         steps = sum(each.max_tokens - 1 - each.num_prompt_tokens for each in known if not each.is_scored)
         running = min(room, self._micro_batch * self._micro_batches)
@@ -194,7 +194,7 @@ class Scheduler:
         """Pulls requests until they would fill the KV cache, or until one comes that needs none."""
         free, index = self._kv.free_tokens, 0
         while (sequence := self._waiting_at(index, pull)) is not None:
-            free, index = free - sequence.num_kv_tokens, index + 1
+            free, index = free - self._kv.room.of(sequence.num_kv_tokens), index + 1
             if free < 0 or not self.needs_kv(sequence):
                 return True
         return False

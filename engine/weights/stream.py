@@ -89,7 +89,7 @@ class WeightStream:
         self._streamed: dict[str, Item] = {}
         self._ring: Ring | None = None
         self._ready: dict[str, bool] = {}
-        """Of each unit, whether it is computed with as it is stored."""
+        """Whether each unit is computed with as it is stored."""
         self._buffers: list[Tensor] = []
         """For layers that are unpacked in each pass, in turn."""
         self._next_buffer = cycle(self._buffers)

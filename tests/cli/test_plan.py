@@ -395,9 +395,10 @@ def test_a_model_that_is_stored_in_four_bits_is_planned_for_so(home: Path, run: 
     assert planned(run(*words, "--weight-format", "plain"))["formats"]["weights"] == "plain"
 
 
-def test_a_rotary_model_has_no_cache_in_four_bits(run: Run) -> None:
+def test_a_rotary_model_has_a_cache_in_four_bits(run: Run) -> None:
     words = (*T4, "--model", "Qwen/Qwen2.5-7B", "--json")
-    done = run(*words, "--kv-format", "int4")
-    assert done.exit_code == 2
-    assert "--kv-format int4: the keys of models with rotary positions are not stored in four bits yet" in done.stderr
-    assert planned(run(*words, "--kv-format", "auto"))["formats"]["kv"] == "plain"
+    plain, four = (planned(run(*words, "--kv-format", name)) for name in ("plain", "int4"))
+    assert (plain["formats"]["kv"], four["formats"]["kv"]) == ("plain", "int4")
+    # Whole windows, and the plain keys of one: heads of 128 values take 114 rows for these.
+    assert four["plan"]["kv_room"] == {"window": 64, "beside": 114}
+    assert plain["plan"]["kv_room"] == {"window": 1, "beside": 0}

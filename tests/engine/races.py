@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 from engine.attention import elsewhere, host_attention
+from engine.attention.int4_window_pages import WindowPages, WindowWork
 from engine.attention.pages import PageTable, attend_pages
 from engine.attention.stored import StoredRows
 from engine.attention.table import Capability
@@ -423,6 +424,7 @@ class _Watch(TorchDispatchMode):
 def watch(trace: Trace, monkeypatch: pytest.MonkeyPatch, capability: Capability | None = None) -> CheckedDevice:
     """A device, with lanes, files and the release of memory written down, too."""
     submit, close, read_unit, put = ThreadLane.submit, ThreadLane.close, WeightFiles.read_unit, elsewhere.put
+    put_windows, write_windows = WindowPages.put, WindowPages.write
     write, read, release, unpack = DiskTier.write, DiskTier.read, Block.release, WeightFiles.unpack
     work_of: defaultdict[ThreadLane, list[list[int]]] = defaultdict(list)
 
@@ -475,6 +477,25 @@ def watch(trace: Trace, monkeypatch: pytest.MonkeyPatch, capability: Capability 
             trace.access(host(), pool[slot], "clears", writes=True)
         put(pool, slots, rows, unwritten)
 
+    def put_windows_watched(self: WindowPages, layer: int, work: WindowWork, left: Tensor) -> None:
+        trace.access(host(), left, "what is kept", writes=False)
+        pool = self._pools.layers(TierName.HOST)[layer] if work.on_host else left
+        for to in work.on_host:
+            for slot in (*to.slots.tolist(), *to.full_slots.tolist()):
+                trace.access(host(), pool[slot], "keeps", writes=True)
+            for row in to.old.tolist():
+                trace.access(host(), pool[row], "packs", writes=False)
+            units = self._rows.units(pool)
+            for unit in to.open_units.tolist():
+                trace.access(host(), units[unit], "keeps plain", writes=True)
+        for row in work.blank.tolist():
+            trace.access(host(), pool[row], "clears", writes=True)
+        put_windows(self, layer, work, left)
+
+    def write_windows_watched(self: WindowPages, layer: int, work: WindowWork, left: Tensor) -> None:
+        trace.access(host(), left, "what is kept", writes=False)
+        write_windows(self, layer, work, left)
+
     def attend_watched(
         q: Tensor, pool: Tensor, stored: StoredRows, table: PageTable, staged: Tensor, work: Tensor, out: Tensor
     ) -> None:
@@ -482,6 +503,9 @@ def watch(trace: Trace, monkeypatch: pytest.MonkeyPatch, capability: Capability 
         page_tokens = table.hidden.shape[2]
         for page in table.pages.tolist():
             trace.access(host(), pool[page * page_tokens : (page + 1) * page_tokens], "attended to", writes=False)
+        for block in table.blocks:
+            for row in () if block.opened is None else block.opened[1].flatten().tolist():
+                trace.access(host(), pool[row], "attended to plain", writes=False)
         for memory in (staged, work):
             trace.access(host(), memory, "work of the host", writes=True)
         attend_pages(q, pool, stored, table, staged, work, out)
@@ -498,6 +522,8 @@ def watch(trace: Trace, monkeypatch: pytest.MonkeyPatch, capability: Capability 
     monkeypatch.setattr(WeightFiles, "read_unit", read_unit_watched)
     monkeypatch.setattr(WeightFiles, "unpack", unpack_watched)
     monkeypatch.setattr(elsewhere, "put", put_watched)
+    monkeypatch.setattr(WindowPages, "put", put_windows_watched)
+    monkeypatch.setattr(WindowPages, "write", write_windows_watched)
     monkeypatch.setattr(host_attention, "attend_pages", attend_watched)
     monkeypatch.setattr(DiskTier, "write", write_watched)
     monkeypatch.setattr(DiskTier, "read", read_watched)

@@ -53,6 +53,7 @@ from engine.weights.files import WeightFiles
 from engine.weights.layout import Storing, stored_as
 from engine.weights.manifest import UnitEntry
 from tests.engine.checkpoints import SMALL, VARIANTS
+from tests.engine.llama_checkpoints import SMALL as LLAMA
 
 GPU = torch.device("cuda:0")
 ON_DEVICE = Shares(100, 0, 0)
@@ -373,6 +374,21 @@ def test_a_whole_pass_stays_on_the_device(
     assert len(found["scored"].scores) == 8
     assert len(found["scored long"].scores) == 29
     assert {name for name in guard.seen if "attn" in name or "attention" in name} == {kernel}
+
+
+@pytest.mark.parametrize(("dtype", "capability"), [(DType.FLOAT16, (7, 5)), (DType.BFLOAT16, (9, 0))])
+@pytest.mark.parametrize("model", ["opt", "llama"])
+def test_a_whole_pass_over_a_cache_in_four_bits_stays_on_the_device(
+    model: str, dtype: DType, capability: tuple[int, int], guard: OneDevice, tmp_path: Path
+) -> None:
+    """Windows that are full and not, and that become so."""
+    family = family_for(config() if model == "opt" else {**LLAMA, "model_type": "llama"})
+    executor, kv = make_executor(
+        family, Storing(dtype), tmp_path, capability, kv_format="int4", extent_tokens=None, device_memory=256 * MIB
+    )
+    running = sequences()
+    results = run_fake(executor, kv, running)
+    assert {id(result.segment.sequence) for result in results} == {id(one) for one in running.values()}
 
 
 def test_the_guard_sees_what_it_should(guard: OneDevice) -> None:

@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import engine.formats.int4 as int4_module
+import engine.formats.int4_sizes as sizes_module
 from engine.dtypes import DType
 from engine.formats.int4 import pack, unpack
 from engine.formats.int4_sizes import GROUPS, Int4
 from engine.memory.tensors import torch_dtype
 from tests.engine.int4_reference import packed, unpacked
+from tests.engine.test_llama_sizes import peak_of
 
 WIDTHS = (1, 2, 31, 32, 64, 65, 96, 129, 500, 576)
 """Odd ones, and axes of real models that are no multiple of a group."""
@@ -145,8 +147,25 @@ def test_the_steps_of_a_gpu_give_the_same_bits(case: tuple[Int4, Tensor], dtype:
     found, expected = (torch.full_like(values, float("nan")) for _ in range(2))
     int4_module.unpack_parts(apart, expected)
     codes, scale, minimum = apart
-    int4_module._unpack_at_once(codes, scale.float(), minimum.float(), found)
+    grouped = found.view(*scale.shape, -1)
+    int4_module._unpack_at_once(codes, scale.float()[..., None], minimum.float()[..., None], found, grouped)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16])
+@pytest.mark.parametrize("shape", [(200, 700), (3, 5000)])
+@pytest.mark.parametrize("most", [1 << 20, 1 << 12])
+def test_unpacking_takes_the_memory_that_it_says(
+    most: int, shape: tuple[int, int], dtype: DType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside its result. Less in float16, in which scales and minima are stored."""
+    for module in (int4_module, sizes_module):
+        monkeypatch.setattr(module, "BLOCK_VALUES", most)
+    raw = bytes_of(Int4(32), torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    out = torch.empty(Int4(32).unpacked_shape(shape), dtype=torch_dtype(dtype))
+    says = Int4(32).scratch_bytes(shape, dtype)
+    # PyTorch makes tensors of plain numbers, too.
+    assert 0.8 * says < peak_of(lambda: unpack(Int4(32), raw, out)) < says + 100
 
 
 def test_sizes() -> None:

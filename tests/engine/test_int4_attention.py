@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,16 +12,24 @@ from engine.attention.extents import NewKV
 from engine.attention.int4_decode import packed_decoder
 from engine.attention.int4_extents import PackedKV
 from engine.attention.int4_rows import PackedRows
-from engine.attention.int4_sizes import head_group
+from engine.attention.int4_sizes import head_group, packing_bytes
+from engine.attention.sizes import decode_workspace_bytes, kv_layer_bytes
 from engine.dtypes import DType
 from engine.formats.int4_sizes import Int4
 from engine.kvcache.cache import Extent
 from engine.model.registry import reference_config, sizes_for
+from engine.shape import ModelShape
 from tests.engine.int4_reference import packed, unpacked
 from tests.engine.plain_attention import attend_plainly
+from tests.engine.test_llama_sizes import peak_of
 
 HEADS = (20, 32, 64, 80, 96, 128, 256)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def shape_of(num_heads: int, head_size: int) -> ModelShape:
+    """Of one layer."""
+    return sizes_for(reference_config(num_heads * head_size, head_size=head_size, num_layers=1, vocab_size=8)).shape
 
 
 def rows_of_reference(kv_S2KH: Tensor, group: int) -> Tensor:
@@ -74,8 +83,7 @@ def test_a_decode_token_attends_to_all_before_it(
     exact_kv = torch.empty(kv.shape)
     stored.unpack(rows, exact_kv)
     stored.unpack(rows, kv)
-    shape = sizes_for(reference_config(num_heads * size, head_size=size, num_layers=1, vocab_size=8)).shape
-    shape = replace(shape, num_kv_heads=num_kv_heads)
+    shape = replace(shape_of(num_heads, size), num_kv_heads=num_kv_heads)
     extents, raw = [], []
     for start in range(0, count, extent_tokens):
         extents.append(Extent(start, extent_tokens, start))
@@ -98,3 +106,30 @@ def test_a_decode_token_attends_to_all_before_it(
     # And the whole sequence can be read back.
     found = torch.cat([torch.stack((k, v)) for k, v in sequence.read(0, count, slice(0, num_kv_heads))], 2)
     assert torch.equal(found.permute(2, 0, 1, 3), kv)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [100, 3000])
+def test_packing_takes_no_more_memory_than_is_counted(tokens: int, dtype: torch.dtype) -> None:
+    """Of 3,000 tokens, not all are packed at once."""
+    shape = shape_of(4, 64)
+    kv = torch.randn(tokens, 2, 4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    counted = packing_bytes(shape, Int4(), tokens, on_cpu=True)
+    assert 0.4 * counted < peak_of(lambda: PackedRows(4, 64, Int4()).pack(kv)) <= counted
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_decode_token_takes_no_more_memory_than_is_counted(dtype: torch.dtype) -> None:
+    """The codes of an extent as numbers, and as bytes; and the scores of all tokens."""
+    shape, extent_tokens, count = shape_of(4, 64), 256, 700
+    extents = tuple(Extent(start, extent_tokens, start) for start in range(0, count, extent_tokens))
+    size = kv_layer_bytes(shape, Int4(), extent_tokens)
+    sequence = PackedKV(extents, [torch.zeros(size, dtype=torch.uint8) for _ in extents], shape, Int4(), dtype)
+    qkv = torch.randn(1, 12, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    kv = qkv[:, 4:].view(1, 2, 4, 64)
+    stored = PackedRows(4, 64, Int4())
+    new = NewKV(kv[:, 0], kv[:, 1], stored.parts(stored.pack(kv)))
+    decode = packed_decoder(1, qkv[:, :4], new, torch.empty(1, 4, 64, dtype=dtype))
+    assert decode is not None
+    counted = decode_workspace_bytes(shape, Int4(), extent_tokens, num_threads=1, pool_tokens=count)
+    assert 0.6 * counted < peak_of(lambda: decode(0, *sequence.up_to(0, count - 1))) <= counted

@@ -1,15 +1,16 @@
 """The books of the KV cache: nobody's room is another's, what is free can be had, all of it comes back."""
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from engine.errors import DiskFull, EngineError
-from engine.kvcache.cache import KVCache, Layout, Move
+from engine.kvcache.cache import KVCache, Layout, Move, SequenceRoom
 from engine.request import SamplingParams
 from engine.sequence import Sequence
 from engine.tiers import TierName
+from engine.units import align_up
 
 TOKENS = {TierName.DEVICE: 40, TierName.HOST: 64, TierName.DISK: 25}
 
@@ -86,6 +87,30 @@ class Books(RuleBasedStateMachine):
 
 TestBooks = Books.TestCase
 TestBooks.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+@given(st.sampled_from(list(Layout)), st.integers(1, 9), st.integers(0, 9), st.lists(st.integers(1, 40), max_size=20))
+def test_a_sequence_takes_whole_windows_and_what_lies_beside(
+    layout: Layout, window: int, beside: int, lengths: list[int]
+) -> None:
+    room = SequenceRoom(window, beside)
+    cache = KVCache({TierName.DEVICE: 200}, extent_tokens=2 * window, layouts={TierName.DEVICE: layout}, room=room)
+    unit = 2 * window if layout is Layout.PAGES else 1
+    for one in map(sequence, lengths):
+        if cache.admit(one):
+            extents = cache.held[one].extents
+            needed = align_up(one.num_kv_tokens, window) + beside
+            assert sum(each.capacity for each in extents) == align_up(needed, unit)
+            if layout is Layout.EXTENTS:  # its own tokens and what lies beside have nothing in common
+                assert (extents[-1].start % window, extents[-1].capacity) == (0, beside or extents[-1].capacity)
+    cache.check_integrity()
+    longest = cache.largest_sequence
+    empty = KVCache({TierName.DEVICE: 200}, extent_tokens=2 * window, layouts={TierName.DEVICE: layout}, room=room)
+    if longest:
+        one = sequence(longest)
+        assert empty.admit(one)
+        empty.release(one)
+    assert not empty.admit(sequence(longest + 1))
 
 
 def test_room_that_was_used_is_used_again() -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import OPTForCausalLM
 
 from engine import Choose, Engine, Generate, Generation, PlanDoesNotFit, PlanOptions, Request, SamplingParams, Score
-from engine.attention.packed_runner import PackedRunner
+from engine.attention.pools import KVPools
 from engine.attention.sizes import kv_bytes_per_token
 from engine.devices.host import HostDevice
 from engine.devices.simulated import SimulatedDevice
@@ -192,8 +192,8 @@ def test_sequences_that_are_moved_go_on(
 ) -> None:
     """A cache for a few of them at once: who ends leaves a gap that is too short for the next."""
     moves: list[Move] = []
-    move = PackedRunner._move
-    monkeypatch.setattr(PackedRunner, "_move", lambda self, one: moves.append(one) or move(self, one))
+    move = KVPools.move
+    monkeypatch.setattr(KVPools, "move", lambda self, one: moves.append(one) or move(self, one))
     device = make_device(kind)
     plan = resolve_plan(plan_input(model_dir, options_of("all-device", micro_batch=48, micro_batches=4), device))
     kv_bytes = {

@@ -14,7 +14,7 @@ from engine.attention.sizes import decode_workspace_bytes, kv_bytes_per_token
 from engine.devices.facts import MachineFacts, free_disk_space, free_host_memory
 from engine.dtypes import DType
 from engine.errors import PlanDoesNotFit
-from engine.formats.sizes import Plain
+from engine.formats.sizes import Int4, Plain
 from engine.model.family import EMBED, HEAD, layer_name
 from engine.planner.known_models import known_model
 from engine.planner.placing import interleave, whole_layers
@@ -24,7 +24,7 @@ from engine.planner.resolve import resolve_plan
 from engine.shape import ModelShape
 from engine.tiers import Shares, TierName
 from engine.units import GIB, KIB, MIB
-from engine.weights.stored import StoredWeights
+from engine.weights.stored import StoredTensor, StoredWeights
 
 
 @st.composite
@@ -88,14 +88,18 @@ UNIT_BYTES = {EMBED: 80 * MIB, HEAD: 4 * KIB, **{layer_name(i): 14 * MIB for i i
 
 
 def plan(
-    options: PlanOptions, facts: MachineFacts | None = None, dtype: DType = DType.FLOAT16, shape: ModelShape = SHAPE
+    options: PlanOptions,
+    facts: MachineFacts | None = None,
+    dtype: DType = DType.FLOAT16,
+    shape: ModelShape = SHAPE,
+    stored: StoredWeights | None = None,
 ) -> Plan:
     facts = facts or MachineFacts(64 * GIB, 64 * GIB, shares_host_memory=False)
     return resolve_plan(
         PlanInput(
             options=options,
             shape=shape,
-            stored=StoredWeights.of_one_tensor(dtype, UNIT_BYTES),
+            stored=stored or StoredWeights.of_one_tensor(dtype, UNIT_BYTES),
             device="any",
             facts=facts,
             disk_dir=Path("/"),
@@ -287,6 +291,45 @@ def test_each_attention_thread_has_its_keys_and_scores_in_the_workspace() -> Non
     keys = SHAPE.num_kv_heads * few.extent_tokens * SHAPE.head_size * 4
     scores = 2 * 4 * SHAPE.num_heads * (SHAPE.max_positions + 1)
     assert many.workspace_bytes - few.workspace_bytes == 4 * (keys + scores)
+
+
+@pytest.mark.parametrize("shares_host", [True, False])
+def test_keys_and_values_in_four_bits_have_room_to_be_packed_and_unpacked(shares_host: bool) -> None:
+    facts = MachineFacts(64 * GIB, 64 * GIB, shares_host_memory=shares_host, attention_threads=3 if shares_host else 0)
+    plain, four = (plan(PlanOptions(kv_format=name, micro_batch=4096), facts) for name in ("plain", "int4"))
+    values = 2 * SHAPE.num_kv_heads * SHAPE.head_size
+    as_stored = values // 2 + 4 * values // 64
+    # Rows, and beside them 12 bytes a value while it is packed, on the CPU a million values at a time.
+    at_once = (1 << 20) // values * values if shares_host else 4096 * values
+    more = 4096 * as_stored + 12 * at_once
+    if shares_host:  # each thread reads codes of keys and values as bytes
+        more += 3 * 2 * four.extent_tokens * as_stored
+        # A prompt unpacks earlier parts of itself.
+        more += SHAPE.max_positions * values * four.dtype.num_bytes
+    assert four.workspace_bytes - plain.workspace_bytes == more
+    # A GPU gathers rows of its pool, and unpacks them: the longest sequence, if need be.
+    assert four.unpacked_tokens == (0 if shares_host else max(four.group_tokens, SHAPE.max_positions))
+    more += four.unpacked_tokens * (as_stored + values * four.dtype.num_bytes)
+    assert four.other_bytes[TierName.DEVICE] - plain.other_bytes[TierName.DEVICE] == more
+
+
+def test_layers_in_four_bits_have_room_to_be_unpacked() -> None:
+    """A buffer for what they are unpacked to, if that is done in each pass, and what it takes meanwhile."""
+    shape, stored = (768, 4 * 768), Int4()
+    layers = {layer_name(index): stored.num_bytes(shape) for index in range(SHAPE.num_layers)}
+    plain = StoredWeights.of_one_tensor(DType.FLOAT16, {EMBED: 80 * MIB, HEAD: 4 * KIB, **layers})
+    tensors = plain.unit_tensors | {layer: (StoredTensor(stored, shape),) for layer in layers}
+    four = replace(plain, unit_tensors=tensors)
+    facts = MachineFacts(64 * GIB, 64 * GIB, shares_host_memory=False)
+    made = [
+        plan(PlanOptions(stay_packed=stay_packed), facts, stored=each)
+        for each, stay_packed in ((plain, None), (four, True))
+    ]
+    # Scales and minima in float32, and on the CPU a million codes, a byte each and in float32.
+    scratch = 2 * 4 * 768 * 4 * 768 // 64 + (1 + 4) * (1 << 20)
+    assert made[1].workspace_bytes - made[0].workspace_bytes == scratch
+    more = made[1].other_bytes[TierName.DEVICE] - made[0].other_bytes[TierName.DEVICE]
+    assert more == scratch + 768 * 4 * 768 * 2
 
 
 def test_no_more_scores_are_counted_than_keys_find_room() -> None:

@@ -5,6 +5,7 @@ The waits are found in the source, so that a new one is held to the same.
 
 import ast
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import engine
-from engine import Engine, PlanOptions
+from engine import Engine, Generate, PlanOptions, Request, SamplingParams
 from engine.attention.table import Kernel, kernel_for
 from engine.dtypes import DType
 from engine.formats.int4_sizes import Int4
@@ -21,6 +22,7 @@ from engine.memory import ring
 from engine.memory.lane import REACHED, LaneName, ThreadLane
 from engine.units import KIB
 from engine.weights.importing import import_checkpoint
+from tests.engine import llama_checkpoints
 from tests.engine.checkpoints import make_checkpoint
 from tests.engine.like_cuda import CARDS, Card
 from tests.engine.placements import BESIDE_A_DEVICE, PLACEMENTS, options_of
@@ -130,6 +132,29 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("name", PLACED)
 def test_nothing_races(name: str, traced: Traced) -> None:
     assert [str(race) for race in traced.traces[name].races(most=5)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("all-host", Card(None, DType.FLOAT32)),
+        ("split", CARDS["7.5 in float16"]),
+        ("split-and-attended-on-host", CARDS["8.0 in bfloat16"]),
+    ],
+)
+def test_nothing_races_where_keys_are_packed_by_windows(
+    name: str, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are filled by chunks of prompts, and by generated tokens."""
+    llama_checkpoints.make_checkpoint(tmp_path / "hf", "llama, grouped queries")
+    import_checkpoint(tmp_path / "hf", tmp_path / "model", dtype=card.dtype)
+    sampling = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    asked = [Request(length, Generate("x" * length, sampling)) for length in (5, 61, 90, 126)]
+    trace = Trace()
+    placed = replace(options(name, card.dtype), kv_format="int4", disk_dir=tmp_path)
+    with load_engine(tmp_path / "model", placed, device=watch(trace, monkeypatch, card.capability)) as loaded:
+        assert len(list(loaded.run(asked))) == len(asked)
+    assert [str(race) for race in trace.races(most=5)] == []
 
 
 def test_without_any_one_wait_something_does(traced: Traced) -> None:

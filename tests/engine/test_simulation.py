@@ -15,7 +15,7 @@ from engine.attention.sizes import kv_bytes_per_token
 from engine.devices.facts import MachineFacts
 from engine.dtypes import DType
 from engine.formats.sizes import Plain
-from engine.kvcache.cache import KVCache
+from engine.kvcache.cache import ROOM_OF_TOKENS, KVCache, SequenceRoom
 from engine.planner.known_models import KNOWN_MODELS
 from engine.planner.load import load_of
 from engine.planner.plan import Plan, PlanOptions
@@ -33,7 +33,9 @@ MODEL = KNOWN_MODELS["facebook/opt-125m"]
 TOKEN_BYTES = kv_bytes_per_token(MODEL.shape, Plain(DType.FLOAT16))
 
 
-def plan_of(tokens: Items[int], *, micro_batch: int, micro_batches: int, prefill_chunk: int) -> Plan:
+def plan_of(
+    tokens: Items[int], *, micro_batch: int, micro_batches: int, prefill_chunk: int, room: SequenceRoom = ROOM_OF_TOKENS
+) -> Plan:
     """A plan whose tiers hold ``tokens`` of KV cache, in the order of ``TierName``."""
     options = PlanOptions(
         device_memory=8 * GIB, host_memory=8 * GIB, disk_space=0, micro_batch=micro_batch,
@@ -46,12 +48,13 @@ def plan_of(tokens: Items[int], *, micro_batch: int, micro_batches: int, prefill
     plan = resolve_plan(given_)
     assert plan.kv_format == Plain(DType.FLOAT16)
     pools = {tier: count * TOKEN_BYTES for tier, count in zip(TierName, tokens, strict=True)}
-    return replace(plan, kv_bytes=pools)
+    return replace(plan, kv_bytes=pools, kv_room=room)
 
 
 def scheduled(plan: Plan, lengths: Items[Lengths], balanced: Items[int | None]) -> Iterator[tuple[int, int, int]]:
     """Prompt tokens, decode tokens and KV tokens attended to by these, of each pass of the real scheduler."""
-    cache = KVCache(plan.kv_tokens(MODEL.shape), extent_tokens=plan.extent_tokens, layouts=plan.kv_layouts)
+    tokens = plan.kv_tokens(MODEL.shape)
+    cache = KVCache(tokens, extent_tokens=plan.extent_tokens, layouts=plan.kv_layouts, room=plan.kv_room)
     scheduler = Scheduler(
         cache, micro_batch=plan.micro_batch, micro_batches=plan.micro_batches, prefill_chunk=plan.prefill_chunk
     )
@@ -90,8 +93,11 @@ rooms = st.tuples(*[st.integers(0, 300)] * 3)
 balances = st.lists(st.none() | st.integers(1, 80), min_size=1, max_size=5)
 
 
+windows = st.sampled_from([ROOM_OF_TOKENS, SequenceRoom(8, 5)])
+
+
 @settings(max_examples=120, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 60), rooms, batches, balances)
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 60), rooms, batches, balances, windows)
 def test_requests_of_one_length_fill_the_very_passes_of_the_scheduler(
     prompt: int,
     generated: int,
@@ -99,11 +105,12 @@ def test_requests_of_one_length_fill_the_very_passes_of_the_scheduler(
     room: tuple[int, int, int],
     batch: dict[str, int],
     balanced: list[int | None],
+    window: SequenceRoom,
 ) -> None:
     """Whatever the balance asks for, and also where prompts are computed in chunks and the cache is small."""
     lengths = Lengths(prompt, generated, requests)
-    room = (max(room[0], lengths.reserved), *room[1:])
-    plan = plan_of(room, **batch)
+    room = (max(room[0], window.of(lengths.reserved)), *room[1:])
+    plan = plan_of(room, **batch, room=window)
     workload = Workload((lengths,))
     found = list(simulated(plan, workload, balanced))
     assert found == list(scheduled(plan, [lengths] * requests, balanced))
