@@ -49,7 +49,8 @@ def _coded(values: Tensor, dim: int, *, fused: bool) -> Parts:
     else:
         values = values.float()
         lowest, highest = values.amin(dim, keepdim=True), values.amax(dim, keepdim=True)
-    scale = (highest - lowest).div_(LARGEST_CODE).half()
+    # Multiplied: a GPU does that, too, where it is told to divide by a number, and would round otherwise than a CPU.
+    scale = (highest - lowest).mul_(1 / LARGEST_CODE).half()
     minimum = lowest.half()
     step = scale.float().masked_fill_(scale == 0, 1)
     # Half a step more, so that cutting off what is behind the point rounds.

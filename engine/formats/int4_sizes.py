@@ -10,7 +10,7 @@ from engine.units import align_up
 
 GROUPS = (32, 64, 128)
 """How many values may share a scale and a minimum."""
-BLOCK_VALUES = 1 << 20
+BLOCK_VALUES = 1 << 19
 """Values that are unpacked together on the CPU: few enough that the next step finds cached what one step wrote."""
 _FLOAT16_BYTES = 2
 

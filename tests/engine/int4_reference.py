@@ -22,7 +22,7 @@ def packed(values_RI: Floats, group: int) -> bytes:
         for first in range(0, padded, group):
             some = row[first : first + group]
             minimum = np.float16(some.min())
-            scale = np.float16((some.max() - some.min()) / np.float32(15))
+            scale = np.float16((some.max() - some.min()) * np.float32(1 / 15))
             step = np.float32(scale) if scale else np.float32(1)
             start = np.float32(0.5) - np.float32(minimum) / step
             its_codes += [int(min(15, max(0, value / step + start))) for value in some]

@@ -325,8 +325,8 @@ def test_layers_in_four_bits_have_room_to_be_unpacked() -> None:
         plan(PlanOptions(stay_packed=stay_packed), facts, stored=each)
         for each, stay_packed in ((plain, None), (four, True))
     ]
-    # Scales and minima in float32, and on the CPU a million codes, a byte each and in float32.
-    scratch = 2 * 4 * 768 * 4 * 768 // 64 + (1 + 4) * (1 << 20)
+    # Scales and minima in float32, and on the CPU half a million codes, a byte each and in float32.
+    scratch = 2 * 4 * 768 * 4 * 768 // 64 + (1 + 4) * (1 << 19)
     assert made[1].workspace_bytes - made[0].workspace_bytes == scratch
     more = made[1].other_bytes[TierName.DEVICE] - made[0].other_bytes[TierName.DEVICE]
     assert more == scratch + 768 * 4 * 768 * 2
