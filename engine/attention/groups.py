@@ -125,7 +125,8 @@ def _packed(
         open_at = None
         if segment.start % room.window:
             open_at = at + size - align_up(room.beside, room.window)
-            runs += tuple(runs_of(segment.holding.extents, open_from(segment, room), room.beside, open_at))
+            count = div_ceil(segment.start % room.window * room.beside, room.window)
+            runs += tuple(runs_of(segment.holding.extents, open_from(segment, room), count, open_at))
         together.append(Share(row, segment.length, at, segment.start, size, runs, open_at))
         at, follows = at + size, max(follows, before)
     if together:

@@ -17,7 +17,13 @@ from torch import Tensor
 from engine.attention.groups import open_from, runs_of
 from engine.attention.pages import PageTable, attend_pages, page_table
 from engine.attention.pools import KV, KVPools
-from engine.attention.sizes import HOST_SLOTS, host_attention_bytes, host_block_bytes, host_block_pages
+from engine.attention.sizes import (
+    HOST_SLOTS,
+    host_attention_bytes,
+    host_block_bytes,
+    host_block_pages,
+    host_temporary_bytes,
+)
 from engine.dtypes import DType
 from engine.formats.sizes import TensorFormat
 from engine.kvcache.cache import SequenceRoom
@@ -87,6 +93,13 @@ class HostAttention:
         self._block = memory.allocate(
             TierName.HOST, host_attention_bytes(shape, stored, dtype, most_rows, pages, page_tokens), KV
         )
+        temporary, host = host_temporary_bytes(shape, stored, pages, page_tokens), memory.tiers[TierName.HOST]
+        try:
+            host.take(temporary, KV)
+        except BaseException:
+            self._block.release()
+            raise
+        self._give = partial(host.give, temporary, KV)
         kind = torch_dtype(dtype)
         size = most_rows * shape.num_heads * shape.head_size
         raw = self._block.data
@@ -152,7 +165,7 @@ class HostAttention:
 
     def close(self) -> None:
         """End the lane."""
-        run_all([self._lane.close, self._under_way.clear, self._block.release])
+        run_all([self._lane.close, self._under_way.clear, self._give, self._block.release])
 
     def _attend(
         self,

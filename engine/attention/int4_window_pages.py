@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.attention.groups import Run, open_from, runs_of
 from engine.attention.int4_sizes import WINDOW
 from engine.attention.int4_window_rows import WindowRows
-from engine.attention.int4_window_store import Added, Stores, numbers_of, store, stores
+from engine.attention.int4_window_store import Added, Stores, places_of, store, stores
 from engine.kvcache.cache import Extent, SequenceRoom
 from engine.kvcache.segments import MicroBatch, Segment
 from engine.tiers import TierName
@@ -42,7 +42,7 @@ class _OnDisk:
 
     num_rows: int
     read: tuple[Run, ...]
-    to: Stores
+    to: tuple[Stores, ...]
     write: tuple[Run, ...]
 
 
@@ -84,7 +84,7 @@ class WindowPages:
                 else:
                     on_disk.append(self._on_disk(segment, holding.extents, row - first))
             row += segment.length
-        blocks = numbers_of(on_host, self._rows, _TOGETHER)
+        blocks = places_of(on_host, self._rows, _TOGETHER)
         return WindowWork(tuple(stores(each, _int64) for each in blocks), _int64(blank), tuple(on_disk))
 
     def put(self, layer: int, work: WindowWork, left: Tensor) -> None:
@@ -103,7 +103,8 @@ class WindowPages:
         for each in work.on_disk:
             raw = torch.zeros(each.num_rows * self._rows.row_bytes, dtype=torch.uint8)
             self._pools.read(layer, each.read, raw)
-            store(self._rows, self._rows.view(raw), each.to, keys, values)
+            for to in each.to:
+                store(self._rows, self._rows.view(raw), to, keys, values)
             self._pools.write(layer, each.write, raw)
 
     def _on_host(self, segment: Segment, extents: Sequence[Extent], row: int) -> Added:
@@ -118,14 +119,14 @@ class WindowPages:
         start, end, opened = segment.start, segment.start + segment.length, padded - base
         num_rows = opened + self._room.beside
         added = Added(row, start, segment.length, range(opened), range(opened, num_rows))
-        (numbers,) = numbers_of([added], self._rows, _TOGETHER)
+        numbers = tuple(places_of([added], self._rows, _TOGETHER))
         open_begin = open_from(segment, self._room)
         # Of plain keys, the rows that new ones are in.
         places = max(start, end - end % WINDOW) % WINDOW, end % WINDOW
         first = places[0] * self._rows.units_of_key // self._rows.units_of_row
         touched = div_ceil(places[1] * self._rows.units_of_key, self._rows.units_of_row) - first if end % WINDOW else 0
         changed = runs_of(extents, open_begin + first, touched, opened + first)
-        becomes_full = bool(numbers.full_slots)
+        becomes_full = any(each.full_slots for each in numbers)
         read: Iterator[Run] = runs_of(extents, open_begin + first, touched, opened + first)
         begin = start
         if start % WINDOW and becomes_full:
@@ -133,7 +134,7 @@ class WindowPages:
             begin = base
         before = runs_of(extents, base, start - base, 0) if begin < start else ()
         new = runs_of(extents, begin, end - begin, begin - base)
-        return _OnDisk(num_rows, (*before, *read), stores(numbers, _int64), (*new, *changed))
+        return _OnDisk(num_rows, (*before, *read), tuple(stores(each, _int64) for each in numbers), (*new, *changed))
 
 
 def _windows(segment: Segment) -> tuple[int, int]:

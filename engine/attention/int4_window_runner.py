@@ -18,9 +18,9 @@ from torch import Tensor
 from engine.attention.elsewhere import Elsewhere
 from engine.attention.groups import Group, open_from
 from engine.attention.host_attention import HostAttention
-from engine.attention.int4_sizes import WINDOW, packed_tokens
+from engine.attention.int4_sizes import WINDOW, packed_windows
 from engine.attention.int4_window_rows import WindowRows, windows_of
-from engine.attention.int4_window_store import Added, Stores, numbers_of, store
+from engine.attention.int4_window_store import Added, Stores, places_of, store
 from engine.attention.packed import Places, Ragged, attend_packed
 from engine.attention.packed_runner import PackedRunner
 from engine.attention.pools import KVPools
@@ -96,9 +96,6 @@ class _Work:
 class WindowedRunner(PackedRunner):
     """Implements ``engine.attention.attention.Runner``."""
 
-    _stores_first = False
-    """A new window's plain keys go where those of the one before are read from."""
-
     def __init__(
         self,
         shape: ModelShape,
@@ -115,13 +112,17 @@ class WindowedRunner(PackedRunner):
         super().__init__(shape, kernel, device, pools, elsewhere, on_host, unpacked_tokens=unpacked_tokens)
         assert isinstance(pools.rows, WindowRows)
         self._window_rows, self._room = pools.rows, room
-        self._most_windows = max(1, packed_tokens(shape.num_kv_heads, shape.head_size, on_cpu=False) // WINDOW)
+        self._most_windows = packed_windows(shape)
         self._window_work: list[_Work] = []
 
     def close(self) -> None:
         """Free everything."""
         self._window_work.clear()
         super().close()
+
+    def _stores_first(self, index: int) -> bool:
+        """Not where keys are fetched: a new window's plain ones go where those of the one before are read from."""
+        return not self._elsewhere.groups(index)
 
     def _prepare(self, batches: Sequence[MicroBatch]) -> None:
         upload = Upload()
@@ -183,7 +184,7 @@ class WindowedRunner(PackedRunner):
                 chunks += self._chunks(segments, row, upload)
             row += sum(segment.length for segment in segments)
         chunks += [self._chunk_of(group, upload) for group in groups]
-        to = [stores_of(each, upload) for each in numbers_of(added, self._window_rows, self._most_windows)]
+        to = [stores_of(each, upload) for each in places_of(added, self._window_rows, self._most_windows)]
         return lambda: _Work([each() for each in to], [each() for each in chunks])
 
     def _added(self, segments: Sequence[Segment], row: int) -> Iterator[Added]:
@@ -234,7 +235,7 @@ class WindowedRunner(PackedRunner):
         rows = slice(lies[0].row, lies[-1].row + lies[-1].length)
         most = max(len(each.windows) for each in lies)
         steps = [self._step_of(lies, which, most, num_tokens, rows, upload) for which in range(most)]
-        from_pool = upload.indices(tokens) if tokens else None
+        from_pool = upload.indices(tokens) if tokens and any(each.start for each in lies) else None
         return lambda: _Chunk(
             num_tokens, from_pool and from_pool(), group, opened(), opened_at(), rows, at(), [each() for each in steps]
         )

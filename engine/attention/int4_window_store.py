@@ -67,23 +67,24 @@ class Stores:
     open_units: Tensor
 
 
-def numbers_of(added: Iterable[Added], rows: WindowRows, most_windows: int) -> Iterator[Numbers]:
-    """Where tokens of some sequences go: so many of these together that no more than ``most_windows`` become full, or
-    one."""
-    found = Numbers([], [], [], [], [], [], [], [], [])
+def places_of(added: Iterable[Added], rows: WindowRows, most_windows: int) -> Iterator[Numbers]:
+    """Where tokens of some sequences go, to be stored in this order: in each part so many of them that no more than
+    ``most_windows`` become full.
+
+    Of the last window the plain keys are kept also if it becomes full: its own tokens see them.
+    """
+    found = _nothing()
     for each in added:
-        if found.slots and len(found.full_slots) // WINDOW + _num_full(each) > most_windows:
-            yield found
-            found = Numbers([], [], [], [], [], [], [], [], [])
         end, base = each.start + each.length, each.start - each.start % WINDOW
-        found.rows.extend(range(each.row, each.row + each.length))
-        found.slots.extend(each.slots[each.start - base : end - base])
         for first in range(base, end, WINDOW):
             begin, seen = max(each.start, first), min(end, first + WINDOW)
             new = range(each.row + begin - each.start, each.row + seen - each.start)
-            if seen < first + WINDOW:
+            found.rows.extend(new)
+            found.slots.extend(each.slots[begin - base : seen - base])
+            if seen == end:
                 found.open_rows.extend(new)
                 found.open_units.extend(_units(each.opened, begin - first, seen - first, rows))
+            if seen < first + WINDOW:
                 continue
             window = len(found.full_slots) // WINDOW
             if begin > first:
@@ -92,8 +93,15 @@ def numbers_of(added: Iterable[Added], rows: WindowRows, most_windows: int) -> I
             found.full_slots.extend(each.slots[first - base : first - base + WINDOW])
             found.full_rows.extend(new)
             found.full_at.extend(range(window * WINDOW + begin - first, window * WINDOW + seen - first))
+            if window + 1 == most_windows:
+                yield found
+                found = _nothing()
     if found.slots:
         yield found
+
+
+def _nothing() -> Numbers:
+    return Numbers([], [], [], [], [], [], [], [], [])
 
 
 def stores(numbers: Numbers, made: Callable[[list[int]], Tensor]) -> Stores:
@@ -112,11 +120,6 @@ def store(rows: WindowRows, pool_SB: Tensor, to: Stores, k_TKH: Tensor, values: 
         rows.put_windows(pool_SB, to.full_slots, quantised_columns(windows_nwKH.transpose(1, 2)))
     if len(to.open_units):
         rows.put_open(pool_SB, to.open_units, k_TKH.index_select(0, to.open_rows))
-
-
-def _num_full(added: Added) -> int:
-    """Windows that become full."""
-    return (added.start + added.length) // WINDOW - added.start // WINDOW
 
 
 def _units(opened: Sequence[int], first: int, end: int, rows: WindowRows) -> list[int]:

@@ -62,9 +62,6 @@ class _Batch:
 class PackedRunner:
     """Implements ``engine.attention.attention.Runner``."""
 
-    _stores_first = True
-    """What is added elsewhere is stored before the device attends, so that the host can begin."""
-
     def __init__(
         self,
         shape: ModelShape,
@@ -116,17 +113,23 @@ class PackedRunner:
         q_TNH, kv_T2KH = qkv[:, : self._num_heads], qkv[:, self._num_heads :].view(len(qkv), 2, -1, qkv.shape[2])
         stored = self._rows.rounded(kv_T2KH)
         left = self._elsewhere.leaving(index, stored, kv_T2KH)
-        if self._stores_first:
+        stores_first = self._stores_first(index)
+        if stores_first:
             self._elsewhere.store(layer, index, left)
         # Rows of padding stay as they are: no other row ever depends on them.
         out_TNH = torch.empty(q_TNH.shape, dtype=qkv.dtype, device=qkv.device)
-        if self._stores_first:
+        if stores_first:
             self._start_host(layer, index, q_TNH, out_TNH)
         self._attend(layer, index, q_TNH, kv_T2KH, stored, out_TNH)
-        if not self._stores_first:
+        if not stores_first:
             self._elsewhere.store(layer, index, left)
             self._start_host(layer, index, q_TNH, out_TNH)
         self._started.append((out_TNH, self._attended[index] is not None))
+
+    def _stores_first(self, index: int) -> bool:
+        """Whether what a micro-batch adds elsewhere is stored before the device attends, so that the host can begin."""
+        del index
+        return True
 
     def _start_host(self, layer: int, index: int, q_TNH: Tensor, out_TNH: Tensor) -> None:
         """Have the host attend to its part, once what is added is in its pages."""

@@ -34,8 +34,8 @@ class Block:
     first_page: int | None
     """Where they are neighbours, the first; ``None``: they are not."""
     opened: tuple[Tensor, Tensor] | None = None
-    """Which of its pages, int64 ``[m]``, are windows that are not full, and the rows of the pool with their plain keys,
-    int64 ``[m, beside]``: see ``int4_windows``."""
+    """Which of its pages, int64 ``[m]``, are the windows of the rows' own tokens, and the rows of the pool with their
+    plain keys, int64 ``[m, beside]``: see ``int4_windows``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +60,25 @@ def page_table(
 ) -> PageTable:
     """A table for rows with these pages and this many tokens each, in blocks of at most ``most`` pages.
 
-    ``opened``: rows of the pool with the plain keys of each one's last page, if that may be a window that is not full.
+    ``opened``: rows of the pool with the plain keys of each one's last page, where keys are packed by windows.
     """
     entries = sorted(
-        (page, row, min(page_tokens, count - index * page_tokens))
+        (page, row, min(page_tokens, count - index * page_tokens), (index + 1) * page_tokens >= count)
         for row, (its, count) in enumerate(zip(pages, num_tokens, strict=True))
         for index, page in enumerate(its)
         if index * page_tokens < count
     )
-    places, owners, used = np.array(entries, dtype=np.int64).T
+    places, owners, used, is_last = np.array(entries, dtype=np.int64).T
     is_unused = np.arange(page_tokens) >= used[:, None]
     blocks = []
     for first in range(0, len(places), most):
         end = min(first + most, len(places))
         together = places[end - 1] - places[first] == end - 1 - first
-        partial = [place for place in range(first, end) if opened and used[place] < page_tokens]
+        last = [place for place in range(first, end) if opened and is_last[place]]
         plain = None
-        if partial:
-            rows = [opened[owners[place]] for place in partial]
-            plain = torch.tensor(partial, dtype=torch.int64) - first, torch.tensor(rows, dtype=torch.int64)
+        if last:
+            rows = [opened[owners[place]] for place in last]
+            plain = torch.tensor(last, dtype=torch.int64) - first, torch.tensor(rows, dtype=torch.int64)
         blocks.append(Block(slice(first, end), int(places[first]) if together else None, plain))
     return PageTable(
         pages=torch.from_numpy(places.copy()),

@@ -60,10 +60,14 @@ def host_attention_bytes(
     slots = HOST_SLOTS * 2 * most_rows * size * dtype.num_bytes
     block = host_block_bytes(shape, stored, pages, page_tokens)
     block += host_block_pages(shape, pages, page_tokens) * 4 * shape.num_kv_heads * shape.head_size * page_tokens
-    if isinstance(stored, Int4):  # codes, one a byte, and scales and minima in float32
-        block += 2 * host_block_bytes(shape, stored, pages, page_tokens)
-        if shape.turns_keys:  # of windows that are not full, plain keys, and in float32
-            block += (
-                host_block_pages(shape, pages, page_tokens) * 8 * shape.num_kv_heads * shape.head_size * page_tokens
-            )
     return slots + block + 4 * pages * (size + 2 * shape.num_heads) + 4 * most_rows * size
+
+
+def host_temporary_bytes(shape: ModelShape, stored: TensorFormat, pages: int, page_tokens: int) -> int:
+    """Bytes that come and go beside these, where keys and values are packed: codes, one a byte, and scales and minima
+    in float32; of the windows of the rows' own tokens, plain keys, and these in float32."""
+    if not isinstance(stored, Int4):
+        return 0
+    codes = 2 * host_block_bytes(shape, stored, pages, page_tokens)
+    tokens = host_block_pages(shape, pages, page_tokens) * page_tokens
+    return codes + (kv_layer_bytes(shape, Plain(DType.FLOAT32), tokens) if shape.turns_keys else 0)

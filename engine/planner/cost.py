@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from engine.attention.int4_sizes import leaving_bytes
 from engine.attention.sizes import kv_bytes_per_token
 from engine.formats.sizes import Plain
 from engine.memory.lane import LaneName
@@ -81,6 +82,9 @@ class PassModel:
         self._head_flops = stored.unit_flops[HEAD]
         self._token_bytes = kv_bytes_per_token(shape, plan.kv_format)
         self._layer_token_bytes = self._token_bytes / shape.num_layers
+        self._leaving_bytes = shape.num_layers * leaving_bytes(shape, plan.kv_format, plan.dtype, 1)
+        self._open_bytes = plan.kv_room.beside / 2 * self._token_bytes
+        """Of the plain keys of a window that is not full, in the mean."""
         self._attended_bytes = kv_bytes_per_token(shape, Plain(plan.dtype))
         """The keys and values of a token in all layers, as they are computed with."""
         if plan.kv_format.name != Plain.name:
@@ -218,17 +222,19 @@ class PassModel:
         copies = not self._shares_host
         on_disk, on_host = self._kv_share[TierName.DISK], self._kv_share[TierName.HOST]
         below = on_disk + on_host
-        new, moved = tokens * self._token_bytes, (load.attended + load.reattended) * self._token_bytes
+        new = tokens * self._token_bytes
+        attended = load.attended * self._token_bytes + load.decode_tokens * self._open_bytes
+        moved = attended + load.reattended * self._token_bytes
         kv[LaneName.DISK_READ] = moved * on_disk
         kv[LaneName.DISK_WRITE] = new * on_disk
         if copies:
-            kv[LaneName.DEVICE_TO_HOST] = new * below
+            kv[LaneName.DEVICE_TO_HOST] = tokens * self._leaving_bytes * below
             kv[LaneName.HOST_TO_DEVICE] = moved * below
             if self._host_attends:
                 # Queries go down, results come up; only prompt chunks fetch what they attend to.
                 queries = load.decode_tokens * on_host * self._query_bytes
                 kv[LaneName.DEVICE_TO_HOST] += queries
-                kv[LaneName.HOST_TO_DEVICE] += queries - load.attended * self._token_bytes * on_host
+                kv[LaneName.HOST_TO_DEVICE] += queries - attended * on_host
         if self._plan.activations is not TierName.DEVICE:
             # Stored after the embedding and after each layer, loaded before each layer and before the head.
             num_bytes = tokens * self._hidden_bytes * (self._shape.num_layers + 1)

@@ -10,6 +10,7 @@ from engine.attention.sizes import (
     STORE_BUFFERS,
     decode_workspace_bytes,
     host_attention_bytes,
+    host_temporary_bytes,
     kv_bytes_per_token,
     kv_layer_bytes,
 )
@@ -92,7 +93,7 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
     slot_bytes = kv_layer_bytes(shape, kv_format, group_tokens)
     store_bytes = STORE_BUFFERS * leaving_bytes(shape, kv_format, dtype, micro_batch)
     at_once = extent_tokens
-    if options.kv is not None and options.kv.disk:
+    if options.kv is not None and options.kv.disk and not of_sequence.beside:
         at_once = max(extent_tokens, min(group_tokens, shape.max_positions + 1))
     pool_tokens = (budgets[TierName.DEVICE] + budgets[TierName.HOST]) // kv_bytes_per_token(shape, kv_format)
     workspace += decode_workspace_bytes(shape, kv_format, at_once, facts.attention_threads, pool_tokens)
@@ -120,6 +121,7 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
         if not facts.shares_host_memory:
             # Gathered from the pool, before it is unpacked; of every window, its plain keys, too.
             taken += kv_layer_bytes(shape, kv_format, unpacked + unpacked // of_sequence.window * of_sequence.beside)
+            taken += kv_layer_bytes(shape, Plain(dtype), unpacked) // 2 if of_sequence.beside else 0
         return taken + (kv_slots * slot_bytes + kept_here if kv_slots else 0)
 
     def placed(kv_slots: int) -> tuple[TierName, ...]:
@@ -304,7 +306,8 @@ def _host_attention_bytes(
     """For as many pages as the host has room for."""
     page_tokens = unit_tokens(Layout.PAGES, extent_tokens)
     pages = room // (kv_bytes_per_token(given.shape, kv_format) * page_tokens)
-    return host_attention_bytes(given.shape, kv_format, given.dtype, micro_batch, pages, page_tokens)
+    taken = host_attention_bytes(given.shape, kv_format, given.dtype, micro_batch, pages, page_tokens)
+    return taken + host_temporary_bytes(given.shape, kv_format, pages, page_tokens)
 
 
 def _logits_rows(shape: ModelShape, micro_batch: int, *, on_cpu: bool) -> int:

@@ -13,8 +13,9 @@ from engine.attention.extents import NewKV
 from engine.attention.int4_sizes import WINDOW, can_pack, has_windows, head_group, kv_room
 from engine.attention.int4_window_extents import WindowedKV
 from engine.attention.int4_window_rows import WindowRows
-from engine.attention.int4_window_store import Added, numbers_of, store, stores
+from engine.attention.int4_window_store import Added, places_of, store, stores
 from engine.attention.int4_windows import attend_by_windows, window_decoder
+from engine.attention.pages import attend_pages, page_table
 from engine.attention.sizes import kv_layer_bytes
 from engine.dtypes import DType
 from engine.formats.int4_sizes import Int4
@@ -149,7 +150,7 @@ def test_a_pool_gives_back_windows_rounded_and_what_is_open_plain(
         base, end = start - start % WINDOW, -(-(start + length) // WINDOW) * WINDOW
         left = rows.leaving(rows.rounded(new), new)
         assert left.shape == (length, rows.leaving_bytes)
-        for numbers in numbers_of([Added(0, start, length, order[base:end], opened)], rows, most_windows=2):
+        for numbers in places_of([Added(0, start, length, order[base:end], opened)], rows, most_windows=2):
             store(rows, pool, stores(numbers, partial(torch.tensor, dtype=torch.int64)), *rows.arrived(left))
         start += length
     full = count // WINDOW * WINDOW
@@ -161,6 +162,48 @@ def test_a_pool_gives_back_windows_rounded_and_what_is_open_plain(
     if count > full:
         (window,) = rows.opened(pool, torch.tensor([opened]))
         assert torch.equal(window[: count - full], kv[full:, 0])
+
+
+@given(
+    st.sampled_from(HEADS), st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    st.lists(st.sampled_from([1, 2, 40, 63, 64, 65, 128, 129]), min_size=1, max_size=4),
+    st.integers(1, 5), st.sampled_from(list(TOLERANCE)), st.integers(0, 1 << 30),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_the_host_sees_the_window_of_a_token_plain_and_what_lies_before_it_rounded(
+    size: int, heads: tuple[int, int], counts: list[int], most: int, dtype: DType, seed: int
+) -> None:
+    """Also if the token is the last of its window, which is packed before anybody attends."""
+    num_heads, num_kv_heads = heads
+    generator = torch.Generator().manual_seed(seed)
+    shape, stored = shape_of(num_heads, num_kv_heads, size), Int4(head_group(size, turned=True))
+    rows, room = WindowRows(num_kv_heads, size, stored, torch_dtype(dtype)), kv_room(shape, stored, dtype)
+    of_sequence = -(-room.of(max(counts)) // WINDOW)
+    order = torch.randperm(of_sequence * len(counts), generator=generator).view(len(counts), -1).tolist()
+    pool = torch.zeros(of_sequence * len(counts) * WINDOW, rows.row_bytes, dtype=torch.uint8)
+    queries, wanted, opened = [], [], []
+    for pages, count in zip(order, counts, strict=True):
+        slots = [page * WINDOW + token for page in pages for token in range(WINDOW)]
+        opened.append(slots[room.of(count) - room.beside : room.of(count)])
+        qkv = torch.randn(count, num_heads + 2 * num_kv_heads, size, generator=generator).to(torch_dtype(dtype))
+        q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], 1)
+        queries.append(q[-1])
+        wanted.append(expected(q, k, v, stored.group, dtype)[-1])
+        for start, length in ((0, count - 1), (count - 1, 1)):
+            if length:
+                new = torch.stack((k, v), 1)[start : start + length].clone()
+                left = rows.leaving(rows.rounded(new), new)
+                base, end = start - start % WINDOW, -(-(start + length) // WINDOW) * WINDOW
+                for numbers in places_of([Added(0, start, length, slots[base:end], opened[-1])], rows, most):
+                    store(rows, pool, stores(numbers, partial(torch.tensor, dtype=torch.int64)), *rows.arrived(left))
+    table = page_table(order, counts, WINDOW, most, opened)
+    values = 2 * len(table.pages) * num_heads + (len(table.pages) + len(counts)) * num_heads * size
+    work = torch.empty(values + most * num_kv_heads * WINDOW * size)
+    staged = torch.empty(most * WINDOW * rows.row_bytes, dtype=torch.uint8)
+    q_RNH = torch.stack(queries)
+    out = torch.full_like(q_RNH, float("nan"))
+    attend_pages(q_RNH, pool, rows, table, staged, work, out)
+    torch.testing.assert_close(out.float(), torch.stack(wanted), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("size", HEADS)
