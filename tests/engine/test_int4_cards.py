@@ -19,12 +19,14 @@ from tests.gpu.in_four_bits import (
     check_outputs,
     check_rows,
     check_unpacking,
+    check_windows,
     packed_weights,
+    rotary_model,
     round_cache,
 )
 from tests.gpu.on_gpu import texts
 
-LENGTHS = (1, 9, 60)
+LENGTHS, LONG = (1, 9, 60), (9, 60, 150)
 EXACT = Card((8, 0), DType.FLOAT32)
 
 
@@ -39,6 +41,7 @@ def test_weights_and_rows_are_unpacked(card: Card) -> None:
         check_unpacking(LikeCuda(card.capability), card.dtype, shape, Int4())
     for head_size in HEADS:
         check_rows(LikeCuda(card.capability), card.dtype, head_size)
+        check_windows(LikeCuda(card.capability), card.dtype, head_size)
 
 
 def test_outputs_are_those_of_the_unpacked_weights(card: Card, tmp_path: Path) -> None:
@@ -55,6 +58,13 @@ def test_outputs_are_those_of_rounded_keys_and_values(head_size: int, tmp_path: 
     for name in ("all-device", "split"):
         asked = options_of(name, kv_format=Int4.name, **scattered(tmp_path / "spill"))
         check_outputs(made, asked, LikeCuda(EXACT.capability), texts(LENGTHS), within=DType.FLOAT16)
+
+
+def test_outputs_are_those_of_keys_that_are_rounded_by_windows(tmp_path: Path) -> None:
+    made = rotary_model(tmp_path, EXACT.dtype)
+    for name in ("all-device", "split", "attended-on-host"):
+        asked = options_of(name, kv_format=Int4.name, **scattered(tmp_path / "spill"))
+        check_outputs(made, asked, LikeCuda(EXACT.capability), texts(LONG), within=DType.FLOAT16)
 
 
 @pytest.mark.parametrize("name", ["all-device", "kv-on-host"])

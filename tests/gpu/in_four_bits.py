@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from engine.attention.int4_rows import PackedRows
-from engine.attention.int4_sizes import head_group
+from engine.attention.int4_sizes import WINDOW, head_group
+from engine.attention.int4_window_rows import WindowRows
 from engine.attention.stored import PlainRows
 from engine.dtypes import DType
-from engine.formats.int4 import pack, unpack
+from engine.formats.int4 import pack, quantised_columns, unpack
 from engine.formats.int4_sizes import Int4
 from engine.formats.sizes import Plain
 from engine.loading import load_engine
@@ -21,8 +22,9 @@ from engine.memory.device import Device
 from engine.memory.tensors import torch_dtype
 from engine.planner.plan import PlanOptions
 from engine.weights.importing import import_checkpoint
+from tests.engine.test_int4_rotary import BY_WINDOWS
 from tests.engine.test_int4_weights import round_model
-from tests.gpu.on_gpu import Model, check, opt_model, results
+from tests.gpu.on_gpu import Model, check, llama_model, opt_model, results
 
 SHAPES = ((1, 64), (7, 200), (48, 4096), (300, 1024))
 """Rows and width of matrices; the second is padded."""
@@ -103,6 +105,36 @@ def round_cache(model: Model, head_size: int) -> None:
     for layer in oracle.model.decoder.layers:
         for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
             projection.register_forward_hook(rounded)
+
+
+def rotary_model(folder: Path, dtype: DType) -> Model:
+    """A plain model of two layers whose keys positions turn; its oracle rounds values and full windows of keys."""
+    made = llama_model(folder, "llama, grouped queries", torch_dtype(dtype), num_hidden_layers=2)
+    made.oracle.model.set_attn_implementation(BY_WINDOWS)
+    return made
+
+
+def check_windows(device: Device, dtype: DType, head_size: int) -> None:
+    """Packed there, keys of windows are nearly the CPU's, and unpacked there the very numbers that the CPU unpacks."""
+    heads, number = 3, 4
+    rows = WindowRows(heads, head_size, Int4(head_group(head_size, turned=True)), torch_dtype(dtype))
+    generator = torch.Generator().manual_seed(3)
+    keys_nwKH = torch.randn(number, WINDOW, heads, head_size, generator=generator).to(torch_dtype(dtype))
+    slots = torch.randperm(number * WINDOW, generator=generator)
+    pool = torch.zeros(number * WINDOW, rows.row_bytes, dtype=torch.uint8)
+    with torch.inference_mode(), device.computing():
+        there, to = device.upload(pool), device.upload(slots)
+        rows.put_windows(there, to, quantised_columns(device.upload(keys_nwKH).transpose(1, 2)))
+        out = torch.full((len(slots), 2, heads, head_size), float("nan"), dtype=keys_nwKH.dtype)
+        found_there = device.upload(out)
+        rows.unpack(there.index_select(0, to), found_there)
+        packed_there, found = device.download(there), device.download(found_there)
+    rows.put_windows(pool, slots, quantised_columns(keys_nwKH.transpose(1, 2)))
+    assert (packed_there != pool).float().mean() <= SELDOM
+    expected = torch.empty_like(out)
+    rows.unpack(packed_there[slots], expected)
+    assert torch.equal(found[:, 0], expected[:, 0])
+    assert found[:, 0].isfinite().all()
 
 
 def check_outputs(

@@ -16,7 +16,9 @@ from tests.gpu.in_four_bits import (
     check_outputs,
     check_rows,
     check_unpacking,
+    check_windows,
     packed_weights,
+    rotary_model,
     round_cache,
 )
 from tests.gpu.on_gpu import KINDS, LENGTHS, ON_A_GPU, Arithmetic, Model, options, skip_without, texts
@@ -75,6 +77,21 @@ def test_outputs_are_those_of_rounded_keys_and_values(
     round_cache(made, head_size)
     asked = options(name, kv_format=Int4.name, **scattered(tmp_path / "spill"))
     check_outputs(made, asked, exact.device(), texts(), within=DType.FLOAT16)
+
+
+@pytest.mark.parametrize("head_size", HEADS)
+def test_windows_are_rounded_as_on_the_cpu(head_size: int, kind: Arithmetic) -> None:
+    with closing(kind.device()) as device:
+        check_windows(device, kind.dtype, head_size)
+
+
+@pytest.mark.parametrize("name", KV_TIERS)
+@pytest.mark.parametrize("exact", FLOAT32, ids=str)
+def test_outputs_are_those_of_keys_that_are_rounded_by_windows(exact: Arithmetic, name: str, tmp_path: Path) -> None:
+    """In float32 alone, as above."""
+    skip_without(exact)
+    asked = options(name, kv_format=Int4.name, **scattered(tmp_path / "spill"))
+    check_outputs(rotary_model(tmp_path, exact.dtype), asked, exact.device(), texts(), within=DType.FLOAT16)
 
 
 @pytest.fixture(scope="module", params=[64, 80], ids=lambda size: f"heads of {size}")
