@@ -86,11 +86,12 @@ class HostRunner:
             decode = (window_decoder if has_windows else packed_decoder)(work.decode_rows, q_TNH, new, out_TNH)
         rows = Rows(layer, q_TNH, new, out_TNH, decode, has_windows)
         self._sharing.run(rows, work.here)
-        if self._elsewhere.groups(index):
+        if isinstance(self._rows, WindowRows):
+            for group in self._elsewhere.groups(index):
+                self._attend_windows(rows, group, self._rows)
+        elif self._elsewhere.groups(index):
             one = work.single
-            decode = None
-            if not has_windows:
-                decode = decoder(one.stop - one.start, q_TNH[one], k_TKH[one], v_TKH[one], out_TNH[one])
+            decode = decoder(one.stop - one.start, q_TNH[one], k_TKH[one], v_TKH[one], out_TNH[one])
             self._attend_elsewhere(rows, self._elsewhere.groups(index), decode, one.start)
         if has_windows:  # a new window's plain keys go where those of the one before are read from
             self._elsewhere.store(layer, index, left)
@@ -121,9 +122,6 @@ class HostRunner:
         """Group by group, as they come."""
         pieces: list[tuple[Tensor, Tensor]] = []
         for group in groups:
-            if isinstance(self._rows, WindowRows):
-                self._attend_windows(rows, group, self._rows)
-                continue
             with self._elsewhere.fetched(group) as kv_S2KH:
                 for share in group.shares:
                     end = share.at + share.past + (0 if group.is_part else share.length)

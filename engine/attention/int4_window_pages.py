@@ -5,7 +5,6 @@ A lane does it, with the plain keys that come from the device: a pass is done wi
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from engine.attention.groups import Run, open_from, runs_of
 from engine.attention.int4_sizes import WINDOW
 from engine.attention.int4_window_rows import WindowRows
 from engine.attention.int4_window_store import Added, Stores, places_of, store, stores
+from engine.attention.pools import KVPools
 from engine.kvcache.cache import Extent, SequenceRoom
 from engine.kvcache.segments import MicroBatch, Segment
 from engine.tiers import TierName
@@ -21,19 +21,6 @@ from engine.units import align_up, div_ceil
 
 _TOGETHER = 16
 """Windows that are packed at once: their keys should stay in caches."""
-
-
-class Pools(Protocol):
-    """Where the pages are."""
-
-    def layers(self, tier: TierName) -> tuple[Tensor, ...]:
-        """See ``KVPools``."""
-
-    def read(self, layer: int, runs: Sequence[Run], into: Tensor) -> int:
-        """See ``KVPools``."""
-
-    def write(self, layer: int, runs: Sequence[Run], rows: Tensor) -> None:
-        """See ``KVPools``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +52,7 @@ class WindowWork:
 class WindowPages:
     """Knows where in the pages new keys and values go."""
 
-    def __init__(self, pools: Pools, rows: WindowRows, room: SequenceRoom) -> None:
+    def __init__(self, pools: KVPools, rows: WindowRows, room: SequenceRoom) -> None:
         self._pools, self._rows, self._room = pools, rows, room
 
     def work_of(self, batch: MicroBatch) -> WindowWork:
@@ -121,20 +108,20 @@ class WindowPages:
         added = Added(row, start, segment.length, range(opened), range(opened, num_rows))
         numbers = tuple(places_of([added], self._rows, _TOGETHER))
         open_begin = open_from(segment, self._room)
-        # Of plain keys, the rows that new ones are in.
+        # Of plain keys, the rows that new ones are in; the first of them may hold an older one, too.
         places = max(start, end - end % WINDOW) % WINDOW, end % WINDOW
         first = places[0] * self._rows.units_of_key // self._rows.units_of_row
         touched = div_ceil(places[1] * self._rows.units_of_key, self._rows.units_of_row) - first if end % WINDOW else 0
-        changed = runs_of(extents, open_begin + first, touched, opened + first)
-        becomes_full = any(each.full_slots for each in numbers)
-        read: Iterator[Run] = runs_of(extents, open_begin + first, touched, opened + first)
-        begin = start
-        if start % WINDOW and becomes_full:
-            read = runs_of(extents, open_begin, self._room.beside, opened)
-            begin = base
-        before = runs_of(extents, base, start - base, 0) if begin < start else ()
-        new = runs_of(extents, begin, end - begin, begin - base)
-        return _OnDisk(num_rows, (*before, *read), tuple(stores(each, _int64) for each in numbers), (*new, *changed))
+        changed = tuple(runs_of(extents, open_begin + first, touched, opened + first))
+        if start % WINDOW and any(each.full_slots for each in numbers):  # all of that window is packed
+            before = (
+                *runs_of(extents, base, start - base, 0),
+                *runs_of(extents, open_begin, self._room.beside, opened),
+            )
+            new = runs_of(extents, base, end - base, 0)
+        else:
+            before, new = changed, runs_of(extents, start, segment.length, start - base)
+        return _OnDisk(num_rows, before, tuple(stores(each, _int64) for each in numbers), (*new, *changed))
 
 
 def _windows(segment: Segment) -> tuple[int, int]:

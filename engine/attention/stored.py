@@ -30,7 +30,7 @@ class StoredRows(Protocol):
 
     def rounded(self, kv_S2KH: Tensor) -> Tensor:
         """Rows of keys and values, which are rounded in place to what will be read from these rows: so it makes no
-        difference who attends to them when."""
+        difference who attends to them when. Keys that are packed by windows stay as they are, and are in no row yet."""
 
     def leaving(self, rows: Tensor, kv_S2KH: Tensor) -> Tensor:
         """What goes to where some tokens are kept: from their rows, and what ``rounded`` has left of them."""

@@ -1,4 +1,5 @@
-"""What passes compute, in counts: tokens, segments, pairs of query and key. Pure; no torch."""
+"""What passes compute, in counts: tokens, segments, pairs of query and key; and the room that requests take. Pure; no
+torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
