@@ -7,6 +7,9 @@ channels in other orders, which change nothing but which weights share a group (
 
 The model is the shipped one, or SmolLM2-135M (see ``smollm2``). Of that one, the order it came in tells little: its
 weights were in four bits before, in the very groups that ``weights_in_32`` makes. ``--first 1`` leaves it out.
+
+Reviews are short. With ``--shots N``, N others stand in front of each, with their labels: prompts so long that most of
+what they attend to lies in the cache. ``--only`` leaves variants out.
 """
 
 import argparse
@@ -14,8 +17,9 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -70,19 +74,23 @@ class Answers:
     """The log-probability of each token of the text."""
 
 
-def answers(model_dir: Path, rows: list[dict[str, Any]], kv_format: str) -> Answers:
-    """Ask a model.
+def answers(model_dir: Path, rows: list[dict[str, Any]], kv_format: str, shown: str = "") -> Answers:
+    """Ask a model; ``shown`` stands in front of each review.
 
     Raises:
         PlanDoesNotFit: the model cannot be run so.
     """
     options = PlanOptions(
-        device="cpu", dtype=DType.FLOAT32, device_memory=2 * GIB, kv_format=kv_format, prefill_chunk=16
+        device="cpu",
+        dtype=DType.FLOAT32,
+        device_memory=2 * GIB,
+        kv_format=kv_format,
+        prefill_chunk=256 if shown else 16,
     )
     asked = []
     for index, row in enumerate(rows):
-        asked.append(Request(("label", index), Choose(f"Review: {row['text']}\nSentiment:", LABELS)))
-        asked.append(Request(("text", index), Score("Review:", f" {row['text']}")))
+        asked.append(Request(("label", index), Choose(f"{shown}Review: {row['text']}\nSentiment:", LABELS)))
+        asked.append(Request(("text", index), Score(f"{shown}Review:", f" {row['text']}")))
     labels: dict[object, dict[str, float]] = {}
     tokens: dict[object, tuple[float, ...]] = {}
     with load_engine(model_dir, options) as engine:
@@ -95,8 +103,19 @@ def answers(model_dir: Path, rows: list[dict[str, Any]], kv_format: str) -> Answ
     return Answers([labels["label", index] for index in every], [tokens["text", index] for index in every])
 
 
+def shots(rows: list[dict[str, Any]]) -> str:
+    """Reviews with their labels, as they stand in front of others."""
+    return "".join(f"Review: {row['text']}\nSentiment: {row['label']}\n\n" for row in rows)
+
+
 def of_numbering(
-    original: Path, seed: int, rows: list[dict[str, Any]], folder: Path, say: Callable[[str], None]
+    original: Path,
+    seed: int,
+    rows: list[dict[str, Any]],
+    folder: Path,
+    say: Callable[[str], None],
+    shown: str = "",
+    only: Collection[str] = VARIANTS,
 ) -> tuple[dict[str, Figures], dict[str, str]]:
     """By variant: its figures, or why it cannot be run; numbering 0 is the model as it came."""
     source = folder / "hf"
@@ -107,6 +126,8 @@ def of_numbering(
     errors = {each.group: error(state, each) for each in {v.matrices for v in VARIANTS.values()} if each is not None}
     found, refused = {}, {}
     for name, each in VARIANTS.items():
+        if name not in {"plain", *only}:
+            continue
         say(f"numbering {seed}: {name}")
         model_dir = folder / name
         import_checkpoint(
@@ -117,7 +138,7 @@ def of_numbering(
             tables=each.tables,
         )
         try:
-            found[name] = answers(model_dir, rows, each.kv_format)
+            found[name] = answers(model_dir, rows, each.kv_format, shown)
         except PlanDoesNotFit as refusal:
             if each.kv_format == "plain":
                 raise
@@ -160,9 +181,17 @@ def accuracy(found: Answers, rows: list[dict[str, Any]]) -> float:
     )
 
 
-def measure(model: str, numberings: range, most: int, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    model: str,
+    numberings: range,
+    most: int,
+    say: Callable[[str], None],
+    num_shots: int = 0,
+    only: Collection[str] = VARIANTS,
+) -> dict[str, Any]:
     """Figures by variant, means over numberings; and those of each numbering."""
-    rows = [json.loads(line) for line in REVIEWS.read_text(encoding="utf-8").splitlines()][:most]
+    rows = [json.loads(line) for line in REVIEWS.read_text(encoding="utf-8").splitlines()]
+    shown, rows = shots(rows[len(rows) - num_shots :]), rows[: min(most, len(rows) - num_shots)]
     figures: dict[str, dict[str, list[float]]] = {}
     refused: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -172,7 +201,7 @@ def measure(model: str, numberings: range, most: int, say: Callable[[str], None]
             smollm2.make_folder(original)
         for seed in numberings:
             with tempfile.TemporaryDirectory() as folder:
-                found, refused = of_numbering(original, seed, rows, Path(folder), say)
+                found, refused = of_numbering(original, seed, rows, Path(folder), say, shown, only)
             for name, its in found.items():
                 for figure, value in its.items():
                     figures.setdefault(figure, {}).setdefault(name, []).append(value)
@@ -186,8 +215,14 @@ def measure(model: str, numberings: range, most: int, say: Callable[[str], None]
         "token_lost": {name: means["logprob"]["plain"] - each for name, each in means["logprob"].items()},
         "each": figures,
         "refused": refused,
-        "axis_ratio": means["drift"]["weights"] / means["drift"]["other_axis"],
-        "token_axis_ratio": means["token_drift"]["weights"] / means["token_drift"]["other_axis"],
+        **_axis_ratios(means),
+    }
+
+
+def _axis_ratios(means: dict[str, dict[str, float]]) -> Figures:
+    drifts = {"axis_ratio": means["drift"], "token_axis_ratio": means["token_drift"]}
+    return {
+        name: its["weights"] / its["other_axis"] for name, its in drifts.items() if {"weights", "other_axis"} <= {*its}
     }
 
 
@@ -198,21 +233,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--numberings", type=int, default=1, help="orders of the model's channels (default: one)")
     parser.add_argument("--first", type=int, default=0, help="of these (default: 0, the model's own)")
     parser.add_argument("--rows", type=int, default=1000, help="reviews, at most (default: %(default)s)")
+    parser.add_argument("--shots", type=int, default=0, help="labelled reviews in front of each (default: none)")
+    parser.add_argument(
+        "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="beside plain (default: all)"
+    )
     parser.add_argument("--json", action="store_true", help="one document on standard output")
     asked = parser.parse_args(arguments)
     numberings = range(asked.first, asked.first + asked.numberings)
-    found = measure(asked.model, numberings, asked.rows, lambda text: print(text, file=sys.stderr, flush=True))
+    say = partial(print, file=sys.stderr, flush=True)
+    found = measure(asked.model, numberings, asked.rows, say, asked.shots, asked.only)
     if asked.json:
         print(json.dumps(found, indent=1))
         return 0
     print(f"{'':20} {'right':>6} {'drift':>7} {'a token':>8} {'drift':>7} {'weights off':>12}")
-    for name in VARIANTS:
+    for name in {"plain": None, **dict.fromkeys(asked.only)}:
         if name in found["refused"]:
             print(f"{name:20} {found['refused'][name]}")
             continue
         right, label, logprob, token = (found[each][name] for each in ("accuracy", "drift", "logprob", "token_drift"))
-        off = found["weight_error"].get(name, 0)
+        off = found.get("weight_error", {}).get(name, 0)
         print(f"{name:20} {right:6.3f} {label:7.4f} {logprob:8.4f} {token:7.4f} {off:12.4f}")
+    if "axis_ratio" not in found:
+        return 0
     ratios = f"{found['axis_ratio']:.3f} times (tokens: {found['token_axis_ratio']:.3f})"
     print(f"groups along our axis drift {ratios} as far as along FlexGen's")
     return 0
