@@ -102,7 +102,7 @@ FORMATS = {
     "int4 KV": (Plain.name, Int4.name),
     BOTH: (Int4.name, Int4.name),
 }
-"""Of weights and of the KV cache."""
+"""How weights and the KV cache are stored."""
 
 
 def predicted(row: Row) -> dict[str, Any]:

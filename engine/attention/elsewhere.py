@@ -53,7 +53,7 @@ class _Work:
     """Where the host's pool must hold some number all the same, int64: attention there reads whole pages, and what it
     does not attend to counts for nothing only if it is a number."""
     by_windows: WindowWork | None = None
-    """Instead of ``slots``, where keys are packed by windows."""
+    """Where the rows go instead, if keys are packed by windows: ``slots`` and ``on_host`` have none then."""
 
 
 class Elsewhere:
@@ -264,8 +264,9 @@ def put(pool: Tensor, slots: Tensor, rows: Tensor, unwritten: Tensor) -> None:
 
 def _work_of(groups: list[Group], kept: Kept, page_tokens: int, by_windows: WindowWork | None) -> _Work:
     on_host = [run for tier, run in kept.runs if tier is TierName.HOST]
-    slots = [slot for run in on_host for slot in range(run.offset, run.offset + run.num_tokens)]
-    rows = [row for run in on_host for row in range(run.at, run.at + run.num_tokens)]
+    by_rows = on_host if by_windows is None else []
+    slots = [slot for run in by_rows for slot in range(run.offset, run.offset + run.num_tokens)]
+    rows = [row for run in by_rows for row in range(run.at, run.at + run.num_tokens)]
     blank = list(unwritten(on_host, page_tokens))
     to, of, zeros = (torch.tensor(each, dtype=torch.int64) for each in (slots, rows, blank))
     return _Work(groups, kept, to, of, zeros, by_windows)

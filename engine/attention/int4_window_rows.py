@@ -57,9 +57,9 @@ class WindowRows(PackedRows):
         """Whole windows, all of them full."""
         codes, scale, minimum = self.parts(rows_SB)
         unpack_parts((codes[:, 1], scale[:, 1], minimum[:, 1]), out_S2KH[:, 1])
-        by_window = codes[:, 0].unflatten(0, (-1, WINDOW)).transpose(1, 2)  # type: ignore[no-untyped-call]
-        scales = (self._of_channels(each[:, 0]) for each in (scale, minimum))
-        unpack_columns((by_window, *scales), windows_of(out_S2KH).transpose(1, 2))
+        by_window = windows_of(codes).transpose(1, 2)
+        parts = by_window, self._of_channels(scale[:, 0]), self._of_channels(minimum[:, 0])
+        unpack_columns(parts, windows_of(out_S2KH).transpose(1, 2))
 
     def round_windows(self, k_nwKH: Tensor) -> None:
         """Full windows of plain keys, in place, to what they will be read as."""
@@ -112,6 +112,6 @@ class WindowRows(PackedRows):
 
 
 def windows_of(kv_S2KH: Tensor) -> Tensor:
-    """The keys of a buffer by windows, ``[n, w, K, H]``; a view."""
+    """The keys of a buffer, or their codes, by windows, ``[n, w, K, H]``; a view."""
     keys_SKH = kv_S2KH[:, 0]
     return keys_SKH.view(-1, WINDOW, *keys_SKH.shape[1:])

@@ -49,7 +49,7 @@ class SequenceRoom:
     """And so much more, behind that of its tokens."""
 
     def of(self, tokens: int) -> int:
-        """For a sequence of so many tokens."""
+        """What a sequence of so many tokens takes."""
         return align_up(tokens, self.window) + self.beside if tokens else 0
 
     def longest_in(self, room: int) -> int:

@@ -84,7 +84,7 @@ class PassModel:
         self._layer_token_bytes = self._token_bytes / shape.num_layers
         self._leaving_bytes = shape.num_layers * leaving_bytes(shape, plan.kv_format, plan.dtype, 1)
         self._open_bytes = plan.kv_room.beside / 2 * self._token_bytes
-        """Of the plain keys of a window that is not full, in the mean."""
+        """What the plain keys of a window that is not full take, in the mean, over all layers."""
         self._attended_bytes = kv_bytes_per_token(shape, Plain(plan.dtype))
         """The keys and values of a token in all layers, as they are computed with."""
         if plan.kv_format.name != Plain.name:

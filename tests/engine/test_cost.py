@@ -562,7 +562,7 @@ def values_for(figure: str, hardware: Hardware, stored: StoredWeights, plan: Pla
 
 @pytest.mark.parametrize(("stay_packed", "num_layers"), [(False, 18), (True, 24)])
 def test_compute_takes_its_time_to_unpack_layers(stay_packed: bool, num_layers: int) -> None:
-    """Of 24, a fourth lie on the device; whatever a pass carries."""
+    """A fourth of 24 lie on the device; it takes as long whatever a pass carries."""
     plan = replace(small_plan(Shares(25, 25, 50), DEVICE), stay_packed=stay_packed)
     four = in_format(SMALL.stored(), Int4())
     values = num_layers * sum(prod(each.shape) for each in four.unit_tensors[layer_name(0)])
@@ -597,7 +597,7 @@ def test_compute_takes_its_time_to_pack_and_unpack_keys_and_values(
 
 @pytest.mark.parametrize(("figure", "attends"), [("packed_decode", False), ("packed_host_attention", True)])
 def test_attention_to_codes_has_a_rate_of_its_own(figure: str, attends: bool) -> None:
-    """Of a CPU, where keys and values lie in its memory, and of the host beside a GPU."""
+    """On a CPU, in whose memory keys and values lie, and on the host beside a GPU."""
     lane = LaneName.HOST_COMPUTE if attends else LaneName.DEVICE_COMPUTE
     hardware = replace(T4, shares_host_memory=not attends)
     plan = replace(small_plan(HOST, HOST if attends else DEVICE), host_attention=attends)

@@ -28,7 +28,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def shape_of(num_heads: int, head_size: int) -> ModelShape:
-    """Of one layer."""
+    """A model with one layer."""
     return sizes_for(reference_config(num_heads * head_size, head_size=head_size, num_layers=1, vocab_size=8)).shape
 
 
@@ -111,7 +111,7 @@ def test_a_decode_token_attends_to_all_before_it(
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens", [100, 3000])
 def test_packing_takes_no_more_memory_than_is_counted(tokens: int, dtype: torch.dtype) -> None:
-    """Of 3,000 tokens, not all are packed at once."""
+    """Not all of 3,000 tokens are packed at once."""
     shape = shape_of(4, 64)
     kv = torch.randn(tokens, 2, 4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     counted = packing_bytes(shape, Int4(), tokens, on_cpu=True)

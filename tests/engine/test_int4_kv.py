@@ -115,6 +115,15 @@ def assert_near(found: list[float]) -> None:
     assert max(found) < FAR
 
 
+def check(rounding: Oracle, options: PlanOptions, kind: str) -> None:
+    """Outputs are near the oracle's, and everything within its budget."""
+    with load_engine(rounding.model_dir, options, device=make_device(kind)) as engine:
+        assert_near(errors(engine, rounding))
+        engine.check_integrity()
+        for tier in engine.tiers.values():
+            assert tier.peak <= tier.budget
+
+
 def every_case() -> list[ParameterSet]:
     """Each size of heads under each placement on each device; a seventh of it, the rest is for ``make soak``."""
     placed = [
@@ -131,11 +140,7 @@ def test_log_probabilities_are_those_of_rounded_keys_and_values(
     rounding: Rounding, name: str, kind: str, tmp_path: Path
 ) -> None:
     options = options_of(name, kv_format="int4", **scattered(tmp_path))
-    with load_engine(rounding.model_dir, options, device=make_device(kind)) as engine:
-        assert_near(errors(engine, rounding))
-        engine.check_integrity()
-        for tier in engine.tiers.values():
-            assert tier.peak <= tier.budget
+    check(rounding, options, kind)
 
 
 def test_a_plain_cache_gives_something_else(rounding: Rounding, tmp_path: Path) -> None:

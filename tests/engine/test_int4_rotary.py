@@ -19,7 +19,7 @@ from engine.tiers import Shares
 from engine.weights.importing import import_checkpoint
 from tests.engine import llama_checkpoints
 from tests.engine.placements import BESIDE_A_DEVICE, BUDGETS, PLACEMENTS, options_of, scattered
-from tests.engine.test_int4_kv import FEW, NEAR, assert_near, errors
+from tests.engine.test_int4_kv import FEW, NEAR, assert_near, check, errors
 from tests.engine.test_int4_windows import expected
 from tests.engine.test_placement import make_device
 
@@ -85,12 +85,7 @@ CASES = [
 def test_log_probabilities_are_those_of_rounded_keys_and_values(
     rounding: WindowRounding, name: str, kind: str, tmp_path: Path
 ) -> None:
-    options = options_of(name, kv_format="int4", **scattered(tmp_path))
-    with load_engine(rounding.model_dir, options, device=make_device(kind)) as engine:
-        assert_near(errors(engine, rounding))
-        engine.check_integrity()
-        for tier in engine.tiers.values():
-            assert tier.peak <= tier.budget
+    check(rounding, options_of(name, kv_format="int4", **scattered(tmp_path)), kind)
 
 
 @pytest.mark.parametrize("rounding", ["llama, grouped queries"], indirect=True)
