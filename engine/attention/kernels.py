@@ -210,6 +210,9 @@ def merge(pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         return pieces[0]
     lses = torch.stack([lse for _, lse in pieces])
     lse_Nt = lses.logsumexp(0)
-    weights = (lses - lse_Nt).exp()[..., None]
-    outs = torch.stack([out for out, _ in pieces])
-    return (weights * outs.float()).sum(0).to(outs.dtype), lse_Nt
+    outs, weights = [out for out, _ in pieces], (lses - lse_Nt).exp_()[..., None].unbind()
+    # Weights are float32, and so is the sum; no piece is copied to be.
+    total_NtH = outs[0] * weights[0]
+    for out, weight in zip(outs[1:], weights[1:], strict=True):
+        total_NtH.addcmul_(out, weight)
+    return total_NtH.to(outs[0].dtype), lse_Nt
