@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.groups import Group, Kept, groups_of, kept_of, unwritten
+from engine.attention.int4_sizes import packed_windows
 from engine.attention.int4_window_pages import WindowPages, WindowWork
 from engine.attention.int4_window_rows import WindowRows
 from engine.attention.pools import KV, KVPools
@@ -96,7 +97,9 @@ class Elsewhere:
         self._token_bytes = kv_layer_bytes(shape, stored)
         self._device, self._traffic, self._pools = memory.device, memory.traffic, pools
         self._group_tokens, self._host_attends, self._room = group_tokens, host_attends, room
-        self._by_windows = WindowPages(pools, pools.rows, room) if isinstance(pools.rows, WindowRows) else None
+        self._by_windows: WindowPages | None = None
+        if isinstance(pools.rows, WindowRows):
+            self._by_windows = WindowPages(pools, pools.rows, room, packed_windows(shape, on_cpu=True))
         self._work: list[_Work] = []
         self._coming: deque[tuple[Group, Place]] = deque()
         self._stored: list[Event] = [REACHED] * shape.num_layers

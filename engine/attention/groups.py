@@ -2,7 +2,8 @@
 
 A sequence's keys lie in a buffer as in a pool, one token after the other: first those that are fetched, then room for
 those that the pass adds. A sequence that is longer than a buffer comes in parts, in several groups, and its own tokens
-attend to themselves in none.
+attend to themselves in none; where keys are packed by windows, the last group is as of a shorter one, since new tokens
+see the plain keys that lie there.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,6 +40,8 @@ class Share:
     """The segment's first row in its micro-batch."""
     length: int
     """Its rows."""
+    first: int
+    """The position of the first token that is fetched."""
     at: int
     """Where its keys begin in the buffer."""
     past: int
@@ -59,7 +62,7 @@ class Group:
     is_part: bool
     """Some keys of one segment, without its own."""
     is_last: bool
-    """Whether the segment has no other part after it."""
+    """Whether no segment in it comes with another part after this."""
     follows: int
     """The last micro-batch of the same pass that adds to what is fetched; -1: none does."""
 
@@ -79,7 +82,7 @@ def groups_of(
 ) -> list[list[Group]]:
     """The groups of each micro-batch of a pass, of at most ``most`` tokens.
 
-    ``room``: what sequences take. Where they are kept by windows, none comes in parts.
+    ``room``: what sequences take. Where they are kept by windows, ``most`` is at least ``least_tokens``.
     ``host_attends``: those that can are attended to where they lie, and come in no group.
     """
     added: dict[Tokens, int] = {}
@@ -106,31 +109,46 @@ def _packed(
     tier, at, follows = TierName.HOST, 0, -1
     for row, segment in segments:
         assert segment.holding is not None
-        size = _size(segment, room)
-        is_long = size > most
-        assert not (is_long and room.beside), "a buffer holds the longest sequence"
-        if together and (is_long or at + size > wanted or segment.holding.tier is not tier):
+        cut = _in_parts(segment, most, room)
+        size = _size(segment, room) - cut
+        if together and (cut or at + size > wanted or segment.holding.tier is not tier):
             yield Group(tier, tuple(together), is_part=False, is_last=True, follows=follows)
             together, at, follows = [], 0, -1
         tier = segment.holding.tier
         before = added.get(segment.sequence, -1)
-        if is_long:
-            for first in range(0, segment.start, most):
-                past = min(most, segment.start - first)
-                runs = tuple(runs_of(segment.holding.extents, first, past, 0))
-                share = Share(row, segment.length, 0, past, past, runs)
-                yield Group(tier, (share,), is_part=True, is_last=first + past == segment.start, follows=before)
+        for first in range(0, cut, most):
+            past = min(most, cut - first)
+            runs = tuple(runs_of(segment.holding.extents, first, past, 0))
+            share = Share(row, segment.length, first, 0, past, past, runs)
+            yield Group(tier, (share,), is_part=True, is_last=first + past == segment.start, follows=before)
+        if cut == segment.start:
             continue
-        runs = tuple(runs_of(segment.holding.extents, 0, segment.start, at))
+        runs = tuple(runs_of(segment.holding.extents, cut, segment.start - cut, at))
         open_at = None
         if segment.start % room.window:
             open_at = at + size - align_up(room.beside, room.window)
             count = div_ceil(segment.start % room.window * room.beside, room.window)
             runs += tuple(runs_of(segment.holding.extents, open_from(segment, room), count, open_at))
-        together.append(Share(row, segment.length, at, segment.start, size, runs, open_at))
+        together.append(Share(row, segment.length, cut, at, segment.start - cut, size, runs, open_at))
         at, follows = at + size, max(follows, before)
     if together:
         yield Group(tier, tuple(together), is_part=False, is_last=True, follows=follows)
+
+
+def least_tokens(most_rows: int, room: SequenceRoom) -> int:
+    """Of a buffer that the last part of any sequence finds room in, ``most_rows`` new tokens included."""
+    if not room.beside:
+        return 1
+    # The window before theirs, which is fetched; the one in which they begin, and its plain keys.
+    return align_up(most_rows, room.window) + 2 * room.window + align_up(room.beside, room.window)
+
+
+def _in_parts(segment: Segment, most: int, room: SequenceRoom) -> int:
+    """How many of a segment's earlier tokens come in parts by themselves, if it is longer than a buffer."""
+    beyond = _size(segment, room) - most
+    if beyond <= 0:
+        return 0
+    return align_up(beyond, room.window) if room.beside else segment.start
 
 
 def _size(segment: Segment, room: SequenceRoom) -> int:

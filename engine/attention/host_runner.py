@@ -87,8 +87,7 @@ class HostRunner:
         rows = Rows(layer, q_TNH, new, out_TNH, decode, has_windows)
         self._sharing.run(rows, work.here)
         if isinstance(self._rows, WindowRows):
-            for group in self._elsewhere.groups(index):
-                self._attend_windows(rows, group, self._rows)
+            self._attend_windows(rows, self._elsewhere.groups(index), self._rows)
         elif self._elsewhere.groups(index):
             one = work.single
             decode = decoder(one.stop - one.start, q_TNH[one], k_TKH[one], v_TKH[one], out_TNH[one])
@@ -142,19 +141,28 @@ class HostRunner:
                         out_NtH.copy_(merge(pieces)[0])
                         pieces = []
 
-    def _attend_windows(self, rows: Rows, group: Group, stored: WindowRows) -> None:
-        """A group whose keys are packed by windows."""
-        with self._elsewhere.fetched_rows(group) as rows_SB:
-            kv_S2KH = self._elsewhere.unpacked(rows_SB)
-            for share in group.shares:
-                first, end = share.at + share.past, share.at + share.past + share.length
-                if share.open_at is not None:
-                    opened = rows_SB[share.open_at : share.at + share.size]
-                    kv_S2KH[first - share.past % WINDOW : first, 0] = stored.opened_in(opened)[: share.past % WINDOW]
-                q_NtH, k_KtH, v_KtH = rows.at(share.row, share.length)
-                kv_S2KH[first:end, 0], kv_S2KH[first:end, 1] = k_KtH.transpose(0, 1), v_KtH.transpose(0, 1)
-                k_KsH, v_KsH = kv_S2KH[share.at : end].permute(1, 2, 0, 3)
-                attend_windows(q_NtH, k_KsH, v_KsH, rows.out(share.row, share.length))
+    def _attend_windows(self, rows: Rows, groups: Sequence[Group], stored: WindowRows) -> None:
+        """The same where keys are packed by windows."""
+        before: list[tuple[Tensor, Tensor]] = []
+        for group in groups:
+            with self._elsewhere.fetched_rows(group) as rows_SB:
+                kv_S2KH = self._elsewhere.unpacked(rows_SB)
+                for share in group.shares:
+                    q_NtH, k_KtH, v_KtH = rows.at(share.row, share.length)
+                    if group.is_part:
+                        k_KsH, v_KsH = kv_S2KH.permute(1, 2, 0, 3)
+                        before.append(attend(q_NtH, k_KsH, v_KsH, causal=False))
+                        continue
+                    first, end = share.at + share.past, share.at + share.past + share.length
+                    if share.open_at is not None:
+                        opened = rows_SB[share.open_at : share.at + share.size]
+                        kv_S2KH[first - share.past % WINDOW : first, 0] = stored.opened_in(opened)[
+                            : share.past % WINDOW
+                        ]
+                    kv_S2KH[first:end, 0], kv_S2KH[first:end, 1] = k_KtH.transpose(0, 1), v_KtH.transpose(0, 1)
+                    k_KsH, v_KsH = kv_S2KH[share.at : end].permute(1, 2, 0, 3)
+                    attend_windows(q_NtH, k_KsH, v_KsH, rows.out(share.row, share.length), before)
+                    before = []
 
     def _work_of(self, batch: MicroBatch) -> _Work:
         here: list[Part] = []

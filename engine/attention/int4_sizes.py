@@ -12,10 +12,15 @@ WINDOW = 64
 """Tokens of a sequence whose keys are packed together, where positions turn them: see ``int4_windows``."""
 _GROUP = 64
 _PACKED_VALUES, _PACKED_VALUES_ON_CPU = 1 << 24, 1 << 20
-"""How many values are packed at once: on the CPU, and of windows, as many as caches hold, on a GPU so many that a few
-launches pack a micro-batch."""
+"""How many values are packed at once: on the CPU as many as caches hold, on a GPU so many that a few launches pack a
+micro-batch."""
+_PACKED_IN_WINDOWS = 1 << 22
+"""The same of windows on a GPU: as a rule few tokens of a micro-batch are the last of one, but each may be."""
 _PACKING_BYTES = 12
 """What each of these takes meanwhile, beside its row: a copy in float32, its step in float32, its code."""
+_MERGED_QUERIES = 6
+"""What a query takes whose window attends to itself and to what lies before, in queries: what came of both, twice of
+the first, their sum in float32, and that as it is computed with."""
 
 
 def kv_format(name: str, dtype: DType, shape: ModelShape) -> TensorFormat:
@@ -72,18 +77,23 @@ def packed_tokens(num_kv_heads: int, head_size: int, *, on_cpu: bool) -> int:
     return max(1, values // (2 * num_kv_heads * head_size))
 
 
-def packed_windows(shape: ModelShape) -> int:
-    """Windows whose keys are packed at once: all sequences may have come to the end of one."""
-    return max(1, _PACKED_VALUES_ON_CPU // (WINDOW * shape.num_kv_heads * shape.head_size))
+def packed_windows(shape: ModelShape, *, on_cpu: bool) -> int:
+    """Windows whose keys are packed at once."""
+    values = _PACKED_VALUES_ON_CPU if on_cpu else _PACKED_IN_WINDOWS
+    return max(1, values // (WINDOW * shape.num_kv_heads * shape.head_size))
 
 
-def packing_bytes(shape: ModelShape, stored: TensorFormat, num_tokens: int, *, on_cpu: bool) -> int:
-    """Bytes that packing a micro-batch's keys and values takes, their rows included."""
+def packing_bytes(shape: ModelShape, stored: TensorFormat, dtype: DType, num_tokens: int, *, on_cpu: bool) -> int:
+    """Bytes that packing a micro-batch's keys and values takes, their rows included; or, if that is more, attention of
+    its windows to what lies before them."""
     if not isinstance(stored, Int4):
         return 0
     together = min(num_tokens, packed_tokens(shape.num_kv_heads, shape.head_size, on_cpu=on_cpu))
     values = 2 * shape.num_kv_heads * shape.head_size * together
-    if has_windows(shape, stored):  # each token may be the last of its window, and all of that is packed then
-        windows = min(num_tokens, packed_windows(shape))
-        values = max(values, WINDOW * shape.num_kv_heads * shape.head_size * windows)
-    return kv_layer_bytes(shape, stored, num_tokens) + _PACKING_BYTES * values
+    taken = _PACKING_BYTES * values
+    if has_windows(shape, stored):  # each token may be the last of its window, and all of that is packed
+        windows = min(num_tokens, packed_windows(shape, on_cpu=on_cpu))
+        taken = max(taken, _PACKING_BYTES * WINDOW * shape.num_kv_heads * shape.head_size * windows)
+        if not on_cpu:
+            taken = max(taken, _MERGED_QUERIES * shape.num_heads * shape.head_size * dtype.num_bytes * num_tokens)
+    return kv_layer_bytes(shape, stored, num_tokens) + taken

@@ -19,9 +19,6 @@ from engine.kvcache.segments import MicroBatch, Segment
 from engine.tiers import TierName
 from engine.units import align_up, div_ceil
 
-_TOGETHER = 16
-"""Windows that are packed at once: their keys should stay in caches."""
-
 
 @dataclass(frozen=True, slots=True)
 class _OnDisk:
@@ -52,8 +49,9 @@ class WindowWork:
 class WindowPages:
     """Knows where in the pages new keys and values go."""
 
-    def __init__(self, pools: KVPools, rows: WindowRows, room: SequenceRoom) -> None:
-        self._pools, self._rows, self._room = pools, rows, room
+    def __init__(self, pools: KVPools, rows: WindowRows, room: SequenceRoom, most_windows: int) -> None:
+        """``most_windows``: how many are packed at once."""
+        self._pools, self._rows, self._room, self._most_windows = pools, rows, room, most_windows
 
     def work_of(self, batch: MicroBatch) -> WindowWork:
         """That of a micro-batch: ``Kept`` has the same rows."""
@@ -71,7 +69,7 @@ class WindowPages:
                 else:
                     on_disk.append(self._on_disk(segment, holding.extents, row - first))
             row += segment.length
-        blocks = places_of(on_host, self._rows, _TOGETHER)
+        blocks = places_of(on_host, self._rows, self._most_windows)
         return WindowWork(tuple(stores(each, _int64) for each in blocks), _int64(blank), tuple(on_disk))
 
     def put(self, layer: int, work: WindowWork, left: Tensor) -> None:
@@ -106,7 +104,7 @@ class WindowPages:
         start, end, opened = segment.start, segment.start + segment.length, padded - base
         num_rows = opened + self._room.beside
         added = Added(row, start, segment.length, range(opened), range(opened, num_rows))
-        numbers = tuple(places_of([added], self._rows, _TOGETHER))
+        numbers = tuple(places_of([added], self._rows, self._most_windows))
         open_begin = open_from(segment, self._room)
         # Of plain keys, the rows that new ones are in; the first of them may hold an older one, too.
         places = max(start, end - end % WINDOW) % WINDOW, end % WINDOW

@@ -1,8 +1,9 @@
 """Attention on a device with memory of its own, over keys that are packed by windows: see ``int4_windows``.
 
 Some sequences at a time, their keys and values are unpacked into a buffer, each sequence from the beginning of a window
-on. There the keys of a query's own window must be plain: so sequences are computed a window at a time, all of them
-together, and what a step has made full is rounded in the buffer before the next.
+on. There the keys of a query's own window must be plain, and those of windows before it rounded. Where new tokens are
+in one window, that is one call. Where they are in several, two: each window by itself, as if it were a sequence; then
+what became full is rounded, and each attends to what lies before it; and both are merged.
 
 Shapes: T tokens of a micro-batch, S tokens of a buffer or rows of a pool, n windows, w tokens of one, N query heads, K
 key/value heads, H head size, B bytes of a row.
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from engine.attention.elsewhere import Elsewhere
@@ -21,7 +24,8 @@ from engine.attention.host_attention import HostAttention
 from engine.attention.int4_sizes import WINDOW, packed_windows
 from engine.attention.int4_window_rows import WindowRows, windows_of
 from engine.attention.int4_window_store import Added, Stores, places_of, store
-from engine.attention.packed import Places, Ragged, attend_packed
+from engine.attention.kernels import merge
+from engine.attention.packed import Places, Ragged, attend_packed, attend_part
 from engine.attention.packed_runner import PackedRunner
 from engine.attention.pools import KVPools
 from engine.attention.table import Kernel
@@ -41,28 +45,43 @@ class _Lies:
     """Its first row in the micro-batch."""
     start: int
     length: int
+    first: int
+    """The position that the buffer has its sequence from: where a window begins."""
     at: int
-    """Where its sequence begins in the buffer."""
+    """Where that is in the buffer."""
     opened: Sequence[int] = ()
     """Rows with the plain keys of its first window, if that has earlier tokens."""
 
     @property
-    def windows(self) -> list[tuple[int, int]]:
-        """Positions of its first and behind its last token in each of its windows."""
-        end = self.start + self.length
-        firsts = range(self.start - self.start % WINDOW, end, WINDOW)
-        return [(max(self.start, first), min(end, first + WINDOW)) for first in firsts]
+    def begin(self) -> int:
+        """Where its first new token goes."""
+        return self.at + self.start - self.first
+
+    @property
+    def windows(self) -> list[range]:
+        """Where its new tokens are in the buffer, window by window."""
+        end = self.begin + self.length
+        begins = range(self.begin - self.begin % WINDOW, end, WINDOW)
+        return [range(max(self.begin, begin), min(end, begin + WINDOW)) for begin in begins]
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A window of each sequence that has another."""
+class _Before(NamedTuple):
+    """What some windows attend to before themselves."""
 
-    rows: slice | Tensor
-    """Their queries, in a row or by numbers, int64."""
+    rows: Tensor
+    """Their queries among those of a call, int64."""
     ragged: Ragged
     full: Tensor
-    """Windows of the buffer that later steps see: int64."""
+    """Windows of the buffer that are new, and full: int64."""
+
+
+class _Call(NamedTuple):
+    """Some rows of a micro-batch that are attended to at once."""
+
+    rows: slice
+    own: Ragged
+    """Each window by itself; with all before it, if new tokens are in no other; or a part of what lies before."""
+    before: _Before | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +99,10 @@ class _Chunk:
     rows: slice
     """Those of the micro-batch."""
     at: Tensor
-    """Where they go, int64."""
-    steps: list[_Step]
+    """Where they go, int64; nowhere, if the buffer has a part of what lies before them."""
+    calls: list[_Call]
+    is_part: bool
+    follows_parts: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +133,7 @@ class WindowedRunner(PackedRunner):
         super().__init__(shape, kernel, device, pools, elsewhere, on_host, unpacked_tokens=unpacked_tokens)
         assert isinstance(pools.rows, WindowRows)
         self._window_rows, self._room = pools.rows, room
-        self._most_windows = packed_windows(shape)
+        self._most_windows = packed_windows(shape, on_cpu=False)
         self._window_work: list[_Work] = []
 
     def close(self) -> None:
@@ -132,26 +153,37 @@ class WindowedRunner(PackedRunner):
 
     def _attend(self, layer: int, index: int, q_TNH: Tensor, kv_T2KH: Tensor, stored: Tensor, out_TNH: Tensor) -> None:
         work = self._window_work[index]
+        parts: list[tuple[Tensor, Tensor]] = []
         for chunk in work.chunks:
             with self._filled(layer, chunk) as kv_S2KH:
-                kv_S2KH.index_copy_(0, chunk.at, kv_T2KH[chunk.rows])
-                for step in chunk.steps:
-                    self._step(step, kv_S2KH, q_TNH, out_TNH)
+                if not chunk.is_part:
+                    kv_S2KH.index_copy_(0, chunk.at, kv_T2KH[chunk.rows])
+                for call in chunk.calls:
+                    q, out = q_TNH[call.rows], out_TNH[call.rows]
+                    if not (chunk.is_part or chunk.follows_parts or call.before):
+                        attend_packed(self._kernel, q, kv_S2KH, call.own, out)
+                        continue
+                    parts[:] = [merge([*parts, self._part(call, q, kv_S2KH, causal=not chunk.is_part)])]
+                    if not chunk.is_part:
+                        out.copy_(parts.pop()[0].transpose(0, 1))
         # Behind attention: windows that become full are read plain until then.
         for each in work.stores:
             store(self._window_rows, self._layers[layer], each, kv_T2KH[:, 0], stored)
 
-    def _step(self, step: _Step, kv_S2KH: Tensor, q_TNH: Tensor, out_TNH: Tensor) -> None:
-        if isinstance(step.rows, slice):
-            attend_packed(self._kernel, q_TNH[step.rows], kv_S2KH, step.ragged, out_TNH[step.rows])
-        else:
-            found = out_TNH.new_empty(len(step.rows), *out_TNH.shape[1:])
-            attend_packed(self._kernel, q_TNH.index_select(0, step.rows), kv_S2KH, step.ragged, found)
-            out_TNH.index_copy_(0, step.rows, found)
-        if len(step.full):
-            windows_nwKH = windows_of(kv_S2KH).index_select(0, step.full)
-            self._window_rows.round_windows(windows_nwKH)
-            windows_of(kv_S2KH).index_copy_(0, step.full, windows_nwKH)
+    def _part(self, call: _Call, q_TNH: Tensor, kv_S2KH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+        """What queries find in the buffer: ``out [N, T, H]``, ``lse [N, T]``."""
+        out_NTH, lse_NT = attend_part(self._kernel, q_TNH, kv_S2KH, call.own, causal=causal)
+        if call.before is not None:
+            rows, ragged, full = call.before
+            for some in torch.split(full, self._most_windows):
+                windows_nwKH = windows_of(kv_S2KH).index_select(0, some)
+                self._window_rows.round_windows(windows_nwKH)
+                windows_of(kv_S2KH).index_copy_(0, some, windows_nwKH)
+            before = attend_part(self._kernel, q_TNH.index_select(0, rows), kv_S2KH, ragged, causal=False)
+            both = merge([(out_NTH.index_select(1, rows), lse_NT.index_select(1, rows)), before])
+            for place, found in zip((out_NTH, lse_NT), both, strict=True):
+                place.index_copy_(1, rows, found)
+        return out_NTH, lse_NT
 
     @contextmanager
     def _filled(self, layer: int, chunk: _Chunk) -> Iterator[Tensor]:
@@ -202,63 +234,123 @@ class WindowedRunner(PackedRunner):
         return range(first, first + self._room.beside)
 
     def _chunks(self, segments: Sequence[Segment], row: int, upload: Upload) -> Iterator[Callable[[], _Chunk]]:
-        """As many sequences together as find room in the buffer."""
-        lies, tokens, at = list[_Lies](), list[int](), 0
+        """As many sequences together as find room in the buffer; longer ones in parts."""
+        most = self._unpacked_tokens
+        lies, tokens = list[_Lies](), list[int]()
         for segment in segments:
-            size = align_up(segment.start + segment.length, WINDOW)
-            if lies and at + size > self._unpacked_tokens:
-                yield self._chunk(lies, tokens, at, None, upload)
-                lies, tokens, at = [], [], 0
+            end = align_up(segment.start + segment.length, WINDOW)
+            cut = max(0, end - most)
+            if lies and (cut or len(tokens) + end > most):
+                yield self._chunk(lies, tokens, upload)
+                lies, tokens = [], []
             is_here = segment.kind is Kind.HERE
+            held = range(_begin(segment), _begin(segment) + end) if is_here else range(end)
+            for first in range(0, cut, most):
+                past = min(most, cut - first)
+                rows = slice(row, row + segment.length)
+                yield self._part_of(rows, past, held[first : first + past], upload)
             opened = self._opened(segment) if is_here and segment.start % WINDOW else ()
-            lies.append(_Lies(row, segment.start, segment.length, at, opened))
-            tokens += range(_begin(segment), _begin(segment) + size) if is_here else ()
-            at, row = at + size, row + segment.length
-        yield self._chunk(lies, tokens, at, None, upload)
+            lies.append(_Lies(row, segment.start, segment.length, cut, len(tokens), opened))
+            tokens += held[cut:]
+            row += segment.length
+        yield self._chunk(lies, tokens, upload)
 
     def _chunk_of(self, group: Group, upload: Upload) -> Callable[[], _Chunk]:
+        if group.is_part:
+            return self._part_of(group.rows, group.num_tokens, (), upload, group)
         lies = []
         for share in group.shares:
             opened = () if share.open_at is None else range(share.open_at, share.open_at + self._room.beside)
-            lies.append(_Lies(share.row, share.past, share.length, share.at, opened))
-        return self._chunk(lies, [], group.num_tokens, group, upload)
+            lies.append(_Lies(share.row, share.first + share.past, share.length, share.first, share.at, opened))
+        return self._chunk(lies, (), upload, group)
+
+    def _part_of(
+        self, rows: slice, num_tokens: int, tokens: Sequence[int], upload: Upload, group: Group | None = None
+    ) -> Callable[[], _Chunk]:
+        """Some of what lies before a segment, by itself."""
+        places = Places([rows.stop - rows.start], [0], [num_tokens])
+        ragged = upload.ragged(places, self._folding, is_part=True)
+        from_pool = upload.indices(tokens) if group is None else None
+        nothing = upload.indices(())
+        return lambda: _Chunk(
+            num_tokens,
+            from_pool and from_pool(),
+            group,
+            opened=nothing(),
+            opened_at=nothing(),
+            rows=rows,
+            at=nothing(),
+            calls=[_Call(rows, ragged())],
+            is_part=True,
+            follows_parts=False,
+        )
 
     def _chunk(
-        self, lies: Sequence[_Lies], tokens: Sequence[int], num_tokens: int, group: Group | None, upload: Upload
+        self, lies: Sequence[_Lies], tokens: Sequence[int], upload: Upload, group: Group | None = None
     ) -> Callable[[], _Chunk]:
+        num_tokens = len(tokens) if group is None else group.num_tokens
+        from_pool = upload.indices(tokens) if tokens and any(each.start for each in lies) else None
         old = [each for each in lies if each.opened]
         opened = upload.indices([row for each in old for row in each.opened])
-        opened_at = upload.indices([(each.at + each.start) // WINDOW for each in old])
-        begins = [each.at + each.start for each in lies]
-        at = upload.indices([place for each, begin in zip(lies, begins, strict=True)
-                             for place in range(begin, begin + each.length)])  # fmt: skip
-        rows = slice(lies[0].row, lies[-1].row + lies[-1].length)
-        most = max(len(each.windows) for each in lies)
-        steps = [self._step_of(lies, which, most, num_tokens, rows, upload) for which in range(most)]
-        from_pool = upload.indices(tokens) if tokens and any(each.start for each in lies) else None
+        opened_at = upload.indices([each.begin // WINDOW for each in old])
+        at = upload.indices([place for each in lies for place in range(each.begin, each.begin + each.length)])
+        calls = [
+            self._call_of(list(some), num_tokens, upload)
+            for _, some in groupby(lies, key=lambda each: self._splits and each.length > 1)
+        ]
         return lambda: _Chunk(
-            num_tokens, from_pool and from_pool(), group, opened(), opened_at(), rows, at(), [each() for each in steps]
+            num_tokens,
+            from_pool and from_pool(),
+            group,
+            opened=opened(),
+            opened_at=opened_at(),
+            rows=_rows_of(lies),
+            at=at(),
+            calls=[each() for each in calls],
+            is_part=False,
+            follows_parts=lies[0].first > 0,
         )
 
-    def _step_of(
-        self, lies: Sequence[_Lies], which: int, most: int, num_tokens: int, rows: slice, upload: Upload
-    ) -> Callable[[], _Step]:
-        """Each one's window ``which``; ``rows``: all of them."""
-        here = [(each, each.windows[which]) for each in lies if which < len(each.windows)]
-        lengths = [seen - begin for _, (begin, seen) in here]
-        places = Places(lengths, [each.at for each, _ in here], [seen for _, (_, seen) in here])
-        places.check(num_tokens)
-        folding = self._folding_of(lengths)
-        ragged = upload.ragged(places, folding)
-        full = upload.indices(
-            [(each.at + seen) // WINDOW - 1 for each, (_, seen) in here if which + 1 < len(each.windows)]
+    def _call_of(self, lies: Sequence[_Lies], num_tokens: int, upload: Upload) -> Callable[[], _Call]:
+        windows = [(each, window) for each in lies for window in each.windows]
+        rows, in_one = _rows_of(lies), len(windows) == len(lies)
+        # A window's own keys begin where it does; in the only one, what is before it is of the same call.
+        begins = [each.at if in_one else _first_of(window) for each, window in windows]
+        own = Places(
+            [len(window) for _, window in windows],
+            begins,
+            [window.stop - begin for (_, window), begin in zip(windows, begins, strict=True)],
         )
-        if most == 1:
-            return lambda: _Step(rows, ragged(), full())
-        queries = upload.indices(
-            [each.row + position - each.start for each, (begin, seen) in here for position in range(begin, seen)]
+        own.check(num_tokens)
+        if in_one and not lies[0].first:
+            at_once = upload.ragged(own, self._folding_of(own.lengths))
+            return lambda: _Call(rows, at_once())
+        by_itself = upload.ragged(own, self._folding, is_part=True)
+        if in_one:
+            return lambda: _Call(rows, by_itself())
+        behind = [(each, window) for each, window in windows if _first_of(window) > each.at]
+        before = Places(
+            [len(window) for _, window in behind],
+            [each.at for each, _ in behind],
+            [_first_of(window) - each.at for each, window in behind],
         )
-        return lambda: _Step(queries(), ragged(), full())
+        before.check(num_tokens)
+        ragged = upload.ragged(before, self._folding, is_part=True)
+        its = upload.indices([
+            each.row - rows.start + place - each.begin for each, window in behind for place in window
+        ])  # fmt: skip
+        full = upload.indices([window.start // WINDOW for each in lies for window in each.windows[:-1]])
+        return lambda: _Call(rows, by_itself(), _Before(its(), ragged(), full()))
+
+
+def _rows_of(lies: Sequence[_Lies]) -> slice:
+    """The rows of a micro-batch that some segments are."""
+    return slice(lies[0].row, lies[-1].row + lies[-1].length)
+
+
+def _first_of(window: range) -> int:
+    """Where a window begins whose new tokens are these."""
+    return window.start - window.start % WINDOW
 
 
 def stores_of(numbers: Sequence[list[int]], upload: Upload) -> Callable[[], Stores]:

@@ -20,7 +20,7 @@ from engine.attention.int4_decode import weigh_pieces
 from engine.attention.int4_products import numbers_of, window_scores
 from engine.attention.int4_sizes import WINDOW
 from engine.attention.int4_window_extents import WindowedKV, WindowedPiece
-from engine.attention.kernels import Decoder
+from engine.attention.kernels import Decoder, attend, merge
 from engine.formats.int4 import Parts, quantised_columns, unpack_columns
 
 
@@ -46,7 +46,7 @@ def attend_by_windows(
         if kv is not None:
             kv.pack(layer, first, heads, parts)
 
-    attend_windows(q_NtH, k_KsH, v_KsH, out_NtH, keep)
+    attend_windows(q_NtH, k_KsH, v_KsH, out_NtH, keep=keep)
     opened = end % WINDOW
     if kv is not None and opened:
         begin = max(start, end - opened)
@@ -58,16 +58,25 @@ def attend_windows(
     k_KsH: Tensor,
     v_KsH: Tensor,
     out_NtH: Tensor,
+    before: Sequence[tuple[Tensor, Tensor]] = (),
     keep: Callable[[int, Parts], None] = lambda _first, _parts: None,
 ) -> None:
     """The last tokens of a sequence, into ``out``: keys of their windows are plain, and full ones are rounded in place
-    once their own queries have seen them, and then kept."""
+    once their own queries have seen them, and then kept.
+
+    ``before``: what came of keys before these, as from ``attend``; of these, there are whole windows.
+    """
     end = k_KsH.shape[1]
     start = end - q_NtH.shape[1]
     for first in range(start - start % WINDOW, end, WINDOW):
         begin, seen = max(start, first), min(end, first + WINDOW)
         rows = slice(begin - start, seen - start)
-        attend_whole(q_NtH[:, rows], k_KsH[:, :seen], v_KsH[:, :seen], out_NtH[:, rows])
+        qkv = q_NtH[:, rows], k_KsH[:, :seen], v_KsH[:, :seen]
+        if before:
+            its = [(found_NtH[:, rows], lse_Nt[:, rows]) for found_NtH, lse_Nt in before]
+            out_NtH[:, rows] = merge([*its, attend(*qkv, causal=True)])[0]
+        else:
+            attend_whole(*qkv, out_NtH[:, rows])
         if seen == first + WINDOW:
             parts = quantised_columns(k_KsH[:, first:seen])
             keep(first, parts)

@@ -19,7 +19,10 @@ from torch import Tensor
 from engine.attention.kernels import attend
 from engine.attention.table import HEAD_STEP, LARGEST_HEAD, Kernel, takes_heads
 from engine.errors import EngineError
+from engine.units import align_up
 
+_LSE_STEP = 32
+"""The memory-efficient kernel leaves log-sum-exps of a sequence in a row of a multiple of so many (``kAlignLSE``)."""
 _NO_MASK, _BOTTOM_RIGHT = 0, 2
 """The memory-efficient kernel's names for masks; the second is causal and ends at the last query and the last key."""
 
@@ -74,23 +77,30 @@ class Ragged:
     """First key of each; one more that nobody reads: int32 ``[B + 1]``."""
     used: Tensor
     """Keys of each: int32 ``[B]``."""
+    lse_at: Tensor
+    """Where the memory-efficient kernel leaves the log-sum-exp of each query, int32: only for ``attend_part``."""
     max_q: int
     max_k: int
     folding: Folding = NO_FOLDING
 
 
-def ragged_numbers(places: Places, folding: Folding = NO_FOLDING) -> list[int]:
-    """All of a ``Ragged``'s numbers in one list, to be uploaded with others."""
+def ragged_numbers(places: Places, folding: Folding = NO_FOLDING, *, is_part: bool = False) -> list[int]:
+    """All of a ``Ragged``'s numbers in one list, to be uploaded with others. ``is_part``: it is for ``attend_part``."""
     lengths = [length * folding.queries for length in places.lengths] * folding.sequences
     starts, used = (list(values) * folding.sequences for values in (places.starts, places.used))
-    return [0, *accumulate(lengths), *starts, 0, *used]
+    numbers = [0, *accumulate(lengths), *starts, 0, *used]
+    if is_part:
+        step = align_up(max(lengths), _LSE_STEP)
+        numbers += [row * step + query for row, length in enumerate(lengths) for query in range(length)]
+    return numbers
 
 
 def ragged_of(places: Places, numbers: Tensor, folding: Folding = NO_FOLDING) -> Ragged:
     """A ``Ragged`` over its uploaded numbers."""
     count = len(places.lengths) * folding.sequences
-    cu_q, starts, used = torch.split(numbers, [count + 1, count + 1, count])
-    return Ragged(cu_q, starts, used, max(places.lengths) * folding.queries, max(places.used), folding)
+    sizes = [count + 1, count + 1, count, len(numbers) - 3 * count - 2]
+    cu_q, starts, used, lse_at = torch.split(numbers, sizes)
+    return Ragged(cu_q, starts, used, lse_at, max(places.lengths) * folding.queries, max(places.used), folding)
 
 
 def folding_of(kernel: Kernel, num_heads: int, num_kv_heads: int, *, decodes: bool) -> Folding:
@@ -121,21 +131,22 @@ def attend_packed(kernel: Kernel, q_TNH: Tensor, kv_S2KH: Tensor, ragged: Ragged
 def attend_part(
     kernel: Kernel, q_TNH: Tensor, kv_S2KH: Tensor, ragged: Ragged, *, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one sequence to some of its keys, ``out [N, T, H]``, and ``lse [N, T]``, to be merged with others.
+    """Attention of each sequence to some of its keys, ``out [N, T, H]``, and ``lse [N, T]``, to be merged with others.
 
-    Without ``causal``, all its queries see all these keys.
+    Without ``causal``, all queries see all these keys.
     """
     k_SKH, v_SKH = kv_S2KH[:, 0], kv_S2KH[:, 1]
-    assert ragged.folding.queries == 1, "a long sequence is alone in its call, and groups are best left to the kernel"
+    assert ragged.folding.queries == 1, "there are many queries, and groups are best left to the kernel"
     q = fold(q_TNH, ragged.folding)
     check_arguments(kernel, q, k_SKH, v_SKH, ragged)
     if kernel is Kernel.FLASH:
         out_TNH, lse_NT = _flash_part(q, k_SKH, v_SKH, ragged, causal=causal)
         return out_TNH.transpose(0, 1), lse_NT
-    found, lse_GKT = _efficient(q, k_SKH, v_SKH, ragged, causal=causal, with_lse=True)
+    _need(len(ragged.lse_at) == len(q), "places of log-sum-exps")
+    found, lse_KQ = _efficient(q, k_SKH, v_SKH, ragged, causal=causal, with_lse=True)
     out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
     unfold(found, ragged.folding, out_TNH)
-    return out_TNH.transpose(0, 1), lse_GKT[..., : len(q_TNH)].transpose(0, 1).flatten(0, 1)
+    return out_TNH.transpose(0, 1), lse_KQ.view(q_TNH.shape[1], len(q_TNH))
 
 
 def fold(q_TNH: Tensor, folding: Folding) -> Tensor:
@@ -187,16 +198,18 @@ def _flash_part(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged, *, causal: bool
 def _efficient(
     q: Tensor, k: Tensor, v: Tensor, ragged: Ragged, *, causal: bool, with_lse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Output and, if asked for, log-sum-exp: ``[B, K, queries of the longest, and more]``."""
+    """Output and, if asked for, log-sum-exp, ``[K, folded queries]``."""
     if q.device.type == "cpu":
-        out, lse_KT = _reference(q, k, v, ragged, causal=causal)
-        return out, lse_KT.view(len(lse_KT), ragged.folding.sequences, -1).transpose(0, 1) if with_lse else lse_KT
+        return _reference(q, k, v, ragged, causal=causal)
     mask = _BOTTOM_RIGHT if causal else _NO_MASK
     found = torch.ops.aten._efficient_attention_forward(
         q[None], k[None], v[None], None, ragged.cu_q, ragged.starts, ragged.max_q, ragged.max_k, 0.0, mask,
         with_lse, scale=q.shape[-1] ** -0.5, seqlen_k=ragged.used,
     )  # fmt: skip
-    return found[0][0], found[1]
+    if not with_lse:
+        return found[0][0], found[1]
+    # Of each sequence, as long a row as the longest has queries, and somewhat more.
+    return found[0][0], found[1].transpose(0, 1).flatten(1).index_select(1, ragged.lse_at)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged, *, causal: bool) -> tuple[Tensor, Tensor]:
@@ -230,7 +243,7 @@ def check_arguments(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, ragged: Rag
     _need(q.dtype in (half if kernel is Kernel.FLASH else (*half, torch.float32)), f"{kernel} has no {q.dtype}")
     given = (q, k, v) if out is None else (q, k, v, out)
     _need(all(x.dtype == q.dtype for x in given), "queries, keys, values and outputs are of one number type")
-    index = (ragged.cu_q, ragged.starts, ragged.used)
+    index = (ragged.cu_q, ragged.starts, ragged.used, ragged.lse_at)
     _need(all(x.device == q.device for x in (*given, *index)), "all lies on one device")
     _need(all(x.stride(-1) == 1 for x in given), "values of a head are neighbours")
     step = 16 // q.element_size()

@@ -267,7 +267,7 @@ class PackedRunner:
             (share,) = group.shares
             places = [Places([share.length], [0], [share.past])]
             places += [_own([share.length])] if group.is_last else []
-            parts = [upload.ragged(each, self._folding) for each in places]
+            parts = [upload.ragged(each, self._folding, is_part=True) for each in places]
             nowhere = upload.indices([])
             return lambda: (group, [_Call(group.rows, ragged()) for ragged in parts], nowhere())
         calls, slots = list[Callable[[], _Call]](), list[int]()

@@ -33,6 +33,8 @@ _DECODES = Places([1, 1, 1], [0, 3, 140], [1, 130, 65])
 """Two of them one or two keys beyond the blocks of 64 and 128 in which kernels compute."""
 _PROMPTS = Places([70, 33], [210, 300], [70, 123])
 """A whole prompt, and a part of one that has 90 tokens before it."""
+_PARTS = Places([5, 33], [210, 300], [70, 123])
+"""The same keys, all with some before the queries' own."""
 _POOL_TOKENS = 448
 
 
@@ -77,19 +79,17 @@ class _Test:
 
     def worst(self) -> float:
         """The largest difference of all that is computed, or no number."""
-        decodes, prompts = self._queries(_DECODES), self._queries(_PROMPTS)
-        length, start, used = _PROMPTS.lengths[-1], _PROMPTS.starts[-1], _PROMPTS.used[-1]
-        last = Places([length], [start], [used])
+        decodes, prompts, parts = (self._queries(places) for places in (_DECODES, _PROMPTS, _PARTS))
         with self._device.computing():
             found = [
                 self._at_once(_DECODES, decodes, is_decode=True),
                 self._at_once(_PROMPTS, prompts, is_decode=False),
-                self._in_parts(last, prompts[-length:]),
+                self._in_parts(_PARTS, parts),
             ]
         expected = [
             self._expected(_DECODES, decodes),
             self._expected(_PROMPTS, prompts),
-            self._expected(last, prompts[-length:]),
+            self._expected(_PARTS, parts),
         ]
         return float((torch.cat(found).float() - torch.cat(expected)).abs().max())
 
@@ -100,20 +100,19 @@ class _Test:
         attend_packed(self._kernel, queries, self._on_device_S2KH, self._ragged(places, folding), out_TNH)
         return self._device.download(out_TNH)
 
-    def _in_parts(self, last: Places, q_TNH: Tensor) -> Tensor:
+    def _in_parts(self, places: Places, q_TNH: Tensor) -> Tensor:
         """First what lies before the queries' own keys, then these, as where a sequence is longer than a buffer."""
         queries = self._device.upload(q_TNH)
-        (length,), (start,), (used,) = last.lengths, last.starts, last.used
         folding = folding_of(self._kernel, self._num_heads, self._num_kv_heads, decodes=False)
+        lengths = places.lengths
+        past = [used - length for used, length in zip(places.used, lengths, strict=True)]
+        own = Places(lengths, [start + count for start, count in zip(places.starts, past, strict=True)], lengths)
         parts = [
             attend_part(
-                self._kernel, queries, self._on_device_S2KH, self._ragged(places, folding), causal=causal
+                self._kernel, queries, self._on_device_S2KH, self._ragged(some, folding, is_part=True), causal=causal
             )
-            for places, causal in (
-                (Places([length], [start], [used - length]), False),
-                (Places([length], [start + used - length], [length]), True),
-            )
-        ]  # fmt: skip
+            for some, causal in ((Places(lengths, places.starts, past), False), (own, True))
+        ]
         return self._device.download(merge(parts)[0].transpose(0, 1).contiguous())
 
     def _expected(self, places: Places, q_TNH: Tensor) -> Tensor:
@@ -125,8 +124,8 @@ class _Test:
             row += length
         return torch.cat(expected)
 
-    def _ragged(self, places: Places, folding: Folding) -> Ragged:
-        numbers = torch.tensor(ragged_numbers(places, folding), dtype=torch.int32)
+    def _ragged(self, places: Places, folding: Folding, *, is_part: bool = False) -> Ragged:
+        numbers = torch.tensor(ragged_numbers(places, folding, is_part=is_part), dtype=torch.int32)
         return ragged_of(places, self._device.upload(numbers), folding)
 
     def _queries(self, places: Places) -> Tensor:

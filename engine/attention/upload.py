@@ -20,9 +20,9 @@ class Upload:
         """In int64."""
         return self._add(torch.int64, values)
 
-    def ragged(self, places: Places, folding: Folding) -> Callable[[], Ragged]:
-        """In int32, as kernels take them."""
-        numbers = self._add(torch.int32, ragged_numbers(places, folding))
+    def ragged(self, places: Places, folding: Folding, *, is_part: bool = False) -> Callable[[], Ragged]:
+        """In int32, as kernels take them; see ``ragged_numbers``."""
+        numbers = self._add(torch.int32, ragged_numbers(places, folding, is_part=is_part))
         return lambda: ragged_of(places, numbers(), folding)
 
     def send(self, device: Device) -> None:

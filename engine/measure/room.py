@@ -113,7 +113,7 @@ class _Width:
             - plan.workspace_bytes
             + self._qkv
             + self._work(self._dtypes[0])
-            + packing_bytes(self._shape, plan.kv_format, plan.micro_batch, on_cpu=self._shares)
+            + packing_bytes(self._shape, plan.kv_format, plan.dtype, plan.micro_batch, on_cpu=self._shares)
             + layers.get(cache, 0) * self._layer
             for cache, plan in self._plans.items()
         ]

@@ -5,6 +5,7 @@ One function sizes everything, so that what is promised and what is allocated ca
 
 from collections.abc import Mapping
 
+from engine.attention.groups import least_tokens
 from engine.attention.int4_sizes import leaving_bytes, packing_bytes, reading_bytes
 from engine.attention.sizes import (
     STORE_BUFFERS,
@@ -99,7 +100,7 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
     workspace += decode_workspace_bytes(shape, kv_format, at_once, facts.attention_threads, pool_tokens)
     if facts.shares_host_memory:
         workspace += reading_bytes(shape, kv_format, dtype, pool_tokens)
-    workspace += packing_bytes(shape, kv_format, micro_batch, on_cpu=facts.shares_host_memory)
+    workspace += packing_bytes(shape, kv_format, dtype, micro_batch, on_cpu=facts.shares_host_memory)
     # On the CPU, what is stored waits in the one memory that there is.
     kept_here = store_bytes if facts.shares_host_memory else 0
     batch_bytes = micro_batch * shape.hidden_size * dtype.num_bytes
@@ -109,11 +110,10 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
     def unpacked_tokens(kv_slots: int) -> int:
         if not isinstance(kv_format, Int4):
             return 0
-        # A GPU attends to what is unpacked alone, one sequence at least; on the CPU, this is for what is elsewhere.
-        of_pool = (
-            0 if facts.shares_host_memory else max(group_tokens, align_up(shape.max_positions, of_sequence.window))
-        )
-        return max(of_pool, group_tokens if kv_slots else 0)
+        # A GPU attends to what is unpacked alone, one sequence at least, unless these come in parts; on the CPU, this
+        # is for what is elsewhere.
+        longest = 0 if facts.shares_host_memory or of_sequence.beside else shape.max_positions
+        return max(longest, group_tokens if kv_slots or not facts.shares_host_memory else 0)
 
     def buffer_bytes(kv_slots: int) -> int:
         unpacked = unpacked_tokens(kv_slots)
@@ -238,10 +238,8 @@ def fitting_plan(given: PlanInput) -> Plan | None:
 
 def group_tokens_for(given: PlanInput) -> int:
     """Tokens of keys and values that pass through a buffer at once."""
-    # Where keys are packed by windows, a sequence is never cut.
-    room = given.kv_room
-    least = align_up(room.of(given.shape.max_positions), room.window) if room.beside else 0
-    return max(least, _group_tokens(given))
+    most_rows = min(given.options.micro_batch or MICRO_BATCH_TOKENS, given.shape.max_positions)
+    return max(least_tokens(most_rows, given.kv_room), align_up(_group_tokens(given), given.kv_room.window))
 
 
 def _group_tokens(given: PlanInput) -> int:

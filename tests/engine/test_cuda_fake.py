@@ -237,7 +237,9 @@ def test_attention_of_many_sequences_in_every_branch(
     folding = folding_of(kernel, 4, kv_heads, decodes=max(lengths) == 1)
 
     def ragged(some: Places, folding: Folding) -> Ragged:
-        return ragged_of(some, torch.empty(len(ragged_numbers(some, folding)), dtype=torch.int32, device=GPU), folding)
+        return ragged_of(
+            some, torch.empty(len(ragged_numbers(some, folding, is_part=True)), dtype=torch.int32, device=GPU), folding
+        )
 
     rows = sum(lengths)
     q = on_gpu(rows, 12, 64, dtype=dtype)[:, :4]  # as it lies in the fused product

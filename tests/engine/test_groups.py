@@ -5,8 +5,8 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.attention.groups import Group, groups_of, kept_of, unwritten
-from engine.kvcache.cache import KVCache, Layout
+from engine.attention.groups import Group, groups_of, kept_of, least_tokens, open_from, unwritten
+from engine.kvcache.cache import ROOM_OF_TOKENS, KVCache, Layout, SequenceRoom
 from engine.kvcache.segments import Kind, MicroBatch, Segment, arrange
 from engine.request import SamplingParams
 from engine.sequence import Sequence
@@ -17,9 +17,10 @@ PAGE = 4
 
 
 @st.composite
-def passes(draw: st.DrawFn) -> list[MicroBatch]:
+def passes(draw: st.DrawFn, room: SequenceRoom = ROOM_OF_TOKENS) -> list[MicroBatch]:
     """Micro-batches over a cache whose free room has come into pieces; some sequences are in two of them."""
-    cache = KVCache({TierName.DEVICE: 30, TierName.HOST: 120, TierName.DISK: 80}, extent_tokens=PAGE, layouts=LAYOUTS)
+    tokens = {TierName.DEVICE: 30, TierName.HOST: 120, TierName.DISK: 80}
+    cache = KVCache(tokens, extent_tokens=PAGE, layouts=LAYOUTS, room=room)
     found = [
         Sequence([1] * 60, 60, size + 1, SamplingParams()) for size in draw(st.lists(st.integers(2, 40), max_size=12))
     ]
@@ -98,6 +99,50 @@ def test_every_past_token_comes_once_and_in_order(batches: list[MicroBatch], mos
         assert fetched == expected
         lasts = [group.shares[0].row for group in its if group.is_part and group.is_last]
         assert len(lasts) == len({group.shares[0].row for group in its if group.is_part})
+
+
+ROOM = SequenceRoom(window=4, beside=3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(passes(ROOM), st.integers(0, 5))
+def test_of_windows_new_tokens_find_room_behind_what_lies_before_them(batches: list[MicroBatch], more: int) -> None:
+    """And the plain keys of the window in which they begin, however long their sequence is."""
+    most_rows = max((segment.length for batch in batches for segment in batch.segments), default=1)
+    most = least_tokens(most_rows, ROOM) + more * ROOM.window
+    for batch, groups in zip(batches, groups_of(batches, most, ROOM), strict=True):
+        rows = rows_of(batch)
+        fetched: dict[int, list[int]] = {}
+        whole: list[int] = []
+        for group in groups:
+            assert group.num_tokens <= most
+            assert group.num_tokens % ROOM.window == 0
+            end = 0
+            for share in group.shares:
+                segment, before = rows[share.row], fetched.setdefault(share.row, [])
+                assert share.first == len(before)
+                assert share.at >= end
+                places = {run.at + each: run.offset + each for run in share.runs for each in range(run.num_tokens)}
+                its = range(share.at, share.at + share.past)
+                before += [places.pop(at) for at in its]
+                end = share.at + share.size
+                if group.is_part:
+                    assert not places
+                    continue
+                whole.append(share.row)
+                assert share.past
+                assert share.at % ROOM.window == 0
+                opened = [] if share.open_at is None else range(share.open_at, share.open_at + ROOM.beside)
+                assert its.stop + share.length <= (share.open_at or end)
+                assert set(places) <= set(opened)
+                if segment.start % ROOM.window:
+                    held = tokens_of(segment, 0, 400)[open_from(segment, ROOM) :]
+                    assert places == {at: held[at - share.open_at] for at in places}
+                    assert places
+            assert end == group.num_tokens
+        of_elsewhere = {row: segment for row, segment in rows.items() if segment.kind is Kind.ELSEWHERE}
+        assert fetched == {row: tokens_of(segment, 0, segment.start) for row, segment in of_elsewhere.items()}
+        assert whole == list(of_elsewhere)
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,6 +1,6 @@
 """A KV cache in four bits: what transformers gives if each key and value is rounded as the format is described."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -88,10 +88,12 @@ def rounding(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Rounding(folder / "model", made.model, 64 if request.param % 64 == 0 else request.param)
 
 
-def errors(engine: Engine, rounding: Oracle, *, rounded: bool = True) -> list[float]:
+def errors(
+    engine: Engine, rounding: Oracle, *, rounded: bool = True, lengths: Sequence[int] = PROMPT_LENGTHS
+) -> list[float]:
     """How far log-probabilities are off; and those of generated tokens from the highest."""
     tokenizer = Tokenizer.of_model(rounding.model_dir / "tokenizer.json", engine._stage.family.shape)
-    texts = prompts(PROMPT_LENGTHS)
+    texts = prompts(lengths)
     outputs = {output.key: output.result for output in engine.run(requests(texts, NEW_TOKENS))}
     found: list[float] = []
     for index, text in enumerate(texts):

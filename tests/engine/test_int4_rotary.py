@@ -106,3 +106,27 @@ def test_a_plain_cache_gives_something_else(rounding: WindowRounding, tmp_path: 
     with load_engine(rounding.model_dir, options_of("all-device", **scattered(tmp_path))) as engine:
         assert np.quantile(errors(engine, rounding), 1 - FEW) > 3 * NEAR
         assert max(errors(engine, rounding, rounded=False)) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> WindowRounding:
+    """A model of more positions than buffers have room for."""
+    folder = tmp_path_factory.mktemp("int4-rotary-long")
+    model = llama_checkpoints.make_checkpoint(folder / "hf", "llama, grouped queries", max_position_embeddings=1024)
+    import_checkpoint(folder / "hf", folder / "model")
+    return WindowRounding(folder / "model", model)
+
+
+@pytest.mark.parametrize("micro_batch", [16, 160])
+@pytest.mark.parametrize("kind", ["cpu", "simulated", "like-cuda"])
+@pytest.mark.parametrize("kv", ["100/0/0", "40/30/30", "0/100/0", "0/0/100"])
+def test_sequences_longer_than_buffers_come_in_parts(
+    kv: str, kind: str, micro_batch: int, long: WindowRounding, tmp_path: Path
+) -> None:
+    """Of a window or more, and the last of them with new tokens of one window or of several."""
+    options = PlanOptions(
+        micro_batch=micro_batch, group_tokens=1, kv_format="int4", kv=Shares.parse(kv), disk_dir=tmp_path, **BUDGETS
+    )
+    with load_engine(long.model_dir, options, device=make_device(kind)) as engine:
+        assert engine.plan.group_tokens < 800
+        assert_near(errors(engine, long, lengths=(1, 70, 400, 900)))

@@ -4,6 +4,7 @@ Counted with fake tensors: what is no view and no memory launches a kernel, a cu
 """
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,18 @@ UNPACKING = 6
 PACKED_CACHE, PACKED_PART = {"OPT": 46, "Llama": 67, "Llama with groups": 80}, 8
 """The most that a layer may launch for a micro-batch with its cache in four bits, where keys are packed by windows or
 not; and for a part of OPT's cache that is unpacked by itself."""
+MORE_WINDOWS = 47
+"""The most that it may launch beside if a prompt is in several windows."""
+
+
+def micro_batch(cache: KVCache, number: int) -> MicroBatch:
+    """Decode tokens, whole prompts and scored rows side by side: every kind that a micro-batch can have."""
+    sequences = [Sequence([5] * 20, 19, 24, SamplingParams()) for _ in range(number)]
+    assert all(cache.admit(sequence) for sequence in sequences)
+    segments = [Segment(one, 19, 1, cache.held[one]) for one in sequences[: number // 2]]
+    segments += [Segment(one, 0, 8, cache.held[one]) for one in sequences[number // 2 : -2]]
+    segments += [Segment(Sequence([5] * 9, 9, 9, score_from=2), 0, 8) for _ in range(2)]
+    return arrange(segments)
 
 
 def launches(
@@ -86,6 +99,7 @@ def launches(
     folder: Path,
     *,
     batches: int = 1,
+    make: Callable[[KVCache, int], MicroBatch] = micro_batch,
     **asked: Any,
 ) -> Counter[str]:
     """What one layer launches for so many micro-batches alike: a pass through two layers, less a pass through one."""
@@ -97,21 +111,11 @@ def launches(
             for mode in (torch.inference_mode(), FakeTensorMode(), PlainIndexing(), counted):
                 stack.enter_context(mode)
             executor, cache = make_executor(family, storing, folder, capability, micro_batch=512, **asked)
-            this_pass = Pass(tuple(micro_batch(cache, number) for _ in range(batches)))
+            this_pass = Pass(tuple(make(cache, number) for _ in range(batches)))
             counted.found.clear()
             executor.run(this_pass)
             found.append(counted.found)
     return found[1] - found[0]
-
-
-def micro_batch(cache: KVCache, number: int) -> MicroBatch:
-    """Decode tokens, whole prompts and scored rows side by side: every kind that a micro-batch can have."""
-    sequences = [Sequence([5] * 20, 19, 24, SamplingParams()) for _ in range(number)]
-    assert all(cache.admit(sequence) for sequence in sequences)
-    segments = [Segment(one, 19, 1, cache.held[one]) for one in sequences[: number // 2]]
-    segments += [Segment(one, 0, 8, cache.held[one]) for one in sequences[number // 2 : -2]]
-    segments += [Segment(Sequence([5] * 9, 9, 9, score_from=2), 0, 8) for _ in range(2)]
-    return arrange(segments)
 
 
 CARDS = pytest.mark.parametrize(
@@ -173,3 +177,23 @@ def test_a_cache_in_four_bits_launches_as_much_for_many_as_for_few(
         return
     in_parts = packed(64, group_tokens=256)  # 32 sequences of 20 tokens and 30 of 8, in four parts
     assert 0 < in_parts.total() - many.total() <= 3 * PACKED_PART, dict(in_parts)
+
+
+@CARDS
+def test_windows_of_prompts_launch_as_much_for_many_as_for_few(
+    dtype: DType, capability: tuple[int, int], tmp_path: Path
+) -> None:
+    """Beside what they launch if they have one: what became full is rounded, they attend to it, and both are merged."""
+
+    def of_windows(cache: KVCache, number: int) -> MicroBatch:
+        sequence = Sequence([5] * 250, 250, 255, SamplingParams())
+        assert cache.admit(sequence)
+        return arrange([Segment(sequence, 64, number, cache.held[sequence])])
+
+    one, two, three = (
+        launches(MODELS["Llama with groups"][0], Storing(dtype), capability, number, tmp_path, make=of_windows,
+                 kv_format="int4", extent_tokens=None, device_memory=256 * MIB)
+        for number in (64, 130, 190)
+    )  # fmt: skip
+    assert two == three
+    assert 0 < two.total() - one.total() <= MORE_WINDOWS, dict(two - one)

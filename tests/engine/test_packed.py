@@ -36,7 +36,7 @@ HEAD = 8
 
 
 def ragged(places: Places, folding: Folding = NO_FOLDING) -> Ragged:
-    return ragged_of(places, torch.tensor(ragged_numbers(places, folding), dtype=torch.int32), folding)
+    return ragged_of(places, torch.tensor(ragged_numbers(places, folding, is_part=True), dtype=torch.int32), folding)
 
 
 @st.composite
@@ -54,6 +54,22 @@ def places(draw: st.DrawFn) -> tuple[Places, int]:
     order = draw(st.permutations(range(len(sizes))))
     shuffled = Places(*([values[index] for index in order] for values in (lengths, starts, used)))
     return shuffled, end + draw(st.integers(0, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(places(), st.integers(1, 4))
+def test_log_sum_exps_are_read_where_the_memory_efficient_kernel_leaves_them(
+    drawn: tuple[Places, int], sequences: int
+) -> None:
+    """It has a row for each sequence, which ends at a multiple of 32."""
+    some, folding = drawn[0], Folding(sequences=sequences)
+    rows = torch.full((len(some.lengths) * sequences, (max(some.lengths) + 31) // 32 * 32), -1)
+    total = sum(some.lengths) * sequences
+    for row, its in zip(rows, torch.arange(total).split(list(some.lengths) * sequences), strict=True):
+        row[: len(its)] = its
+    found = rows.flatten().index_select(0, ragged(some, folding).lse_at)
+    assert found.tolist() == list(range(total))
+    assert not len(ragged_of(some, torch.tensor(ragged_numbers(some, folding)), folding).lse_at)
 
 
 @settings(max_examples=60, deadline=None)

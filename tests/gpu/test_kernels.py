@@ -1,6 +1,5 @@
 """Attention kernels on a GPU against the definition: lengths on both sides of blocks, heads as models have them."""
 
-import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,13 @@ from engine.attention.packed import (
     ragged_numbers,
     ragged_of,
 )
+from engine.attention.self_test import check_attention
 from engine.devices.cuda import CudaDevice
 from engine.dtypes import DType
 from engine.loading import load_engine
+from engine.memory.device import Device
 from engine.model.registry import reference_config, sizes_for
+from engine.shape import ModelShape
 from tests.engine.plain_attention import attend_plainly
 from tests.gpu.on_gpu import EDGES, KINDS, ON_A_GPU, Arithmetic, opt_model, options, skip_without
 
@@ -91,7 +93,7 @@ def defined(places: Places, q_TNH: Tensor, pool_S2KH: Tensor) -> Tensor:
 
 
 def ragged_on(device: CudaDevice, places: Places, folding: Folding) -> Ragged:
-    numbers = torch.tensor(ragged_numbers(places, folding), dtype=torch.int32)
+    numbers = torch.tensor(ragged_numbers(places, folding, is_part=True), dtype=torch.int32)
     return ragged_of(places, device.upload(numbers), folding)
 
 
@@ -118,20 +120,24 @@ def test_each_sequence_attends_to_its_own_keys(
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("head_size", [64, 80, 128])
-@pytest.mark.parametrize(("length", "past"), [(1, 1024), (1, 257), (70, 255), (257, 1023)])
-def test_a_sequence_that_comes_in_parts_is_merged(
-    length: int, past: int, head_size: int, heads: tuple[int, int], kind: Arithmetic
+@pytest.mark.parametrize(
+    ("lengths", "pasts"),
+    [([1], [1024]), ([1], [257]), ([70], [255]), ([257], [1023]), ([64, 1, 33, 7], [64, 1023, 128, 257])],
+)
+def test_sequences_that_come_in_parts_are_merged(
+    lengths: list[int], pasts: list[int], head_size: int, heads: tuple[int, int], kind: Arithmetic
 ) -> None:
-    """As where one is longer than a buffer: two parts of what lies before, and its own tokens."""
-    whole = placed([length], [past])
+    """As where one is longer than a buffer: two parts of what lies before, and its own tokens; or many windows."""
+    whole = placed(lengths, pasts)
     pool = pool_for(whole, heads[1], head_size, kind.torch_dtype)
     queries = queries_for(whole, heads[0], head_size, kind.torch_dtype)
-    first, half = whole.starts[0], past // 2
+    halves, first = [past // 2 for past in pasts], whole.starts
+    rest = [past - half for past, half in zip(pasts, halves, strict=True)]
+    second, own = ([start + count for start, count in zip(first, counts, strict=True)] for counts in (halves, pasts))
     parts = [
-        (Places([length], [first], [half]), False),
-        (Places([length], [first + half], [past - half]), False),
-        (Places([length], [first + past], [length]), True),
-    ]
+        (Places(lengths, first, halves), False), (Places(lengths, second, rest), False),
+        (Places(lengths, own, lengths), True),
+    ]  # fmt: skip
     assert kind.kernel is not None
     folding = folding_of(kind.kernel, *heads, decodes=False)
     with closing(kind.device()) as device, torch.inference_mode(), device.computing():
@@ -148,25 +154,21 @@ def test_a_sequence_that_comes_in_parts_is_merged(
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("head_size", [64, 80, 128])
 def test_no_kernel_of_this_card_fails_its_own_test(head_size: int, heads: tuple[int, int], kind: Arithmetic) -> None:
-    self_test = pytest.importorskip("engine.attention.self_test")
     shape = sizes_for(reference_config(heads[0] * head_size, head_size=head_size, num_layers=2, vocab_size=512)).shape
     with closing(kind.device()) as device:
-        self_test.check_kernel(kind.kernel, device, kind.dtype, replace(shape, num_kv_heads=heads[1]))
+        check_attention(device, kind.dtype, replace(shape, num_kv_heads=heads[1]))
 
 
 def test_kernels_are_tested_when_a_model_is_loaded(
     kind: Arithmetic, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    self_test = pytest.importorskip("engine.attention.self_test")
-    check_kernel, asked = self_test.check_kernel, []
+    asked: list[DType] = []
 
-    def noted(kernel: object, device: object, dtype: object, shape: object) -> None:
-        asked.append((kernel, dtype))
-        check_kernel(kernel, device, dtype, shape)
+    def noted(device: Device, dtype: DType, shape: ModelShape) -> None:
+        asked.append(dtype)
+        check_attention(device, dtype, shape)
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("engine.") and getattr(module, "check_kernel", None) is check_kernel:
-            monkeypatch.setattr(module, "check_kernel", noted)
+    monkeypatch.setattr("engine.engine.check_attention", noted)
     made = opt_model(tmp_path, kind.torch_dtype, num_hidden_layers=2)
     load_engine(made.folder, options("all-device", tmp_path), device=kind.device()).close()
-    assert asked == [(kind.kernel, kind.dtype)]
+    assert asked == [kind.dtype]
