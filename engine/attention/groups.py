@@ -82,7 +82,7 @@ def groups_of(
 ) -> list[list[Group]]:
     """The groups of each micro-batch of a pass, of at most ``most`` tokens.
 
-    ``room``: what sequences take. Where they are kept by windows, ``most`` is at least ``least_tokens``.
+    ``room``: what sequences take. Where they are kept by windows, ``most`` is a multiple of one, at least ``least_tokens``.
     ``host_attends``: those that can are attended to where they lie, and come in no group.
     """
     added: dict[Tokens, int] = {}
@@ -139,8 +139,8 @@ def least_tokens(most_rows: int, room: SequenceRoom) -> int:
     """Of a buffer that the last part of any sequence finds room in, ``most_rows`` new tokens included."""
     if not room.beside:
         return 1
-    # The window before theirs, which is fetched; the one in which they begin, and its plain keys.
-    return align_up(most_rows, room.window) + 2 * room.window + align_up(room.beside, room.window)
+    # The window in which they begin may have earlier ones, and plain keys.
+    return align_up(most_rows, room.window) + room.window + align_up(room.beside, room.window)
 
 
 def _in_parts(segment: Segment, most: int, room: SequenceRoom) -> int:
@@ -148,7 +148,7 @@ def _in_parts(segment: Segment, most: int, room: SequenceRoom) -> int:
     beyond = _size(segment, room) - most
     if beyond <= 0:
         return 0
-    return align_up(beyond, room.window) if room.beside else segment.start
+    return beyond if room.beside else segment.start
 
 
 def _size(segment: Segment, room: SequenceRoom) -> int:
