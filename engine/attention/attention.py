@@ -5,12 +5,13 @@ from typing import Protocol
 
 from torch import Tensor
 
+from engine.attention.device_runner import DeviceRunner, OnDevice
 from engine.attention.elsewhere import Elsewhere
 from engine.attention.host_attention import HostAttention
 from engine.attention.host_runner import HostRunner
 from engine.attention.int4_sizes import has_windows
-from engine.attention.int4_window_runner import WindowedRunner
-from engine.attention.packed_runner import PackedRunner
+from engine.attention.int4_window_attention import WindowAttention
+from engine.attention.pool_attention import PoolAttention
 from engine.attention.pools import KVPools
 from engine.attention.table import kernel_for
 from engine.dtypes import DType
@@ -133,11 +134,13 @@ class Attention:
             except BaseException:
                 run_all([elsewhere.close, pools.close])
                 raise
-            parts = (shape, kernel, device, pools, elsewhere, on_host)
+            parts = (shape, kernel, device, pools, elsewhere)
+            on_device: OnDevice
             if has_windows(shape, stored):
-                self._runner = WindowedRunner(*parts, room=room, unpacked_tokens=unpacked_tokens)
+                on_device = WindowAttention(*parts, room=room, unpacked_tokens=unpacked_tokens)
             else:
-                self._runner = PackedRunner(*parts, unpacked_tokens=unpacked_tokens)
+                on_device = PoolAttention(*parts, unpacked_tokens=unpacked_tokens)
+            self._runner = DeviceRunner(shape.num_heads, pools, elsewhere, on_device, on_host)
         self.ahead = 1 if host_attends else 0
         """How many micro-batches should be started before one is finished: what is computed meanwhile."""
 

@@ -82,7 +82,8 @@ def groups_of(
 ) -> list[list[Group]]:
     """The groups of each micro-batch of a pass, of at most ``most`` tokens.
 
-    ``room``: what sequences take. Where they are kept by windows, ``most`` is a multiple of one, at least ``least_tokens``.
+    ``room``: what sequences take. Where they are kept by windows, ``most`` is a multiple of one,
+    and at least ``least_tokens``.
     ``host_attends``: those that can are attended to where they lie, and come in no group.
     """
     added: dict[Tokens, int] = {}

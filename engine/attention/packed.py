@@ -12,6 +12,7 @@ from functools import cache
 from importlib import import_module
 from itertools import accumulate
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,13 +104,30 @@ def ragged_of(places: Places, numbers: Tensor, folding: Folding = NO_FOLDING) ->
     return Ragged(cu_q, starts, used, lse_at, max(places.lengths) * folding.queries, max(places.used), folding)
 
 
-def folding_of(kernel: Kernel, num_heads: int, num_kv_heads: int, *, decodes: bool) -> Folding:
-    """How query heads that share a key/value head are given to a kernel. ``decodes``: each sequence has one query."""
+class Foldings(NamedTuple):
+    """What a kernel takes of a model's heads."""
+
+    of_prompts: Folding
+    of_decodes: Folding
+    """Where each sequence has one query."""
+
+    @property
+    def differ(self) -> bool:
+        """Whether decode tokens need a call of their own."""
+        return self.of_prompts != self.of_decodes
+
+    def of(self, lengths: Sequence[int]) -> Folding:
+        """For sequences of so many queries."""
+        return self.of_decodes if max(lengths) == 1 else self.of_prompts
+
+
+def foldings_of(kernel: Kernel, num_heads: int, num_kv_heads: int) -> Foldings:
+    """How query heads that share a key/value head are given to a kernel."""
     group = num_heads // num_kv_heads
     if kernel is Kernel.EFFICIENT:
-        return Folding(sequences=group)  # it knows no groups
+        return Foldings(*[Folding(sequences=group)] * 2)  # it knows no groups
     # Flash does, but reads a head's keys once for each of its queries.
-    return Folding(queries=group) if decodes else NO_FOLDING
+    return Foldings(NO_FOLDING, Folding(queries=group))
 
 
 def attend_packed(kernel: Kernel, q_TNH: Tensor, kv_S2KH: Tensor, ragged: Ragged, out_TNH: Tensor) -> None:

@@ -15,7 +15,7 @@ from engine.attention.packed import (
     Ragged,
     attend_packed,
     attend_part,
-    folding_of,
+    foldings_of,
     ragged_numbers,
     ragged_of,
 )
@@ -66,6 +66,7 @@ class _Test:
         self._num_kv_heads = min(_MOST_KV_HEADS, shape.num_kv_heads)
         self._num_heads = self._num_kv_heads * (shape.num_heads // shape.num_kv_heads)
         self._head_size = shape.head_size
+        self._foldings = foldings_of(kernel, self._num_heads, self._num_kv_heads)
         self._generator = torch.Generator().manual_seed(0)
         pool_S2KH = self._random(_POOL_TOKENS, 2, self._num_kv_heads)
         held = torch.zeros(_POOL_TOKENS, dtype=torch.bool)
@@ -82,8 +83,8 @@ class _Test:
         decodes, prompts, parts = (self._queries(places) for places in (_DECODES, _PROMPTS, _PARTS))
         with self._device.computing():
             found = [
-                self._at_once(_DECODES, decodes, is_decode=True),
-                self._at_once(_PROMPTS, prompts, is_decode=False),
+                self._at_once(_DECODES, decodes),
+                self._at_once(_PROMPTS, prompts),
                 self._in_parts(_PARTS, parts),
             ]
         expected = [
@@ -93,8 +94,8 @@ class _Test:
         ]
         return float((torch.cat(found).float() - torch.cat(expected)).abs().max())
 
-    def _at_once(self, places: Places, q_TNH: Tensor, *, is_decode: bool) -> Tensor:
-        folding = folding_of(self._kernel, self._num_heads, self._num_kv_heads, decodes=is_decode)
+    def _at_once(self, places: Places, q_TNH: Tensor) -> Tensor:
+        folding = self._foldings.of(places.lengths)
         queries = self._device.upload(q_TNH)
         out_TNH = torch.empty_like(queries)
         attend_packed(self._kernel, queries, self._on_device_S2KH, self._ragged(places, folding), out_TNH)
@@ -103,7 +104,7 @@ class _Test:
     def _in_parts(self, places: Places, q_TNH: Tensor) -> Tensor:
         """First what lies before the queries' own keys, then these, as where a sequence is longer than a buffer."""
         queries = self._device.upload(q_TNH)
-        folding = folding_of(self._kernel, self._num_heads, self._num_kv_heads, decodes=False)
+        folding = self._foldings.of_prompts
         lengths = places.lengths
         past = [used - length for used, length in zip(places.used, lengths, strict=True)]
         own = Places(lengths, [start + count for start, count in zip(places.starts, past, strict=True)], lengths)

@@ -24,7 +24,7 @@ from engine.attention.packed import (
     Ragged,
     attend_packed,
     attend_part,
-    folding_of,
+    foldings_of,
     ragged_numbers,
     ragged_of,
 )
@@ -234,7 +234,7 @@ def test_attention_of_many_sequences_in_every_branch(
 ) -> None:
     kernel = Kernel.EFFICIENT if dtype == torch.float32 else Kernel.FLASH
     places = Places(lengths, [5, 100, 300], [length + 40 for length in lengths])
-    folding = folding_of(kernel, 4, kv_heads, decodes=max(lengths) == 1)
+    foldings = foldings_of(kernel, 4, kv_heads)
 
     def ragged(some: Places, folding: Folding) -> Ragged:
         return ragged_of(
@@ -244,11 +244,11 @@ def test_attention_of_many_sequences_in_every_branch(
     rows = sum(lengths)
     q = on_gpu(rows, 12, 64, dtype=dtype)[:, :4]  # as it lies in the fused product
     pool, out = on_gpu(400, 2, kv_heads, 64, dtype=dtype), on_gpu(rows, 4, 64, dtype=dtype)
-    attend_packed(kernel, q, pool, ragged(places, folding), out)
+    attend_packed(kernel, q, pool, ragged(places, foldings.of(lengths)), out)
     seen = {name for name in guard.seen if "attn" in name or "attention" in name}
     assert seen == {"_efficient_attention_forward" if kernel is Kernel.EFFICIENT else "_varlen_attn_out"}
     for causal in (False, True):
-        part = ragged(Places([lengths[0]], [0], [300]), folding_of(kernel, 4, kv_heads, decodes=False))
+        part = ragged(Places([lengths[0]], [0], [300]), foldings.of_prompts)
         found, lse = attend_part(kernel, q[: lengths[0]], pool, part, causal=causal)
         assert_like(found, (4, lengths[0], 64), dtype)
         assert_like(lse, (4, lengths[0]), torch.float32)

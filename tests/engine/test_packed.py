@@ -22,7 +22,7 @@ from engine.attention.packed import (
     attend_packed,
     check_arguments,
     fold,
-    folding_of,
+    foldings_of,
     ragged_numbers,
     ragged_of,
     unfold,
@@ -86,7 +86,7 @@ def test_each_sequence_attends_to_its_own_keys(
         torch.randn(shape, generator=generator).to(dtype)
         for shape in ((num_rows, heads[0], HEAD), (num_keys, 2, heads[1], HEAD), (num_rows, heads[0], HEAD))
     )
-    attend_packed(kernel, q, kv, ragged(where, folding_of(kernel, *heads, decodes=max(where.lengths) == 1)), out)
+    attend_packed(kernel, q, kv, ragged(where, foldings_of(kernel, *heads).of(where.lengths)), out)
     begin = 0
     for length, start, used in zip(where.lengths, where.starts, where.used, strict=True):
         keys, values = (

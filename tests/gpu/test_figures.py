@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import packed
-from engine.attention.packed import NO_FOLDING, Folding, Places, Ragged, attend_packed, folding_of
+from engine.attention.packed import NO_FOLDING, Folding, Places, Ragged, attend_packed, foldings_of
 from engine.attention.table import Kernel
 from engine.devices.cuda import CudaDevice
 from engine.dtypes import DType
@@ -106,7 +106,7 @@ def test_reads_of_grouped_decoding(kind: Arithmetic, capsys: pytest.CaptureFixtu
     assert kernel is not None
     places = placed([1] * number, [length - 1] * number)
     num_bytes = number * length * 2 * heads[1] * head_size * 2
-    foldings: dict[str, Folding] = {"folded": folding_of(kernel, *heads, decodes=True)}
+    foldings: dict[str, Folding] = {"folded": foldings_of(kernel, *heads).of_decodes}
     if kernel is Kernel.FLASH:
         foldings["by the kernel"] = NO_FOLDING
     with closing(CudaDevice(0)) as device, torch.inference_mode(), device.computing():

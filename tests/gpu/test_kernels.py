@@ -15,7 +15,7 @@ from engine.attention.packed import (
     Ragged,
     attend_packed,
     attend_part,
-    folding_of,
+    foldings_of,
     ragged_numbers,
     ragged_of,
 )
@@ -108,7 +108,7 @@ def test_each_sequence_attends_to_its_own_keys(
     queries = queries_for(places, heads[0], head_size, kind.torch_dtype)
     places.check(len(pool))
     assert kind.kernel is not None
-    folding = folding_of(kind.kernel, *heads, decodes=max(places.lengths) == 1)
+    folding = foldings_of(kind.kernel, *heads).of(places.lengths)
     with closing(kind.device()) as device, torch.inference_mode(), device.computing():
         q_TNH = device.upload(queries)
         out_TNH = torch.empty_like(q_TNH)
@@ -139,7 +139,7 @@ def test_sequences_that_come_in_parts_are_merged(
         (Places(lengths, own, lengths), True),
     ]  # fmt: skip
     assert kind.kernel is not None
-    folding = folding_of(kind.kernel, *heads, decodes=False)
+    folding = foldings_of(kind.kernel, *heads).of_prompts
     with closing(kind.device()) as device, torch.inference_mode(), device.computing():
         q_TNH, pool_S2KH = device.upload(queries), device.upload(pool)
         found = [

@@ -4,33 +4,21 @@ Shapes: T tokens of a micro-batch, t of one segment, S tokens of a pool or buffe
 head size.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from engine.attention.elsewhere import Elsewhere
 from engine.attention.groups import Group
-from engine.attention.host_attention import Attended, HostAttention
 from engine.attention.kernels import merge
-from engine.attention.packed import (
-    Folding,
-    Places,
-    Ragged,
-    attend_packed,
-    attend_part,
-    folding_of,
-)
+from engine.attention.packed import Places, Ragged, attend_packed, attend_part, foldings_of
 from engine.attention.pools import KVPools
 from engine.attention.table import Kernel
 from engine.attention.upload import Upload
-from engine.kvcache.cache import Move
 from engine.kvcache.segments import Kind, MicroBatch, Segment
-from engine.memory.closing import run_all
 from engine.memory.device import Device
 from engine.shape import ModelShape
 from engine.tiers import TierName
@@ -59,8 +47,8 @@ class _Batch:
     call over its keys, and with the last, one over the segment's own."""
 
 
-class PackedRunner:
-    """Implements ``engine.attention.attention.Runner``."""
+class PoolAttention:
+    """Implements ``engine.attention.device_runner.OnDevice``."""
 
     def __init__(
         self,
@@ -69,77 +57,34 @@ class PackedRunner:
         device: Device,
         pools: KVPools,
         elsewhere: Elsewhere,
-        on_host: HostAttention | None = None,
         *,
         unpacked_tokens: int = 0,
     ) -> None:
-        """``pools``, ``elsewhere`` and ``on_host`` are the runner's to close; the rest as in ``Attention``."""
+        """As in ``Attention``."""
         self._rows, self._unpacked_tokens = pools.rows, unpacked_tokens
-        self._num_heads = shape.num_heads
-        self._kernel = kernel
-        heads = (shape.num_heads, shape.num_kv_heads)
-        self._folding, self._decode_folding = (folding_of(kernel, *heads, decodes=decodes) for decodes in (False, True))
-        # Decode tokens have a call of their own where they are folded in another way.
-        self._splits = self._folding != self._decode_folding
-        self._device = device
-        self._pools = pools
+        self._kernel, self._device, self._elsewhere = kernel, device, elsewhere
+        self._foldings = foldings_of(kernel, shape.num_heads, shape.num_kv_heads)
         self._layers = pools.layers(TierName.DEVICE)
-        self._elsewhere = elsewhere
-        self._on_host = on_host
         self._batches: list[_Batch] = []
-        self._attended: list[Attended | None] = []
-        """What of each micro-batch the host attends to."""
-        self._started: deque[tuple[Tensor, bool]] = deque()
-        """Outputs, and whether the host has a part in them."""
 
-    def begin(self, batches: Sequence[MicroBatch], moves: Sequence[Move]) -> None:
-        """All numbers of a pass go to the device in two copies."""
-        for move in moves:
-            self._pools.move(move)
-        self._elsewhere.begin(batches)
-        self._started.clear()
-        on_host = self._on_host
-        self._attended = [on_host.attended(batch) if on_host is not None else None for batch in batches]
-        self._prepare(batches)
-
-    def _prepare(self, batches: Sequence[MicroBatch]) -> None:
+    def begin(self, batches: Sequence[MicroBatch]) -> None:
+        """All numbers of a pass go to the device at once."""
         upload = Upload()
         coming = [self._batch_of(batch, self._elsewhere.groups(index), upload) for index, batch in enumerate(batches)]
         upload.send(self._device)
         self._batches = [each() for each in coming]
 
-    def start(self, layer: int, index: int, qkv: Tensor) -> None:
-        """Store a micro-batch's keys and values, and attend, but for what the host is left to do."""
-        q_TNH, kv_T2KH = qkv[:, : self._num_heads], qkv[:, self._num_heads :].view(len(qkv), 2, -1, qkv.shape[2])
-        stored = self._rows.rounded(kv_T2KH)
-        left = self._elsewhere.leaving(index, stored, kv_T2KH)
-        stores_first = self._stores_first(index)
-        if stores_first:
-            self._elsewhere.store(layer, index, left)
-        # Rows of padding stay as they are: no other row ever depends on them.
-        out_TNH = torch.empty(q_TNH.shape, dtype=qkv.dtype, device=qkv.device)
-        if stores_first:
-            self._start_host(layer, index, q_TNH, out_TNH)
-        self._attend(layer, index, q_TNH, kv_T2KH, stored, out_TNH)
-        if not stores_first:
-            self._elsewhere.store(layer, index, left)
-            self._start_host(layer, index, q_TNH, out_TNH)
-        self._started.append((out_TNH, self._attended[index] is not None))
-
-    def _stores_first(self, index: int) -> bool:
-        """Whether what a micro-batch adds elsewhere is stored before the device attends, so that the host can begin."""
+    def stores_first(self, index: int) -> bool:
+        """Always."""
         del index
         return True
 
-    def _start_host(self, layer: int, index: int, q_TNH: Tensor, out_TNH: Tensor) -> None:
-        """Have the host attend to its part, once what is added is in its pages."""
-        attended = self._attended[index]
-        if self._on_host is not None and attended is not None:
-            rows = attended.rows
-            self._on_host.start(layer, attended, q_TNH[rows], out_TNH[rows], self._elsewhere.stored(layer))
+    def close(self) -> None:
+        """Nothing but numbers."""
+        self._batches.clear()
 
-    def _attend(self, layer: int, index: int, q_TNH: Tensor, kv_T2KH: Tensor, stored: Tensor, out_TNH: Tensor) -> None:
-        """What is attended to on the device, into ``out``."""
+    def attend(self, layer: int, index: int, q_TNH: Tensor, kv_T2KH: Tensor, stored: Tensor, out_TNH: Tensor) -> None:
+        """With one call for all sequences of a kind."""
         batch = self._batches[index]
         if batch.here or batch.gathered:
             pool = self._layers[layer]
@@ -160,23 +105,6 @@ class PackedRunner:
                     buffer_S2KH.index_copy_(0, slots, kv_T2KH[group.rows])
                     for rows, ragged in calls:
                         attend_packed(self._kernel, q_TNH[rows], buffer_S2KH, ragged, out_TNH[rows])
-
-    def finish(self) -> Tensor:
-        """What came of what was started first, the host's part included."""
-        out_TNH, waits = self._started.popleft()
-        if waits:
-            assert self._on_host is not None
-            self._on_host.finish()
-        return out_TNH
-
-    def settle(self) -> None:
-        """Wait for what is stored elsewhere."""
-        self._elsewhere.settle()
-
-    def close(self) -> None:
-        """Free everything."""
-        on_host = [self._on_host.close] if self._on_host is not None else []
-        run_all([*on_host, self._elsewhere.close, self._batches.clear, self._started.clear, self._pools.close])
 
     def _attend_part(
         self,
@@ -202,7 +130,9 @@ class PackedRunner:
         here, own = list[Callable[[], _Call]](), list[Callable[[], _Call]]()
         gathered: list[tuple[Callable[[], Tensor], Callable[[], _Call]]] = []
         row = 0
-        for (kind, _), group in groupby(batch.segments, key=lambda each: (each.kind, self._splits and each.length > 1)):
+        for (kind, _), group in groupby(
+            batch.segments, key=lambda each: (each.kind, self._foldings.differ and each.length > 1)
+        ):
             segments = list(group)
             lengths = [segment.length for segment in segments]
             if kind is Kind.HERE:
@@ -256,22 +186,19 @@ class PackedRunner:
 
     def _call(self, row: int, places: Places, upload: Upload) -> Callable[[], _Call]:
         rows = slice(row, row + sum(places.lengths))
-        ragged = upload.ragged(places, self._folding_of(places.lengths))
+        ragged = upload.ragged(places, self._foldings.of(places.lengths))
         return lambda: _Call(rows, ragged())
-
-    def _folding_of(self, lengths: Sequence[int]) -> Folding:
-        return self._decode_folding if max(lengths) == 1 else self._folding
 
     def _of_group(self, group: Group, upload: Upload) -> Callable[[], tuple[Group, list[_Call], Tensor]]:
         if group.is_part:
             (share,) = group.shares
             places = [Places([share.length], [0], [share.past])]
             places += [_own([share.length])] if group.is_last else []
-            parts = [upload.ragged(each, self._folding, is_part=True) for each in places]
+            parts = [upload.ragged(each, self._foldings.of_prompts, is_part=True) for each in places]
             nowhere = upload.indices([])
             return lambda: (group, [_Call(group.rows, ragged()) for ragged in parts], nowhere())
         calls, slots = list[Callable[[], _Call]](), list[int]()
-        for _, some in groupby(group.shares, key=lambda share: self._splits and share.length > 1):
+        for _, some in groupby(group.shares, key=lambda share: self._foldings.differ and share.length > 1):
             shares = list(some)
             used = [share.past + share.length for share in shares]
             lies = Places([share.length for share in shares], [share.at for share in shares], used)

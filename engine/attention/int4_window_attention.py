@@ -20,13 +20,11 @@ from torch import Tensor
 
 from engine.attention.elsewhere import Elsewhere
 from engine.attention.groups import Group, open_from
-from engine.attention.host_attention import HostAttention
 from engine.attention.int4_sizes import WINDOW, packed_windows
 from engine.attention.int4_window_rows import WindowRows, windows_of
 from engine.attention.int4_window_store import Added, Stores, places_of, store
 from engine.attention.kernels import merge
-from engine.attention.packed import Places, Ragged, attend_packed, attend_part
-from engine.attention.packed_runner import PackedRunner
+from engine.attention.packed import Places, Ragged, attend_packed, attend_part, foldings_of
 from engine.attention.pools import KVPools
 from engine.attention.table import Kernel
 from engine.attention.upload import Upload
@@ -34,6 +32,7 @@ from engine.kvcache.cache import SequenceRoom
 from engine.kvcache.segments import Kind, MicroBatch, Segment
 from engine.memory.device import Device
 from engine.shape import ModelShape
+from engine.tiers import TierName
 from engine.units import align_up
 
 
@@ -114,8 +113,8 @@ class _Work:
     chunks: list[_Chunk]
 
 
-class WindowedRunner(PackedRunner):
-    """Implements ``engine.attention.attention.Runner``."""
+class WindowAttention:
+    """Implements ``engine.attention.device_runner.OnDevice``."""
 
     def __init__(
         self,
@@ -124,35 +123,37 @@ class WindowedRunner(PackedRunner):
         device: Device,
         pools: KVPools,
         elsewhere: Elsewhere,
-        on_host: HostAttention | None = None,
         *,
         room: SequenceRoom,
         unpacked_tokens: int,
     ) -> None:
-        """As ``PackedRunner``; ``room``: what a sequence takes."""
-        super().__init__(shape, kernel, device, pools, elsewhere, on_host, unpacked_tokens=unpacked_tokens)
+        """As in ``Attention``."""
         assert isinstance(pools.rows, WindowRows)
-        self._window_rows, self._room = pools.rows, room
+        self._rows, self._room, self._unpacked_tokens = pools.rows, room, unpacked_tokens
+        self._kernel, self._device, self._elsewhere = kernel, device, elsewhere
+        self._foldings = foldings_of(kernel, shape.num_heads, shape.num_kv_heads)
+        self._layers = pools.layers(TierName.DEVICE)
         self._most_windows = packed_windows(shape, on_cpu=False)
-        self._window_work: list[_Work] = []
+        self._work: list[_Work] = []
 
-    def close(self) -> None:
-        """Free everything."""
-        self._window_work.clear()
-        super().close()
-
-    def _stores_first(self, index: int) -> bool:
-        """Not where keys are fetched: a new window's plain ones go where those of the one before are read from."""
-        return not self._elsewhere.groups(index)
-
-    def _prepare(self, batches: Sequence[MicroBatch]) -> None:
+    def begin(self, batches: Sequence[MicroBatch]) -> None:
+        """All numbers of a pass go to the device at once."""
         upload = Upload()
         coming = [self._work_of(batch, self._elsewhere.groups(index), upload) for index, batch in enumerate(batches)]
         upload.send(self._device)
-        self._window_work = [each() for each in coming]
+        self._work = [each() for each in coming]
 
-    def _attend(self, layer: int, index: int, q_TNH: Tensor, kv_T2KH: Tensor, stored: Tensor, out_TNH: Tensor) -> None:
-        work = self._window_work[index]
+    def stores_first(self, index: int) -> bool:
+        """Not where keys are fetched: a new window's plain ones go where those of the one before are read from."""
+        return not self._elsewhere.groups(index)
+
+    def close(self) -> None:
+        """Nothing but numbers."""
+        self._work.clear()
+
+    def attend(self, layer: int, index: int, q_TNH: Tensor, kv_T2KH: Tensor, stored: Tensor, out_TNH: Tensor) -> None:
+        """Some sequences at a time."""
+        work = self._work[index]
         parts: list[tuple[Tensor, Tensor]] = []
         for chunk in work.chunks:
             with self._filled(layer, chunk) as kv_S2KH:
@@ -168,7 +169,7 @@ class WindowedRunner(PackedRunner):
                         out.copy_(parts.pop()[0].transpose(0, 1))
         # Behind attention: windows that become full are read plain until then.
         for each in work.stores:
-            store(self._window_rows, self._layers[layer], each, kv_T2KH[:, 0], stored)
+            store(self._rows, self._layers[layer], each, kv_T2KH[:, 0], stored)
 
     def _part(self, call: _Call, q_TNH: Tensor, kv_S2KH: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
         """What queries find in the buffer: ``out [N, T, H]``, ``lse [N, T]``."""
@@ -177,7 +178,7 @@ class WindowedRunner(PackedRunner):
             rows, ragged, full = call.before
             for some in torch.split(full, self._most_windows):
                 windows_nwKH = windows_of(kv_S2KH).index_select(0, some)
-                self._window_rows.round_windows(windows_nwKH)
+                self._rows.round_windows(windows_nwKH)
                 windows_of(kv_S2KH).index_copy_(0, some, windows_nwKH)
             before = attend_part(self._kernel, q_TNH.index_select(0, rows), kv_S2KH, ragged, causal=False)
             both = merge([(out_NTH.index_select(1, rows), lse_NT.index_select(1, rows)), before])
@@ -200,7 +201,7 @@ class WindowedRunner(PackedRunner):
 
     def _with_opened(self, kv_S2KH: Tensor, rows_SB: Tensor, chunk: _Chunk) -> Tensor:
         if len(chunk.opened_at):
-            windows = self._window_rows.opened(rows_SB, chunk.opened.view(len(chunk.opened_at), -1))
+            windows = self._rows.opened(rows_SB, chunk.opened.view(len(chunk.opened_at), -1))
             windows_of(kv_S2KH).index_copy_(0, chunk.opened_at, windows)
         return kv_S2KH
 
@@ -208,7 +209,9 @@ class WindowedRunner(PackedRunner):
         added: list[Added] = []
         chunks: list[Callable[[], _Chunk]] = []
         row = 0
-        for (kind, _), some in groupby(batch.segments, key=lambda each: (each.kind, self._splits and each.length > 1)):
+        for (kind, _), some in groupby(
+            batch.segments, key=lambda each: (each.kind, self._foldings.differ and each.length > 1)
+        ):
             segments = list(some)
             if kind is Kind.HERE:
                 added += self._added(segments, row)
@@ -216,7 +219,7 @@ class WindowedRunner(PackedRunner):
                 chunks += self._chunks(segments, row, upload)
             row += sum(segment.length for segment in segments)
         chunks += [self._chunk_of(group, upload) for group in groups]
-        to = [stores_of(each, upload) for each in places_of(added, self._window_rows, self._most_windows)]
+        to = [stores_of(each, upload) for each in places_of(added, self._rows, self._most_windows)]
         return lambda: _Work([each() for each in to], [each() for each in chunks])
 
     def _added(self, segments: Sequence[Segment], row: int) -> Iterator[Added]:
@@ -269,7 +272,7 @@ class WindowedRunner(PackedRunner):
     ) -> Callable[[], _Chunk]:
         """Some of what lies before a segment, by itself."""
         places = Places([rows.stop - rows.start], [0], [num_tokens])
-        ragged = upload.ragged(places, self._folding, is_part=True)
+        ragged = upload.ragged(places, self._foldings.of_prompts, is_part=True)
         from_pool = upload.indices(tokens) if group is None else None
         nothing = upload.indices(())
         return lambda: _Chunk(
@@ -296,7 +299,7 @@ class WindowedRunner(PackedRunner):
         at = upload.indices([place for each in lies for place in range(each.begin, each.begin + each.length)])
         calls = [
             self._call_of(list(some), num_tokens, upload)
-            for _, some in groupby(lies, key=lambda each: self._splits and each.length > 1)
+            for _, some in groupby(lies, key=lambda each: self._foldings.differ and each.length > 1)
         ]
         return lambda: _Chunk(
             num_tokens,
@@ -323,9 +326,9 @@ class WindowedRunner(PackedRunner):
         )
         own.check(num_tokens)
         if in_one and not lies[0].first:
-            at_once = upload.ragged(own, self._folding_of(own.lengths))
+            at_once = upload.ragged(own, self._foldings.of(own.lengths))
             return lambda: _Call(rows, at_once())
-        by_itself = upload.ragged(own, self._folding, is_part=True)
+        by_itself = upload.ragged(own, self._foldings.of_prompts, is_part=True)
         if in_one:
             return lambda: _Call(rows, by_itself())
         behind = [(each, window) for each, window in windows if _first_of(window) > each.at]
@@ -335,7 +338,7 @@ class WindowedRunner(PackedRunner):
             [_first_of(window) - each.at for each, window in behind],
         )
         before.check(num_tokens)
-        ragged = upload.ragged(before, self._folding, is_part=True)
+        ragged = upload.ragged(before, self._foldings.of_prompts, is_part=True)
         its = upload.indices([
             each.row - rows.start + place - each.begin for each, window in behind for place in window
         ])  # fmt: skip
