@@ -77,7 +77,7 @@ class PassModel:
         self._decode_attention = hardware.decode_rate(shape.hidden_size)
         self._host_attention = hardware.host_attention
         self._shares_host = hardware.shares_host_memory
-        self._unpack_token_s = self._pack_token_s = 0.0
+        self._unpack_token_s = self._pack_token_s = self._pack_below_s = 0.0
         self._layer_flops = sum(stored.unit_flops[layer_name(index)] for index in range(shape.num_layers))
         self._head_flops = stored.unit_flops[HEAD]
         self._token_bytes = kv_bytes_per_token(shape, plan.kv_format)
@@ -85,6 +85,8 @@ class PassModel:
         self._leaving_bytes = shape.num_layers * leaving_bytes(shape, plan.kv_format, plan.dtype, 1)
         self._open_bytes = plan.kv_room.beside / 2 * self._token_bytes
         """What the plain keys of a window that is not full take, in the mean, over all layers."""
+        self._again_bytes = self._token_bytes * (plan.kv_room.beside / plan.kv_room.window + bool(plan.kv_room.beside))
+        """What keeping a decode token's plain key changes in the spill file: the rows that it is in."""
         self._attended_bytes = kv_bytes_per_token(shape, Plain(plan.dtype))
         """The keys and values of a token in all layers, as they are computed with."""
         if plan.kv_format.name != Plain.name:
@@ -92,7 +94,10 @@ class PassModel:
             if self._shares_host:  # where compute addresses them on the CPU, they are multiplied as they are
                 self._decode_attention = hardware.packed_decode or self._decode_attention
             rates = hardware.unpack_rate(plan.dtype), hardware.pack_rate(plan.dtype)
-            self._unpack_token_s, self._pack_token_s = (self._attended_bytes / self._item / rate for rate in rates)
+            values = self._attended_bytes / self._item
+            self._unpack_token_s, self._pack_token_s = (values / rate for rate in rates)
+            if plan.kv_room.beside:  # keys are packed by windows, below the device by the lane that keeps them
+                self._pack_below_s = values / 2 / hardware.host_pack_rate(plan.dtype)
         self._query_bytes = shape.num_layers * shape.num_heads * shape.head_size * self._item
         self._hidden_bytes = shape.hidden_size * self._item
         pool = sum(plan.kv_bytes.values())
@@ -145,6 +150,8 @@ class PassModel:
         for lane in LINKS:
             rate = self._hardware.lanes[lane]
             kv_s = self._kv_seconds(lane, kv[lane], load, tokens)
+            if lane is LaneName.DISK_WRITE:
+                kv_s += tokens * self._pack_below_s * self._fetched_share
             activations_s = rate.seconds(activations[lane], batch_bytes)
             lane_bytes[lane] = self._weight_bytes[lane] + kv[lane] + activations[lane]
             lane_seconds[lane] = self._weight_seconds[lane] + kv_s + activations_s
@@ -225,8 +232,10 @@ class PassModel:
         new = tokens * self._token_bytes
         attended = load.attended * self._token_bytes + load.decode_tokens * self._open_bytes
         moved = attended + load.reattended * self._token_bytes
-        kv[LaneName.DISK_READ] = moved * on_disk
-        kv[LaneName.DISK_WRITE] = new * on_disk
+        again = load.decode_tokens * self._again_bytes
+        # These rows are read before they are written; and when a window is full, all of it, and all of its plain keys.
+        kv[LaneName.DISK_READ] = (moved + 2 * again) * on_disk
+        kv[LaneName.DISK_WRITE] = (new + again) * on_disk
         if copies:
             kv[LaneName.DEVICE_TO_HOST] = tokens * self._leaving_bytes * below
             kv[LaneName.HOST_TO_DEVICE] = moved * below

@@ -2,6 +2,7 @@
 addition are two), tokens. Frozen values; no torch.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -150,6 +151,16 @@ class Hardware:
             HardwareError: nobody measured the memory's speed, either.
         """
         return self._memory_rate(dtype) / PACKED_BYTES if self.packing is None else self.packing.value
+
+    def host_pack_rate(self, dtype: DType) -> float:
+        """The same on the host, where it keeps what a device sends; attention there is at most as fast as its memory.
+
+        Raises:
+            HardwareError: nobody measured the device's memory, which is the host's.
+        """
+        if self.shares_host_memory:
+            return self.pack_rate(dtype)
+        return math.inf if self.host_attention is None else self.host_attention.fastest / PACKED_BYTES
 
     def _memory_rate(self, dtype: DType) -> float:
         """Bytes/s: products for one token do nothing but read weights."""

@@ -16,6 +16,7 @@ from engine.devices.facts import MachineFacts
 from engine.dtypes import DType
 from engine.errors import EngineError, HardwareError, PlanDoesNotFit
 from engine.formats.sizes import Int4, Plain, TensorFormat
+from engine.kvcache.cache import ROOM_OF_TOKENS, SequenceRoom
 from engine.memory.lane import LaneName
 from engine.model.family import EMBED, HEAD, layer_name
 from engine.model.registry import known_configs, sizes_for
@@ -593,6 +594,32 @@ def test_compute_takes_its_time_to_pack_and_unpack_keys_and_values(
         assert values_for(figure, hardware, SMALL.stored(), plan, load) == pytest.approx(tokens * values)
         plain = replace(plan, kv_format=Plain(plan.dtype))
         assert values_for(figure, hardware, SMALL.stored(), plain, load) == pytest.approx(0, abs=1)
+
+
+@pytest.mark.parametrize("kv", [DEVICE, HOST, DISK])
+def test_a_lane_takes_its_time_to_keep_windows(kv: Shares) -> None:
+    """Below the device it packs their keys; in a spill file it writes, and reads before, the rows of plain ones."""
+    room, rate = SequenceRoom(64, 96), 52e9
+    hardware = replace(T4, host_attention=Rate.constant(rate, "a test"))
+    plan = replace(small_plan(HOST, kv), kv_format=Int4())
+    load = PassLoad(prompt_tokens=300, prompt_segments=2, decode_tokens=20, attended=5000)
+    by_token, by_window = (
+        PassModel(hardware, SMALL.shape, SMALL.stored(), replace(plan, kv_room=each)).cost(load)
+        for each in (ROOM_OF_TOKENS, room)
+    )
+    values = SMALL.shape.num_layers * SMALL.shape.num_kv_heads * SMALL.shape.head_size
+    rows = 20 * (96 / 64 + 1) * kv_bytes_per_token(SMALL.shape, Int4()) if kv == DISK else 0.0
+    opened = 20 * 48 * kv_bytes_per_token(SMALL.shape, Int4()) if kv == DISK else 0.0
+    more = {
+        lane: by_window.lane_bytes[lane] - by_token.lane_bytes[lane]
+        for lane in (LaneName.DISK_READ, LaneName.DISK_WRITE)
+    }
+    assert more == pytest.approx({LaneName.DISK_READ: 2 * rows + opened, LaneName.DISK_WRITE: rows})
+    slower = replace(hardware, host_attention=Rate.constant(rate / 2, "a test"))
+    packing = PassModel(slower, SMALL.shape, SMALL.stored(), replace(plan, kv_room=room)).cost(load)
+    lane = LaneName.DISK_WRITE
+    packed = 0 if kv == DEVICE else 320 * values
+    assert packing.lane_seconds[lane] - by_window.lane_seconds[lane] == pytest.approx(packed / (rate / 26))
 
 
 @pytest.mark.parametrize(("figure", "attends"), [("packed_decode", False), ("packed_host_attention", True)])
