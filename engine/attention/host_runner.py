@@ -20,7 +20,7 @@ from engine.attention.int4_rows import PackedRows
 from engine.attention.int4_sizes import WINDOW
 from engine.attention.int4_window_extents import WindowedKV
 from engine.attention.int4_window_rows import WindowRows
-from engine.attention.int4_windows import attend_windows, window_decoder
+from engine.attention.int4_windows import attend_window_by_window, window_decoder
 from engine.attention.kernels import Decoder, attend, decoder, merge
 from engine.attention.pools import KVPools
 from engine.attention.rows import Part, Rows
@@ -161,7 +161,7 @@ class HostRunner:
                         ]
                     kv_S2KH[first:end, 0], kv_S2KH[first:end, 1] = k_KtH.transpose(0, 1), v_KtH.transpose(0, 1)
                     k_KsH, v_KsH = kv_S2KH[share.at : end].permute(1, 2, 0, 3)
-                    attend_windows(q_NtH, k_KsH, v_KsH, rows.out(share.row, share.length), before)
+                    attend_window_by_window(q_NtH, k_KsH, v_KsH, rows.out(share.row, share.length), before)
                     before = []
 
     def _work_of(self, batch: MicroBatch) -> _Work:

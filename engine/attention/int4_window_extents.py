@@ -124,7 +124,7 @@ class WindowedKV:
             for place, part in zip(layers[layer].packed.parts, new.packed, strict=True):
                 place[1, heads, there] = part[rows][here, 0, heads].transpose(0, 1)
 
-    def pack(self, layer: int, start: int, heads: slice, parts: Parts) -> None:
+    def pack(self, layer: int, heads: slice, start: int, parts: Parts) -> None:
         """Some heads' keys of the window that begins at position ``start``."""
         pieces, place = self.up_to(layer, start)
         pieces[-1].pack(place // WINDOW, heads, parts)

@@ -10,6 +10,7 @@ tokens, w tokens of a window, n windows, H head size, C = H / 2 bytes of codes.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from engine.attention.kernels import Decoder, attend, merge
 from engine.formats.int4 import Parts, quantised_columns, unpack_columns
 
 
-def attend_by_windows(
+def attend_in_extents(
     layer: int,
     start: int,
     heads: slice,
@@ -42,27 +43,23 @@ def attend_by_windows(
         k_KsH, v_KsH = kv.read(layer, start, heads, k_KsH, v_KsH)
     end = start + q_NtH.shape[1]
 
-    def keep(first: int, parts: Parts) -> None:
-        if kv is not None:
-            kv.pack(layer, first, heads, parts)
-
-    attend_windows(q_NtH, k_KsH, v_KsH, out_NtH, keep=keep)
+    attend_window_by_window(q_NtH, k_KsH, v_KsH, out_NtH, keep=None if kv is None else partial(kv.pack, layer, heads))
     opened = end % WINDOW
     if kv is not None and opened:
         begin = max(start, end - opened)
         kv.open(layer)[heads, begin % WINDOW : opened] = k_KsH[:, begin:]
 
 
-def attend_windows(
+def attend_window_by_window(
     q_NtH: Tensor,
     k_KsH: Tensor,
     v_KsH: Tensor,
     out_NtH: Tensor,
     before: Sequence[tuple[Tensor, Tensor]] = (),
-    keep: Callable[[int, Parts], None] = lambda _first, _parts: None,
+    keep: Callable[[int, Parts], None] | None = None,
 ) -> None:
     """The last tokens of a sequence, into ``out``: keys of their windows are plain, and full ones are rounded in place
-    once their own queries have seen them, and then kept.
+    once their own queries have seen them, and then kept, if there is where.
 
     ``before``: what came of keys before these, as from ``attend``; of these, there are whole windows.
     """
@@ -77,9 +74,10 @@ def attend_windows(
             out_NtH[:, rows] = merge([*its, attend(*qkv, causal=True)])[0]
         else:
             attend_whole(*qkv, out_NtH[:, rows])
-        if seen == first + WINDOW:
+        if seen == first + WINDOW and (keep is not None or seen < end):
             parts = quantised_columns(k_KsH[:, first:seen])
-            keep(first, parts)
+            if keep is not None:
+                keep(first, parts)
             unpack_columns(parts, k_KsH[:, first:seen])
 
 

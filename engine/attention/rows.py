@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.attention.blocks import attend_whole
 from engine.attention.extents import NewKV, SequenceKV
 from engine.attention.int4_window_extents import WindowedKV
-from engine.attention.int4_windows import attend_by_windows
+from engine.attention.int4_windows import attend_in_extents
 from engine.attention.kernels import Decoder, attend, merge
 from engine.kvcache.segments import Segment
 
@@ -72,7 +72,7 @@ class Rows:
             kv.append(self.layer, start, part.kv_heads, slice(part.begin, part.begin + length), self.new)
         if self.has_windows:
             assert kv is None or isinstance(kv, WindowedKV)
-            attend_by_windows(self.layer, start, part.kv_heads, (q_NtH, k_KtH, v_KtH), kv, out_NtH)
+            attend_in_extents(self.layer, start, part.kv_heads, (q_NtH, k_KtH, v_KtH), kv, out_NtH)
             return
         if kv is None:
             attend_whole(q_NtH, k_KtH, v_KtH, out_NtH)

@@ -192,7 +192,10 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
         disk_dir=options.disk_dir or given.disk_dir,
         layers=layers,
         kv_bytes=_kv_pools(
-            options, room, kv_bytes_per_token(shape, kv_format), on_host=spills or facts.shares_host_memory
+            options,
+            room,
+            of_sequence.of(1) * kv_bytes_per_token(shape, kv_format),
+            on_host=spills or facts.shares_host_memory,
         ),
         kv_fills_together=options.kv is not None,
         activations=activations,
@@ -324,9 +327,8 @@ def _workspace_bytes(shape: ModelShape, dtype: DType, micro_batch: int, logits_r
     return max(layer, head) + micro_batch * shape.hidden_size * item
 
 
-def _kv_pools(
-    options: PlanOptions, room: Mapping[TierName, int], bytes_per_token: int, *, on_host: bool
-) -> dict[TierName, int]:
+def _kv_pools(options: PlanOptions, room: Mapping[TierName, int], least: int, *, on_host: bool) -> dict[TierName, int]:
+    """``least``: bytes of the shortest sequence."""
     if options.kv is None:
         host = room[TierName.HOST] if on_host else 0
         return {TierName.DEVICE: room[TierName.DEVICE], TierName.HOST: host, TierName.DISK: 0}
@@ -334,10 +336,10 @@ def _kv_pools(
     totals = {tier: room[tier] * 100 // share for tier, share in shares.items() if share}
     short = min(totals, key=lambda tier: totals[tier])
     pools = {tier: totals[short] * share // 100 for tier, share in shares.items()}
-    if any(pools[tier] < bytes_per_token for tier in totals):
+    if any(pools[tier] < least for tier in totals):
         raise PlanDoesNotFit(
             f"--kv puts {shares[short]}% of the KV cache in {short} memory, where {format_bytes(room[short])} are "
-            f"left: too little for one token ({format_bytes(bytes_per_token)}) in every tier with a share; "
+            f"left: too little for a sequence of one token ({format_bytes(least)}) in every tier with a share; "
             f"{_raise_hint(short)} or lower its share"
         )
     return pools

@@ -14,7 +14,7 @@ from engine.attention.int4_sizes import WINDOW, can_pack, has_windows, head_grou
 from engine.attention.int4_window_extents import WindowedKV
 from engine.attention.int4_window_rows import WindowRows
 from engine.attention.int4_window_store import Added, places_of, store, stores
-from engine.attention.int4_windows import attend_by_windows, window_decoder
+from engine.attention.int4_windows import attend_in_extents, window_decoder
 from engine.attention.pages import attend_pages, page_table
 from engine.attention.sizes import kv_layer_bytes
 from engine.dtypes import DType
@@ -118,7 +118,7 @@ def test_a_sequence_sees_its_window_plain_and_what_lies_before_it_rounded(
                     shared = num_heads // num_kv_heads
                     wide = slice(some.start * shared, some.stop * shared)
                     own = tuple(each.transpose(0, 1)[some] for each in (new.k_TKH, new.v_TKH))
-                    attend_by_windows(
+                    attend_in_extents(
                         1, start, some, (q[these].transpose(0, 1)[wide], *own), kv, out[these].transpose(0, 1)[wide]
                     )
         start += length

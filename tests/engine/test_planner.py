@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from engine.attention.int4_sizes import kv_room
 from engine.attention.sizes import decode_workspace_bytes, kv_bytes_per_token
 from engine.devices.facts import MachineFacts, free_disk_space, free_host_memory
 from engine.dtypes import DType
@@ -226,6 +227,17 @@ def test_with_little_memory_layers_go_to_the_host_and_then_to_disk() -> None:
 def test_what_does_not_fit_says_what_to_change(options: dict[str, object], says: str) -> None:
     with pytest.raises(PlanDoesNotFit, match=says):
         plan(PlanOptions(**options))  # type: ignore[arg-type]
+
+
+def test_no_tier_has_a_share_and_no_room_for_a_sequence() -> None:
+    """Where keys are packed by windows, one token takes as much as a window, and the room of its plain keys."""
+    rotary = replace(SHAPE, turns_keys=True)
+    options = PlanOptions(kv=Shares(90, 0, 10), kv_format="int4")
+    least = kv_room(rotary, Int4(), DType.FLOAT16).of(1) * kv_bytes_per_token(rotary, Int4())
+    enough = plan(replace(options, disk_space=least + 9), shape=rotary)
+    assert enough.kv_bytes[TierName.DISK] >= least
+    with pytest.raises(PlanDoesNotFit, match=r"too little for a sequence of one token \(\d.* or lower its share"):
+        plan(replace(options, disk_space=least - 1), shape=rotary)
 
 
 def test_the_advice_helps() -> None:

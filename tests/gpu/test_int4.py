@@ -31,13 +31,6 @@ WEIGHTS = ("all-device", "all-host", "weights-on-disk", "split", "all-host-and-a
 FLOAT32 = [kind for kind in KINDS if kind.dtype is DType.FLOAT32]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=str)
-def kind(request: pytest.FixtureRequest) -> Arithmetic:
-    assert isinstance(request.param, Arithmetic)
-    skip_without(request.param)
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def model(kind: Arithmetic, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return packed_weights(tmp_path_factory.mktemp("int4"), kind.dtype)

@@ -27,7 +27,7 @@ from engine.memory.device import Device
 from engine.model.registry import reference_config, sizes_for
 from engine.shape import ModelShape
 from tests.engine.plain_attention import attend_plainly
-from tests.gpu.on_gpu import EDGES, KINDS, ON_A_GPU, Arithmetic, opt_model, options, skip_without
+from tests.gpu.on_gpu import EDGES, ON_A_GPU, Arithmetic, opt_model, options
 
 pytestmark = ON_A_GPU
 
@@ -37,13 +37,6 @@ HEADS = [(4, 4), (8, 2), (8, 1)]
 """Query heads and key/value heads."""
 GAP = 3
 """Tokens of the pool between two sequences, which are no numbers: whoever reads them computes none."""
-
-
-@pytest.fixture(scope="module", params=KINDS, ids=str)
-def kind(request: pytest.FixtureRequest) -> Arithmetic:
-    assert isinstance(request.param, Arithmetic)
-    skip_without(request.param)
-    return request.param
 
 
 def placed(lengths: list[int], pasts: list[int]) -> Places:

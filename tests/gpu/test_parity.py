@@ -12,7 +12,6 @@ from engine.loading import load_engine
 from tests.engine.placements import BESIDE_A_DEVICE, PLACEMENTS, scattered
 from tests.gpu.on_gpu import (
     EDGES,
-    KINDS,
     ON_A_GPU,
     TURING,
     Arithmetic,
@@ -25,7 +24,6 @@ from tests.gpu.on_gpu import (
     options,
     requests,
     results,
-    skip_without,
     texts,
 )
 
@@ -34,13 +32,6 @@ pytestmark = ON_A_GPU
 EVERYWHERE = {**PLACEMENTS, **BESIDE_A_DEVICE}
 KV_TIERS = ("all-device", "kv-on-host", "kv-on-disk", "split", "attended-on-host")
 """The KV cache in each tier, in all of them, and attended to where it lies."""
-
-
-@pytest.fixture(scope="module", params=KINDS, ids=str)
-def kind(request: pytest.FixtureRequest) -> Arithmetic:
-    assert isinstance(request.param, Arithmetic)
-    skip_without(request.param)
-    return request.param
 
 
 @pytest.fixture(scope="module")
