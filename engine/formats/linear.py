@@ -29,7 +29,7 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, relu: bool
     x_TI = _as_wide(x_TI, weight_OI)
     if _is_cast(x_TI):
         return _by_float32(x_TI, weight_OI, bias_O, x_TI.dtype, relu=relu)
-    if x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" and has_products(x_TI.dtype):
+    if _is_fused(x_TI):
         # addmm would first write the bias over the whole result, then read it again to add to it, and a ReLU of its own
         # would do so once more: together a sixth of the time of a prompt's products.
         after = "relu" if relu else "none"
@@ -37,6 +37,14 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, relu: bool
         return fused
     out_TO = F.linear(x_TI, weight_OI, bias_O)
     return torch.relu_(out_TO) if relu else out_TO  # in place: the widest tensor of a layer need not exist twice
+
+
+def add_linear_(out_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    """``out += x @ weight.T + bias``, in one kernel if there is no bias: see ``linear``."""
+    if bias_O is not None or _is_cast(x_TI) or _is_fused(x_TI):
+        out_TO.add_(linear(x_TI, weight_OI, bias_O))
+    else:
+        out_TO.addmm_(_as_wide(x_TI, weight_OI), weight_OI.mT)
 
 
 def logits(x_TI: Tensor, table_VI: Tensor) -> Tensor:
@@ -89,6 +97,11 @@ def _as_wide(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     view with gaps, for which oneDNN takes a kernel that is a thousand times slower."""
     missing = weight_OI.shape[1] - x_TI.shape[1]
     return F.pad(x_TI, (0, missing)) if missing else x_TI
+
+
+def _is_fused(x_TI: Tensor) -> bool:
+    """Whether oneDNN's own operator is best."""
+    return x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" and has_products(x_TI.dtype)
 
 
 def _is_cast(x_TI: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.formats.linear import linear, logits, row_parts
+from engine.formats.linear import add_linear_, linear, logits, row_parts
 from engine.model.activation_functions import ACTIVATION_FUNCTIONS
 from engine.model.family import Config, Layer, NamedWeights
 from engine.model.llama_sizes import LlamaSizes, Rope
@@ -58,16 +58,16 @@ class Llama(LlamaSizes):
     def layer(self, weights: NamedWeights, hidden_TD: Tensor, prepared: Tensor) -> Layer:
         """Attention and feed-forward block, each with its residual; ``hidden_TD`` is overwritten."""
         attended = yield self._qkv(weights, self._norm(weights, "attention_norm", hidden_TD), prepared)
-        hidden_TD.add_(linear(attended.pop().flatten(1), weights["out.weight"], weights.get("out.bias")))
+        add_linear_(hidden_TD, attended.pop().flatten(1), weights["out.weight"], weights.get("out.bias"))
         x_TD = self._norm(weights, "ffn_norm", hidden_TD)
         parts = row_parts(x_TD, 2 * self.shape.ffn_size)
         for rows_RD, x_RD in zip(torch.chunk(hidden_TD, parts), torch.chunk(x_TD, parts), strict=True):
-            rows_RD.add_(self._feed_forward(weights, x_RD))
+            add_linear_(rows_RD, self._gated(weights, x_RD), weights["down.weight"], weights.get("down.bias"))
         return hidden_TD
 
-    def _feed_forward(self, weights: NamedWeights, x_RD: Tensor) -> Tensor:
+    def _gated(self, weights: NamedWeights, x_RD: Tensor) -> Tensor:
         gate_RF, up_RF = linear(x_RD, weights["gate_up.weight"], weights.get("gate_up.bias")).chunk(2, dim=-1)
-        return linear(self.activation(gate_RF).mul_(up_RF), weights["down.weight"], weights.get("down.bias"))
+        return self.activation(gate_RF).mul_(up_RF)
 
     def _qkv(self, weights: NamedWeights, x_TD: Tensor, waves_2T1H: Tensor) -> Tensor:
         """Queries, keys and values, a head after the other, ``[T, N + 2 K, H]``; those turned that have positions."""

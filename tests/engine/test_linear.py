@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import engine.formats.linear as linear_module
-from engine.formats.linear import linear, logits
+from engine.formats.linear import add_linear_, linear, logits
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -36,6 +36,20 @@ def test_bias_and_relu(tokens: int, bias: bool, relu: bool, dtype: torch.dtype) 
     assert torch.equal(x, before)
     scale = 48**0.5
     torch.testing.assert_close(found.float(), expected, atol=TOLERANCE[dtype] * scale, rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.usefixtures("has_products")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("tokens", [0, 1, 37])
+def test_a_product_is_added_to_what_is_there(tokens: int, padded: bool, bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight, offset, there = (torch.randn(*size).to(dtype) for size in ((tokens, 48), (24, 48), (24,), (tokens, 24)))
+    expected = there.float() + x.float() @ weight.float().T + (offset.float() if bias else 0)
+    wide = torch.cat((weight, torch.full((24, 16), 1000.0, dtype=dtype)), 1) if padded else weight
+    add_linear_(there, x, wide, offset if bias else None)
+    torch.testing.assert_close(there.float(), expected, atol=TOLERANCE[dtype] * 48**0.5, rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
