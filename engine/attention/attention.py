@@ -1,7 +1,7 @@
 """Attention over keys and values that it owns, in all tiers: one call a micro-batch and layer, whatever the device."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -134,13 +134,13 @@ class Attention:
             except BaseException:
                 run_all([elsewhere.close, pools.close])
                 raise
-            parts = (shape, kernel, device, pools, elsewhere)
-            on_device: OnDevice
+            parts = (shape, kernel, pools, elsewhere)
+            on_device: OnDevice[Any]
             if has_windows(shape, stored):
                 on_device = WindowAttention(*parts, room=room, unpacked_tokens=unpacked_tokens)
             else:
                 on_device = PoolAttention(*parts, unpacked_tokens=unpacked_tokens)
-            self._runner = DeviceRunner(shape.num_heads, pools, elsewhere, on_device, on_host)
+            self._runner = DeviceRunner[Any](shape.num_heads, device, pools, elsewhere, on_device, on_host)
         self.ahead = 1 if host_attends else 0
         """How many micro-batches should be started before one is finished: what is computed meanwhile."""
 

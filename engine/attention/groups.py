@@ -2,8 +2,8 @@
 
 A sequence's keys lie in a buffer as in a pool, one token after the other: first those that are fetched, then room for
 those that the pass adds. A sequence that is longer than a buffer comes in parts, in several groups, and its own tokens
-attend to themselves in none; where keys are packed by windows, the last group is as of a shorter one, since new tokens
-see the plain keys that lie there.
+attend to themselves in none. Where keys are packed by windows, there is one group more: it has the end of what lies
+before, and room for the new tokens, as if the sequence were shorter.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,7 +62,7 @@ class Group:
     is_part: bool
     """Some keys of one segment, without its own."""
     is_last: bool
-    """Whether no segment in it comes with another part after this."""
+    """Whether no other group has keys of a segment in it after this one."""
     follows: int
     """The last micro-batch of the same pass that adds to what is fetched; -1: none does."""
 
@@ -137,7 +137,7 @@ def _packed(
 
 
 def least_tokens(most_rows: int, room: SequenceRoom) -> int:
-    """Of a buffer that the last part of any sequence finds room in, ``most_rows`` new tokens included."""
+    """Tokens of the smallest buffer with room for the last part of any sequence and ``most_rows`` new tokens."""
     if not room.beside:
         return 1
     # The window in which they begin may have earlier ones, and plain keys.

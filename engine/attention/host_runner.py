@@ -119,7 +119,8 @@ class HostRunner:
 
     def _attend_elsewhere(self, rows: Rows, groups: Sequence[Group], decode: Decoder | None, first_row: int) -> None:
         """Group by group, as they come."""
-        pieces: list[tuple[Tensor, Tensor]] = []
+        before: list[tuple[Tensor, Tensor]] = []
+        """What came of a long sequence's parts so far, merged: of many, each would take as much."""
         for group in groups:
             with self._elsewhere.fetched(group) as kv_S2KH:
                 for share in group.shares:
@@ -135,11 +136,10 @@ class HostRunner:
                         kv_2KsH[0, :, share.past :], kv_2KsH[1, :, share.past :] = k_KtH, v_KtH
                         attend_whole(q_NtH, kv_2KsH[0], kv_2KsH[1], out_NtH)
                         continue
-                    pieces.append(attend(q_NtH, kv_2KsH[0], kv_2KsH[1], causal=False))
+                    before = [merge([*before, attend(q_NtH, kv_2KsH[0], kv_2KsH[1], causal=False)])]
                     if group.is_last:
-                        pieces.append(attend(q_NtH, k_KtH, v_KtH, causal=True))
-                        out_NtH.copy_(merge(pieces)[0])
-                        pieces = []
+                        out_NtH.copy_(merge([*before, attend(q_NtH, k_KtH, v_KtH, causal=True)])[0])
+                        before = []
 
     def _attend_windows(self, rows: Rows, groups: Sequence[Group], stored: WindowRows) -> None:
         """The same where keys are packed by windows."""
@@ -151,7 +151,7 @@ class HostRunner:
                     q_NtH, k_KtH, v_KtH = rows.at(share.row, share.length)
                     if group.is_part:
                         k_KsH, v_KsH = kv_S2KH.permute(1, 2, 0, 3)
-                        before.append(attend(q_NtH, k_KsH, v_KsH, causal=False))
+                        before = [merge([*before, attend(q_NtH, k_KsH, v_KsH, causal=False)])]
                         continue
                     first, end = share.at + share.past, share.at + share.past + share.length
                     if share.open_at is not None:

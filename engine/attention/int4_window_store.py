@@ -68,8 +68,8 @@ class Stores:
 
 
 def places_of(added: Iterable[Added], rows: WindowRows, most_windows: int) -> Iterator[Numbers]:
-    """Where tokens of some sequences go, to be stored in this order: in each part so many of them that no more than
-    ``most_windows`` become full.
+    """Where new tokens of some sequences go, in the order in which they are stored; a list ends when ``most_windows``
+    windows have become full.
 
     Of the last window the plain keys are kept also if it becomes full: its own tokens see them.
     """

@@ -61,7 +61,7 @@ def attend_window_by_window(
     """The last tokens of a sequence, into ``out``: keys of their windows are plain, and full ones are rounded in place
     once their own queries have seen them, and then kept, if there is where.
 
-    ``before``: what came of keys before these, as from ``attend``; of these, there are whole windows.
+    ``before``: what attention to earlier keys gave, as from ``attend``; these keys are whole windows.
     """
     end = k_KsH.shape[1]
     start = end - q_NtH.shape[1]

@@ -23,7 +23,8 @@ from engine.errors import EngineError
 from engine.units import align_up
 
 _LSE_STEP = 32
-"""The memory-efficient kernel leaves log-sum-exps of a sequence in a row of a multiple of so many (``kAlignLSE``)."""
+"""The memory-efficient kernel writes a row of log-sum-exps for each sequence; a row is as long as the longest sequence
+needs, rounded up to a multiple of this (``kAlignLSE``)."""
 _NO_MASK, _BOTTOM_RIGHT = 0, 2
 """The memory-efficient kernel's names for masks; the second is causal and ends at the last query and the last key."""
 
@@ -117,7 +118,7 @@ class Foldings(NamedTuple):
         return self.of_prompts != self.of_decodes
 
     def of(self, lengths: Sequence[int]) -> Folding:
-        """For sequences of so many queries."""
+        """The one for sequences with these numbers of queries."""
         return self.of_decodes if max(lengths) == 1 else self.of_prompts
 
 

@@ -19,7 +19,6 @@ from engine.attention.pools import KVPools
 from engine.attention.table import Kernel
 from engine.attention.upload import Upload
 from engine.kvcache.segments import Kind, MicroBatch, Segment
-from engine.memory.device import Device
 from engine.shape import ModelShape
 from engine.tiers import TierName
 
@@ -51,53 +50,33 @@ class PoolAttention:
     """Implements ``engine.attention.device_runner.OnDevice``."""
 
     def __init__(
-        self,
-        shape: ModelShape,
-        kernel: Kernel,
-        device: Device,
-        pools: KVPools,
-        elsewhere: Elsewhere,
-        *,
-        unpacked_tokens: int = 0,
+        self, shape: ModelShape, kernel: Kernel, pools: KVPools, elsewhere: Elsewhere, *, unpacked_tokens: int = 0
     ) -> None:
         """As in ``Attention``."""
         self._rows, self._unpacked_tokens = pools.rows, unpacked_tokens
-        self._kernel, self._device, self._elsewhere = kernel, device, elsewhere
+        self._kernel, self._elsewhere = kernel, elsewhere
         self._foldings = foldings_of(kernel, shape.num_heads, shape.num_kv_heads)
         self._layers = pools.layers(TierName.DEVICE)
-        self._batches: list[_Batch] = []
 
-    def begin(self, batches: Sequence[MicroBatch]) -> None:
-        """All numbers of a pass go to the device at once."""
-        upload = Upload()
-        coming = [self._batch_of(batch, self._elsewhere.groups(index), upload) for index, batch in enumerate(batches)]
-        upload.send(self._device)
-        self._batches = [each() for each in coming]
-
-    def stores_first(self, index: int) -> bool:
+    def stores_first(self, groups: Sequence[Group]) -> bool:
         """Always."""
-        del index
+        del groups
         return True
 
-    def close(self) -> None:
-        """Nothing but numbers."""
-        self._batches.clear()
-
-    def attend(self, layer: int, index: int, q_TNH: Tensor, kv_T2KH: Tensor, stored: Tensor, out_TNH: Tensor) -> None:
+    def attend(self, layer: int, work: _Batch, q_TNH: Tensor, kv_T2KH: Tensor, stored: Tensor, out_TNH: Tensor) -> None:
         """With one call for all sequences of a kind."""
-        batch = self._batches[index]
-        if batch.here or batch.gathered:
+        if work.here or work.gathered:
             pool = self._layers[layer]
-            pool.index_copy_(0, batch.slots, stored[: len(batch.slots)])
-            for rows, ragged in batch.here:
+            pool.index_copy_(0, work.slots, stored[: len(work.slots)])
+            for rows, ragged in work.here:
                 attend_packed(self._kernel, q_TNH[rows], pool, ragged, out_TNH[rows])
-            for tokens, (rows, ragged) in batch.gathered:
+            for tokens, (rows, ragged) in work.gathered:
                 kv_S2KH = self._elsewhere.unpacked(pool.index_select(0, tokens))
                 attend_packed(self._kernel, q_TNH[rows], kv_S2KH, ragged, out_TNH[rows])
-        for rows, ragged in batch.own:
+        for rows, ragged in work.own:
             attend_packed(self._kernel, q_TNH[rows], kv_T2KH[rows], ragged, out_TNH[rows])
         parts: list[tuple[Tensor, Tensor]] = []
-        for group, calls, slots in batch.groups:
+        for group, calls, slots in work.groups:
             with self._elsewhere.fetched(group) as buffer_S2KH:
                 if group.is_part:
                     self._attend_part(group, calls, q_TNH, kv_T2KH, buffer_S2KH, parts, out_TNH)
@@ -125,7 +104,8 @@ class PoolAttention:
             out_TNH[rows] = merge([*parts, own])[0].transpose(0, 1)
             parts.clear()
 
-    def _batch_of(self, batch: MicroBatch, groups: Sequence[Group], upload: Upload) -> Callable[[], _Batch]:
+    def work_of(self, batch: MicroBatch, groups: Sequence[Group], upload: Upload) -> Callable[[], _Batch]:
+        """One call a kind; see ``OnDevice``."""
         slots: list[int] = []
         here, own = list[Callable[[], _Call]](), list[Callable[[], _Call]]()
         gathered: list[tuple[Callable[[], Tensor], Callable[[], _Call]]] = []

@@ -49,7 +49,7 @@ class SequenceRoom:
     """And so much more, behind that of its tokens."""
 
     def of(self, tokens: int) -> int:
-        """What a sequence of so many tokens takes."""
+        """The room of a sequence with this number of tokens."""
         return align_up(tokens, self.window) + self.beside if tokens else 0
 
     def longest_in(self, room: int) -> int:

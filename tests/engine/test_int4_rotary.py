@@ -123,7 +123,7 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> WindowRounding:
 def test_sequences_longer_than_buffers_come_in_parts(
     kv: str, kind: str, micro_batch: int, long: WindowRounding, tmp_path: Path
 ) -> None:
-    """Of a window or more, and the last of them with new tokens of one window or of several."""
+    """Several parts, whether new tokens are in one window or in several."""
     options = PlanOptions(
         micro_batch=micro_batch, group_tokens=1, kv_format="int4", kv=Shares.parse(kv), disk_dir=tmp_path, **BUDGETS
     )
