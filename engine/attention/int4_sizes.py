@@ -18,9 +18,10 @@ _PACKED_IN_WINDOWS = 1 << 22
 """The same of windows on a GPU: as a rule few tokens of a micro-batch are the last of one, but each may be."""
 _PACKING_BYTES = 12
 """What each of these takes meanwhile, beside its row: a copy in float32, its step in float32, its code."""
-_MERGED_QUERIES = 6
-"""What a query takes whose window attends to itself and to what lies before, in queries: what came of both, twice of
-the first, their sum in float32, and that as it is computed with."""
+_MERGED_QUERIES = 1 + 1 + 1 + 1 + 2 + 1 + 1
+"""What a query takes whose window attends to itself and to what lies before, in queries: its copy; what came of an
+earlier part, of its window, and of what lies before that; the sum, which is float32, and what that is rounded to; and
+one for the log-sum-exps of all."""
 
 
 def kv_format(name: str, dtype: DType, shape: ModelShape) -> TensorFormat:

@@ -86,7 +86,8 @@ class PassModel:
         self._open_bytes = plan.kv_room.beside / 2 * self._token_bytes
         """What the plain keys of a window that is not full take, in the mean, over all layers."""
         self._again_bytes = self._token_bytes * (plan.kv_room.beside / plan.kv_room.window + bool(plan.kv_room.beside))
-        """What keeping a decode token's plain key changes in the spill file: the rows that it is in."""
+        """What keeping a decode token's plain key changes in the spill file, beside its row: with 114 rows for 64 plain
+        keys, 1.8 rows, and one that it shares with the key before it. These are read before they are written."""
         self._attended_bytes = kv_bytes_per_token(shape, Plain(plan.dtype))
         """The keys and values of a token in all layers, as they are computed with."""
         if plan.kv_format.name != Plain.name:
@@ -151,7 +152,8 @@ class PassModel:
             rate = self._hardware.lanes[lane]
             kv_s = self._kv_seconds(lane, kv[lane], load, tokens)
             if lane is LaneName.DISK_WRITE:
-                kv_s += tokens * self._pack_below_s * self._fetched_share
+                # The thread of that lane packs windows, also those that stay in host memory.
+                kv_s += self._again_seconds(load) + tokens * self._pack_below_s * self._fetched_share
             activations_s = rate.seconds(activations[lane], batch_bytes)
             lane_bytes[lane] = self._weight_bytes[lane] + kv[lane] + activations[lane]
             lane_seconds[lane] = self._weight_seconds[lane] + kv_s + activations_s
@@ -233,8 +235,7 @@ class PassModel:
         attended = load.attended * self._token_bytes + load.decode_tokens * self._open_bytes
         moved = attended + load.reattended * self._token_bytes
         again = load.decode_tokens * self._again_bytes
-        # These rows are read before they are written; and when a window is full, all of it, and all of its plain keys.
-        kv[LaneName.DISK_READ] = (moved + 2 * again) * on_disk
+        kv[LaneName.DISK_READ] = moved * on_disk
         kv[LaneName.DISK_WRITE] = (new + again) * on_disk
         if copies:
             kv[LaneName.DEVICE_TO_HOST] = tokens * self._leaving_bytes * below
@@ -268,10 +269,17 @@ class PassModel:
             return rate.seconds(num_bytes, max(1.0, min(each, most) * self._layer_token_bytes))
         if lane is LaneName.DEVICE_TO_HOST:
             return rate.seconds(num_bytes, min(tokens, self._plan.micro_batch) * self._layer_token_bytes)
-        decoded = num_bytes * load.decode_tokens / tokens
+        again = load.decode_tokens * self._again_bytes * self._kv_share[TierName.DISK]
+        decoded = again + (num_bytes - again) * load.decode_tokens / tokens
         prompt = load.prompt_tokens / load.prompt_segments if load.prompt_segments else 1.0
         size = min(max(1.0, prompt), most) * self._layer_token_bytes
         return rate.seconds(decoded, self._layer_token_bytes) + rate.seconds(num_bytes - decoded, size)
+
+    def _again_seconds(self, load: PassLoad) -> float:
+        """To read what is written again: by the lane that writes it, row by row. When a window is full, all of it is
+        read, and all of its plain keys: once more as much."""
+        rate, on_disk = self._hardware.kv_rate(LaneName.DISK_READ), self._kv_share[TierName.DISK]
+        return rate.seconds(2 * load.decode_tokens * self._again_bytes * on_disk, self._layer_token_bytes)
 
     def _longest(self, lane_seconds: Mapping[LaneName, float], compute_s: float) -> float:
         """Seconds until the last lane ends. While others work, each runs at what contention leaves it of its rate."""

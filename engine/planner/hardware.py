@@ -153,10 +153,12 @@ class Hardware:
         return self._memory_rate(dtype) / PACKED_BYTES if self.packing is None else self.packing.value
 
     def host_pack_rate(self, dtype: DType) -> float:
-        """The same on the host, where it keeps what a device sends; attention there is at most as fast as its memory.
+        """The same on the host, for what a device sends it: by how fast attention there reads its memory.
+
+        Infinite where nobody measured that, since then nothing is known of the host.
 
         Raises:
-            HardwareError: nobody measured the device's memory, which is the host's.
+            HardwareError: on a CPU, whose packing was not measured, nor its memory's speed.
         """
         if self.shares_host_memory:
             return self.pack_rate(dtype)

@@ -234,15 +234,15 @@ class Relaxation:
 
     def _endless(self, choice: Choice, weights: Shares) -> PlanInput:
         """This batch shape and placement of weights, where memory is no matter."""
+        in_memory = self._given.asking(replace(self._given.options, micro_batch=choice.micro_batch))
         options = replace(
-            self._given.options,
-            micro_batch=choice.micro_batch,
+            in_memory.options,
             micro_batches=choice.micro_batches,
             weights=weights,
             kv=None,
             host_attention=None,  # what it takes of the host is sized with the plan
             stay_packed=choice.stay_packed,
-            group_tokens=group_tokens_for(self._given),  # by the budgets that there are
+            group_tokens=group_tokens_for(in_memory),  # by the budgets that there are
         )
         endless = self._given.asking(options).within(dict.fromkeys(TierName, _ENDLESS))
         return replace(endless, workload=None)  # which would limit the cache

@@ -192,10 +192,7 @@ def _resolved(given: PlanInput, *, stay_packed: bool) -> Plan:
         disk_dir=options.disk_dir or given.disk_dir,
         layers=layers,
         kv_bytes=_kv_pools(
-            options,
-            room,
-            of_sequence.of(1) * kv_bytes_per_token(shape, kv_format),
-            on_host=spills or facts.shares_host_memory,
+            options, room, _least_bytes(given, extent_tokens), on_host=spills or facts.shares_host_memory
         ),
         kv_fills_together=options.kv is not None,
         activations=activations,
@@ -327,8 +324,15 @@ def _workspace_bytes(shape: ModelShape, dtype: DType, micro_batch: int, logits_r
     return max(layer, head) + micro_batch * shape.hidden_size * item
 
 
-def _kv_pools(options: PlanOptions, room: Mapping[TierName, int], least: int, *, on_host: bool) -> dict[TierName, int]:
-    """``least``: bytes of the shortest sequence."""
+def _least_bytes(given: PlanInput, extent_tokens: int) -> dict[TierName, int]:
+    """What the shortest sequence takes of a tier."""
+    one, kinds = given.kv_room.of(1), layouts(shares_host_memory=given.facts.shares_host_memory)
+    return {tier: align_up(one, unit_tokens(kinds[tier], extent_tokens)) * given.token_bytes for tier in TierName}
+
+
+def _kv_pools(
+    options: PlanOptions, room: Mapping[TierName, int], least: Mapping[TierName, int], *, on_host: bool
+) -> dict[TierName, int]:
     if options.kv is None:
         host = room[TierName.HOST] if on_host else 0
         return {TierName.DEVICE: room[TierName.DEVICE], TierName.HOST: host, TierName.DISK: 0}
@@ -336,10 +340,10 @@ def _kv_pools(options: PlanOptions, room: Mapping[TierName, int], least: int, *,
     totals = {tier: room[tier] * 100 // share for tier, share in shares.items() if share}
     short = min(totals, key=lambda tier: totals[tier])
     pools = {tier: totals[short] * share // 100 for tier, share in shares.items()}
-    if any(pools[tier] < least for tier in totals):
+    if any(pools[tier] < least[tier] for tier in totals):
         raise PlanDoesNotFit(
             f"--kv puts {shares[short]}% of the KV cache in {short} memory, where {format_bytes(room[short])} are "
-            f"left: too little for a sequence of one token ({format_bytes(least)}) in every tier with a share; "
+            f"left: too little for a sequence of one token ({format_bytes(least[short])}) in every tier with a share; "
             f"{_raise_hint(short)} or lower its share"
         )
     return pools

@@ -13,6 +13,8 @@ from tests.engine.like_cuda import CARDS, Card, LikeCuda
 from tests.engine.placements import options_of, scattered
 from tests.gpu.in_four_bits import (
     HEADS,
+    IN_PARTS,
+    LONG,
     SHAPES,
     cache_model,
     check_cache,
@@ -26,7 +28,7 @@ from tests.gpu.in_four_bits import (
 )
 from tests.gpu.on_gpu import texts
 
-LENGTHS, LONG = (1, 9, 60), (9, 60, 150)
+LENGTHS, WINDOWS = (1, 9, 60), (9, 60, 150)
 EXACT = Card((8, 0), DType.FLOAT32)
 
 
@@ -62,9 +64,11 @@ def test_outputs_are_those_of_rounded_keys_and_values(head_size: int, tmp_path: 
 
 def test_outputs_are_those_of_keys_that_are_rounded_by_windows(tmp_path: Path) -> None:
     made = rotary_model(tmp_path, EXACT.dtype)
-    for name in ("all-device", "split", "attended-on-host"):
-        asked = options_of(name, kv_format=Int4.name, **scattered(tmp_path / "spill"))
-        check_outputs(made, asked, LikeCuda(EXACT.capability), texts(LONG), within=DType.FLOAT16)
+    for name, lengths, buffers in (
+        *((name, WINDOWS, {}) for name in ("all-device", "split", "attended-on-host")), ("split", LONG, IN_PARTS)
+    ):  # fmt: skip
+        asked = options_of(name, kv_format=Int4.name, **{**scattered(tmp_path / "spill"), **buffers})
+        check_outputs(made, asked, LikeCuda(EXACT.capability), texts(lengths), within=DType.FLOAT16)
 
 
 @pytest.mark.parametrize("name", ["all-device", "kv-on-host"])

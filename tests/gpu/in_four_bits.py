@@ -114,6 +114,11 @@ def rotary_model(folder: Path, dtype: DType) -> Model:
     return made
 
 
+IN_PARTS = {"micro_batch": 64, "group_tokens": 1}
+"""Options with which sequences of some hundred tokens are longer than a buffer."""
+LONG = (1, 400, 900)
+
+
 def check_windows(device: Device, dtype: DType, head_size: int) -> None:
     """Packed there, keys of windows are nearly the CPU's, and unpacked there the very numbers that the CPU unpacks."""
     heads, number = 3, 4

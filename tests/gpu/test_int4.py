@@ -10,6 +10,8 @@ from engine.formats.int4_sizes import GROUPS, Int4
 from tests.engine.placements import scattered
 from tests.gpu.in_four_bits import (
     HEADS,
+    IN_PARTS,
+    LONG,
     SHAPES,
     cache_model,
     check_cache,
@@ -78,13 +80,16 @@ def test_windows_are_rounded_as_on_the_cpu(head_size: int, kind: Arithmetic) -> 
         check_windows(device, kind.dtype, head_size)
 
 
+@pytest.mark.parametrize(("lengths", "buffers"), [(LENGTHS, {}), (LONG, IN_PARTS)], ids=["whole", "in parts"])
 @pytest.mark.parametrize("name", KV_TIERS)
 @pytest.mark.parametrize("exact", FLOAT32, ids=str)
-def test_outputs_are_those_of_keys_that_are_rounded_by_windows(exact: Arithmetic, name: str, tmp_path: Path) -> None:
+def test_outputs_are_those_of_keys_that_are_rounded_by_windows(
+    exact: Arithmetic, name: str, lengths: tuple[int, ...], buffers: dict[str, int], tmp_path: Path
+) -> None:
     """In float32 alone, as above."""
     skip_without(exact)
-    asked = options(name, kv_format=Int4.name, **scattered(tmp_path / "spill"))
-    check_outputs(rotary_model(tmp_path, exact.dtype), asked, exact.device(), texts(), within=DType.FLOAT16)
+    asked = options(name, kv_format=Int4.name, **{**scattered(tmp_path / "spill"), **buffers})
+    check_outputs(rotary_model(tmp_path, exact.dtype), asked, exact.device(), texts(lengths), within=DType.FLOAT16)
 
 
 @pytest.fixture(scope="module", params=[64, 80], ids=lambda size: f"heads of {size}")
