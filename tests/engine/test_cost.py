@@ -600,7 +600,9 @@ def test_compute_takes_its_time_to_pack_and_unpack_keys_and_values(
 def test_a_lane_takes_its_time_to_keep_windows(kv: Shares) -> None:
     """Below the device it packs their keys; in a spill file it reads rows of plain ones, and writes them again."""
     room, rate = SequenceRoom(64, 96), 52e9
-    hardware = replace(T4, host_attention=Rate.constant(rate, "a test"))
+    slow_for_rows = Rate(((1e3, 1e7), (1e7, 1e9)), "a test")
+    lanes = {**T4.lanes, LaneName.DISK_READ: slow_for_rows, LaneName.DISK_WRITE: slow_for_rows}
+    hardware = replace(T4, host_attention=Rate.constant(rate, "a test"), lanes=lanes, kv_lanes={})
     plan = replace(small_plan(HOST, kv), kv_format=Int4())
     load = PassLoad(prompt_tokens=300, prompt_segments=2, decode_tokens=20, attended=5000)
     by_token, by_window = (
