@@ -90,6 +90,8 @@ def waits() -> dict[str, list[Position]]:
 def options(name: str, dtype: DType) -> PlanOptions:
     # More micro-batches than a ring has buffers, so that each buffer is used again within a pass.
     more = {"micro_batch": 24, "micro_batches": 4, "extent_tokens": 16, "dtype": dtype, "stay_packed": True}
+    if name == "attended-on-host":
+        more["micro_batches"] = 1
     if name in PACKED:
         more["kv_format"] = "int4"
     return options_of("all-device" if name == NARROW else PACKED.get(name, name), **more)
@@ -125,7 +127,11 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             patch.setattr(ring, "PACED_BYTES", PACED_BYTES)
             device = watch(traces[name], patch, card.capability)
             with load_engine(model_dir, options(name, card.dtype), device=device) as loaded:
-                assert len(list(loaded.run(requests()))) == 3
+                asked = requests()
+                if name == "attended-on-host":
+                    # So many that some are in one micro-batch: their queries are gathered before they go to the host.
+                    asked += [replace(each, key=("again", each.key)) for each in asked]
+                assert len(list(loaded.run(asked))) == len(asked)
     return Traced(card, traces)
 
 
