@@ -40,14 +40,18 @@ class StoredWeights:
         tensors = {name: (StoredTensor(Plain(dtype), (size // dtype.num_bytes,)),) for name, size in unit_bytes.items()}
         return cls(dtype, unit_bytes, tensors, {})
 
-    @cached_property
-    def _unit_formats(self) -> Mapping[str, frozenset[TensorFormat]]:
-        """Planning asks for them a million times."""
-        return {unit: frozenset(each.format for each in tensors) for unit, tensors in self.unit_tensors.items()}
-
     def is_ready(self, unit: str, dtype: DType) -> bool:
         """Whether a unit's stored bytes are what is computed with in ``dtype``: nothing must be unpacked."""
-        return all(each.is_ready(dtype) for each in self._unit_formats[unit])
+        return unit in self._ready_in[dtype]
+
+    @cached_property
+    def _ready_in(self) -> Mapping[DType, frozenset[str]]:
+        """Planning asks for them, and for the bytes below, a million times."""
+        units = self.unit_tensors.items()
+        return {
+            dtype: frozenset(unit for unit, tensors in units if all(each.format.is_ready(dtype) for each in tensors))
+            for dtype in DType
+        }
 
     @cached_property
     def weight_format(self) -> str:
@@ -56,7 +60,7 @@ class StoredWeights:
 
     def is_packed(self, unit: str, dtype: DType) -> bool:
         """Whether a unit is smaller as it is stored than as it is computed with."""
-        return self.unit_bytes[unit] < self.computed_bytes(unit, dtype)
+        return self.unit_bytes[unit] < self._computed_bytes[dtype][unit]
 
     def has_packed(self, dtype: DType) -> bool:
         """Whether a layer is."""
@@ -81,6 +85,13 @@ class StoredWeights:
 
     def computed_bytes(self, unit: str, dtype: DType) -> int:
         """Bytes of a unit as it is computed with: as stored, or each tensor unpacked to the compute dtype."""
+        return self._computed_bytes[dtype][unit]
+
+    @cached_property
+    def _computed_bytes(self) -> Mapping[DType, Mapping[str, int]]:
+        return {dtype: {unit: self._count_computed(unit, dtype) for unit in self.unit_tensors} for dtype in DType}
+
+    def _count_computed(self, unit: str, dtype: DType) -> int:
         if self.is_ready(unit, dtype):
             return self.unit_bytes[unit]
         return sum(unpacked_bytes(tensor.format, tensor.shape, dtype) for tensor in self.unit_tensors[unit])
