@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.formats.linear import has_products
+from engine.formats.linear import has_matrix_units, has_products
 
 CAUSAL_ROWS = 256
 """Queries of causal attention computed together on the CPU."""
@@ -101,13 +101,12 @@ def _mask(dtype: torch.dtype) -> Tensor:
     return mask
 
 
-@cache
 def flash_decodes() -> bool:
     """Whether the CPU's flash kernel, made for many queries, is as fast for one as memory allows: with AMX it is.
 
     Without, it takes four times as long in bfloat16 as a batched product.
     """
-    return bool(torch.cpu._is_amx_tile_supported())
+    return has_matrix_units()
 
 
 def _attend_few(q_NtH: Tensor, k_NsH: Tensor, v_NsH: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,8 @@ _FEWEST_CAST = 16
 _STEPS = 16, 32
 """Few rows are padded to a multiple of the first, the height of a matrix unit's tile; more, to one of the second."""
 _GPU_STEP = 64
+_TURNED_ROWS = 64
+"""Rows up to which a matrix unit is given the weight as its left operand."""
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, relu: bool = False) -> Tensor:
@@ -32,6 +34,9 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, relu: bool
     if _is_fused(x_TI):
         # addmm would first write the bias over the whole result, then read it again to add to it, and a ReLU of its own
         # would do so once more: together a sixth of the time of a prompt's products.
+        if _is_turned(x_TI):
+            turned_TO = _turned(x_TI, weight_OI, bias_O)
+            return torch.relu_(turned_TO) if relu else turned_TO
         after = "relu" if relu else "none"
         fused: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, after, [], "")
         return fused
@@ -52,6 +57,8 @@ def logits(x_TI: Tensor, table_VI: Tensor) -> Tensor:
     x_TI = _as_wide(x_TI, table_VI)
     if _is_cast(x_TI):
         return _by_float32(x_TI, table_VI, None, torch.float32)
+    if _is_turned(x_TI):
+        return _turned(x_TI, table_VI, None).float()
     return F.linear(x_TI, table_VI).float()
 
 
@@ -92,6 +99,12 @@ def has_products(dtype: torch.dtype) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
+@cache
+def has_matrix_units() -> bool:
+    """Whether this processor multiplies tiles of numbers (AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def _as_wide(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     """With columns of zeros up to the weight's width. The other way, a weight cut to the width of ``x``, would be a
     view with gaps, for which oneDNN takes a kernel that is a thousand times slower."""
@@ -102,6 +115,25 @@ def _as_wide(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
 def _is_fused(x_TI: Tensor) -> bool:
     """Whether oneDNN's own operator is best."""
     return x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" and has_products(x_TI.dtype)
+
+
+def _is_turned(x_TI: Tensor) -> bool:
+    """Whether to compute the transpose instead.
+
+    A matrix unit wants its right operand with pairs of rows interleaved, and oneDNN rearranges it so at every call. For
+    few rows that takes as long again as reading the weight; the other way round it is the rows that are rearranged.
+    """
+    return x_TI.shape[0] <= _TURNED_ROWS and has_matrix_units() and _is_fused(x_TI)
+
+
+def _turned(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """``(weight @ x.T + bias).T``: the same sums, rounded once."""
+    if bias_O is None:
+        out_OT: Tensor = torch.ops.mkldnn._linear_pointwise(weight_OI, x_TI, None, "none", [], "")
+    else:
+        bias_OT = bias_O[:, None].expand(-1, x_TI.shape[0]).contiguous()
+        out_OT = torch.ops.mkldnn._linear_pointwise.binary(weight_OI, bias_OT, x_TI, None, "add")
+    return out_OT.T.contiguous()
 
 
 def _is_cast(x_TI: Tensor) -> bool:

@@ -9,13 +9,14 @@ from engine.formats.linear import add_linear_, linear, logits
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-@pytest.fixture(params=[True, False], ids=["fast", "slow"])
+@pytest.fixture(params=["fast", "matrix units", "slow"])
 def has_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """As on this processor, and as on one that multiplies float32 alone at full speed."""
-    if not request.param:
+    """As on this processor without matrix units and with, and as on one that multiplies float32 alone at full speed."""
+    monkeypatch.setattr(linear_module, "has_matrix_units", lambda: request.param == "matrix units")
+    if request.param == "slow":
         monkeypatch.setattr(linear_module, "has_products", lambda dtype: dtype == torch.float32)
         monkeypatch.setattr(linear_module, "_CAST", 10)  # the last of several casts is a smaller one
-    return bool(request.param)
+    return request.param != "slow"
 
 
 @pytest.mark.usefixtures("has_products")
