@@ -39,10 +39,9 @@ _SCORING = generate(
 )
 
 _LONG_PATH = Missed(
-    why="twice too long: of 7,550, a fifth are docstrings with shapes, units and errors, a sixth blank; 1,764 are "
-    "there for GPUs (packed attention, attention on the host beside one, pinned memory), 430 for keys, values and "
-    "weights that are stored in another way than they are computed with",
-    yet=AtMost(7150),
+    why="twice too long: of 7,784, 1,330 are docstrings with shapes, units and errors, 1,395 are blank; 1,699 are "
+    "there for GPUs alone (packed attention, attention on the host beside one, pinned memory)",
+    yet=AtMost(7800),
 )
 
 _PEER_NEAR_PEAK = (
