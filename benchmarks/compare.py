@@ -1,16 +1,17 @@
 """The comparison: ours and the peers in turn, each measurement in a process of its own."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from benchmarks.bound import Limits, PassWork, bound_of, raised
+from benchmarks.bound import COMPUTE, Limits, PassWork, bound_of, raised
 from benchmarks.caps import Cap, CapUnavailable, cap
 from benchmarks.checkpoints import Checkpoint
-from benchmarks.jobs import Finished, Job, JobFailed, measure
+from benchmarks.jobs import Finished, Job, JobFailed, measure, measure_in_slices
 from benchmarks.shapes import Flops, shape_of
 from benchmarks.workload import Range, Work, Workload
+from engine.units import div_ceil
 
 Say = Callable[[str], None]
 BATCHES_TIMED = 2
@@ -41,6 +42,8 @@ class PeerResult:
     batch: int | None
     error: str | None
     tok_s_each: tuple[float, ...] = ()
+    num_requests: int = 0
+    """That were timed."""
     failed: tuple[str, ...] = ()
     """Batch sizes that could not run, and why."""
 
@@ -80,6 +83,15 @@ class Runner:
                 self.cap_missing = str(error)
                 say(f"the memory cap is NOT enforced: {error}")
 
+    def run_in_slices(self, jobs: Sequence[Job], limits: Job | None, what: str) -> tuple[list[Finished], Finished]:
+        """Measurements beside each other, with the rate of products beside the first."""
+        self._say(what)
+        found, rate = measure_in_slices(jobs, limits, timeout_s=self._timeout_s)
+        for each in found:
+            if each.error:
+                self._say(f"  {each.error}")
+        return found, rate
+
     def run(self, job: Job, what: str) -> Finished:
         """One measurement."""
         self._say(what)
@@ -101,6 +113,7 @@ def compare(
     peers: tuple[str, ...],
     batches: tuple[int, ...],
     repeat: int,
+    in_slices: bool,
     say: Say,
 ) -> Comparison:
     """Everything, in turn.
@@ -112,6 +125,7 @@ def compare(
         peers: names of ``peers.PEERS``.
         batches: sizes from which each peer takes its best.
         repeat: how often everything is timed.
+        in_slices: all at the same time, in slices, rather than one after another.
         say: told what happens.
 
     Raises:
@@ -120,34 +134,60 @@ def compare(
     wrong = _disagreements(runner, job, small, peers) if small else ()
     # Plain weights run as ours do, all requests at once.
     best = {
-        peer: PeerResult(None, job.num_requests, None) if peer == PLAIN else _best_batch(runner, job, peer, batches)
+        peer: PeerResult(None, job.num_requests, None)
+        if peer == PLAIN
+        else _best_batch(runner, job, peer, batches, in_slices=in_slices)
         for peer in peers
     }
     limits: list[Limits] = []
     ours: list[Finished] = []
     timed: dict[str, list[Finished]] = {peer: [] for peer in peers}
+    peer_jobs = {
+        peer: _peer_job(
+            job, peer, result.batch, div_ceil(job.num_requests, result.batch) if in_slices else BATCHES_TIMED
+        )
+        for peer, result in best.items()
+        if result.batch is not None
+    }
+    best = {
+        peer: replace(result, num_requests=peer_jobs[peer].num_requests if peer in peer_jobs else 0)
+        for peer, result in best.items()
+    }
     for turn in range(1, repeat + 1):
-        found = runner.run(replace(job, role="limits", num_requests=1), f"measuring limits, {turn} of {repeat}")
+        mine, theirs, found = _measured(runner, job, peer_jobs, f"{turn} of {repeat}", in_slices=in_slices)
         limits.append(Limits(found.of("alone"), found.of("busy")))
-        ours.append(runner.run(job, f"ours, {turn} of {repeat}: {job.num_requests} requests"))
-        ours[-1].of("seconds")
-        say(f"  {ours[-1].of('num_tokens') / ours[-1].of('seconds'):.2f} token/s")
-        for peer in peers:
-            batch = best[peer].batch
-            if batch is not None:
-                what = f"{peer}, {turn} of {repeat}: {BATCHES_TIMED} batches of {batch}"
-                if peer == PLAIN:
-                    what = f"ours with plain weights and KV cache, {turn} of {repeat}"
-                timed[peer].append(runner.run(_peer_job(job, peer, batch, BATCHES_TIMED), what))
-    limit = Limits.best(limits)
+        ours.append(mine)
+        say(f"  {mine.of('num_tokens') / mine.of('seconds'):.2f} token/s")
+        for peer, each in zip(peer_jobs, theirs, strict=True):
+            timed[peer].append(each)
+    best_limits = Limits.best(limits)
     return Comparison(
-        limits=limit,
-        ours=_ours(job, ours, limit),
+        limits=best_limits,
+        ours=_ours(job, ours, limits if in_slices else [best_limits] * repeat),
         peers={peer: _peer_result(best[peer], timed[peer]) for peer in peers},
         tokens_agree=not wrong if small and peers else None,
         disagreements=wrong,
         cap_missing=runner.cap_missing,
     )
+
+
+def _measured(
+    runner: Runner, job: Job, peers: Mapping[str, Job], turn: str, *, in_slices: bool
+) -> tuple[Finished, list[Finished], Finished]:
+    """Ours, each of the peers, and the limits, once."""
+    probe = replace(job, role="limits", num_requests=1)
+    if in_slices:
+        what = f"in slices, {turn}: ours, {', '.join([*map(_called, peers), 'products'])}"
+        (ours, *theirs), found = runner.run_in_slices([job, *peers.values()], probe, what)
+        return ours, theirs, found
+    found = runner.run(probe, f"measuring limits, {turn}")
+    ours = runner.run(job, f"ours, {turn}: {job.num_requests} requests")
+    # Without ours there is nothing to compare with.
+    ours.of("seconds")
+    theirs = [
+        runner.run(asked, f"{_called(peer)}, {turn}: {asked.num_requests} requests") for peer, asked in peers.items()
+    ]
+    return ours, theirs, found
 
 
 def _peer_job(job: Job, peer: str, batch: int, num_batches: int) -> Job:
@@ -157,14 +197,24 @@ def _peer_job(job: Job, peer: str, batch: int, num_batches: int) -> Job:
     return replace(job, role=peer, batch=batch, num_requests=batch * num_batches)
 
 
-def _best_batch(runner: Runner, job: Job, peer: str, batches: tuple[int, ...]) -> PeerResult:
+def _called(peer: str) -> str:
+    return "ours with plain weights and KV cache" if peer == PLAIN else peer
+
+
+def _best_batch(runner: Runner, job: Job, peer: str, batches: tuple[int, ...], *, in_slices: bool) -> PeerResult:
     """The fastest size on one batch each; with a single size there is nothing to find out."""
     if len(batches) == 1:
         return PeerResult(None, batches[0], None)
     speeds: dict[int, float] = {}
     failed = []
-    for batch in sorted(batches):
-        found = runner.run(_peer_job(job, peer, batch, 1), f"{peer}: is {batch} its best batch?")
+    asked = [_peer_job(job, peer, batch, 1) for batch in batches]
+    if in_slices:
+        tried, _ = runner.run_in_slices(
+            asked, None, f"{peer}: which of {', '.join(map(str, batches))} is its best batch?"
+        )
+    else:
+        tried = [runner.run(each, f"{peer}: is {each.batch} its best batch?") for each in asked]
+    for batch, found in zip(batches, tried, strict=True):
         if found.error is None:
             speeds[batch] = found.of("num_tokens") / found.of("seconds")
         else:
@@ -184,22 +234,21 @@ def _peer_result(best: PeerResult, runs: list[Finished]) -> PeerResult:
     return replace(best, tok_s=median(each), tok_s_each=each)
 
 
-def _ours(job: Job, runs: list[Finished], limits: Limits) -> Ours:
+def _ours(job: Job, runs: list[Finished], limits: list[Limits]) -> Ours:
     work = job.workload.work(job.items(), Flops.of(shape_of(job.shape)))
     for run in runs:
         _check(run, work)
     seconds = [float(run.of("seconds")) for run in runs]
     passes = [_passes(run, work) for run in runs]
-    for each, taken in zip(passes, seconds, strict=True):
-        limits = raised(limits, each, taken)
-    bounds = [bound_of(each, limits) for each in passes]
+    limits = [raised(limit, each, taken) for limit, each, taken in zip(limits, passes, seconds, strict=True)]
+    bounds = [bound_of(each, limit) for each, limit in zip(passes, limits, strict=True)]
     speeds = tuple(work.num_out / taken for taken in seconds)
-    peak = limits.alone["device_compute"]
+    peaks = [limit.alone[COMPUTE] for limit in limits]
     return Ours(
         tok_s=median(speeds),
         peak_bytes=int(median(run.of("peak_bytes") for run in runs)),
         bound_fraction=median(bound.seconds / taken for bound, taken in zip(bounds, seconds, strict=True)),
-        peak_fraction=median(work.flops / (taken * peak) for taken in seconds),
+        peak_fraction=median(work.flops / (taken * peak) for taken, peak in zip(seconds, peaks, strict=True)),
         bound_by=bounds[-1].lane,
         tok_s_each=speeds,
         budget_bytes=sum(runs[-1].of("plan")["budgets"][tier] for tier in ("device", "host")),

@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     if asked.peers and PLAIN in asked.peers and asked.weight_format == asked.kv_format == "plain":
         parser.error(f"--peers {PLAIN}: ours has nothing in four bits, either")
+    if asked.slices and (asked.weights != "device" or asked.memory_cap or asked.device != "cpu"):
+        parser.error("--slices: for models in memory on the CPU, without a cap")
     peers: tuple[str, ...] = asked.peers or (("transformers",) if asked.weights == "device" else ("accelerate",))
     try:
         checkpoint = make_checkpoint(asked.shape, asked.dtype, asked.cache_dir, _say, asked.weight_format)
@@ -76,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             peers=() if none else peers,
             batches=asked.peer_batches,
             repeat=asked.repeat,
+            in_slices=asked.slices,
             say=_say,
         )
     except (JobFailed, EngineError, OSError) as error:
@@ -109,6 +112,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a peer is timed at its best of these",
     )
     add("--repeat", type=positive, default=1, metavar="N", help="time all in turn N times; medians are given")
+    add(
+        "--slices",
+        action="store_true",
+        help="all at the same time, a second each in turn: for machines whose neighbours make them slow for a while",
+    )
     add("--schedule", choices=("mixed", "block"), help="ours: mixed passes, or FlexGen's two phases")
     add("--task", choices=("generate", "score"), default="generate")
     add("--json", action="store_true", help="one JSON document on standard output")

@@ -33,7 +33,12 @@ Step = Callable[[], float]
 
 
 def run(job: Job) -> dict[str, Any]:
-    """``{"alone": {lane: rate}, "busy": {lane: rate}, "readers": n, "tokens": n}`` in bytes/s and operations/s."""
+    """``{"alone": {lane: rate}, "busy": {lane: rate}, "readers": n, "tokens": n}`` in bytes/s and operations/s.
+
+    Where ``job.until`` names a file: ``{"samples": [[tokens, begin, end, operations], …]}`` of products alone.
+    """
+    if job.until is not None:
+        return {"samples": list(_samples(job, Path(job.until)))}
     model_dir = Path(job.model_dir)
     window_s = _TINY_WINDOW_S if job.shape == "tiny" else _WINDOW_S
     products = {tokens: _compute(job, tokens) for tokens in _TOKENS}
@@ -57,6 +62,15 @@ def run(job: Job) -> dict[str, Any]:
     if job.disk_rate is not None:
         busy |= {DISK_READ: min(busy[DISK_READ], float(job.disk_rate)), COMPUTE: alone[COMPUTE]}
     return {"alone": alone, "busy": busy, "readers": readers, "tokens": tokens}
+
+
+def _samples(job: Job, until: Path) -> Iterator[tuple[int, float, float, float]]:
+    products = {tokens: _compute(job, tokens) for tokens in _TOKENS}
+    while not until.exists():
+        for tokens, step in products.items():
+            begin = perf_counter()
+            flops = step()
+            yield tokens, begin, perf_counter(), flops
 
 
 def _rates(lanes: dict[str, list[Step]], window_s: float) -> dict[str, float]:

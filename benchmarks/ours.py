@@ -59,6 +59,7 @@ def run(job: Job) -> dict[str, Any]:
         _check(output.result)
     result: dict[str, Any] = {
         "seconds": seconds,
+        "began": start,
         "peak_bytes": memory.bytes(),
         "idle_bytes": memory.idle_bytes,
         "plan": {name: plan[name] for name in ("budgets", "layers", "kv_bytes", "micro_batch", "micro_batches")},

@@ -33,7 +33,11 @@ def run(job: Job) -> dict[str, Any]:
         if job.device != "cpu":
             torch.cuda.synchronize()
         seconds = perf_counter() - start
-    result: dict[str, Any] = {"seconds": seconds, "num_tokens": sum(len(item.continuation) for item in items)}
+    result: dict[str, Any] = {
+        "seconds": seconds,
+        "began": start,
+        "num_tokens": sum(len(item.continuation) for item in items),
+    }
     if job.keep_tokens:
         result["tokens"] = tokens
     return result

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from benchmarks.bound import COMPUTE, UNPACKING
-from benchmarks.compare import BATCHES_TIMED, PLAIN, Comparison
+from benchmarks.compare import PLAIN, Comparison
 from engine.units import format_bytes
 
 
@@ -55,7 +55,7 @@ def _lines(comparison: Comparison, machine: dict[str, object], task: str) -> Ite
             yield f"{name:21} {peer.error}"
         else:
             ratio = comparison.ratio[name]
-            how = f" in {BATCHES_TIMED} full batches of {peer.batch}, its best" if name != PLAIN else ""
+            how = f", {peer.num_requests} requests in batches of {peer.batch}, its best" if name != PLAIN else ""
             yield f"{name:21} {peer.tok_s:.2f} {unit}{_spread(peer.tok_s_each)}{how}; ours is {ratio:.2f} times as fast"
         yield from (f"  {failure}" for failure in peer.failed if peer.error is None)
     if comparison.tokens_agree is not None:

@@ -20,7 +20,8 @@ _AS_FAST_AS_IT_IS = _from_disk(
     *("opt-1.3b", "3GiB", 16, "32", "64"), *("--weight-format", "int4", "--peers", "accelerate", "--repeat", "3")
 )
 _IN_MEMORY = generate(
-    *("opt-1.3b", 32, "512", "32"), *("--weights", "device", "--kv-format", "int4", "--peers", "plain", "--repeat", "3")
+    *("opt-1.3b", 32, "512", "32"),
+    *("--weights", "device", "--kv-format", "int4", "--peers", "plain", "--repeat", "3", "--slices"),
 )
 
 INT4_CLAIMS: tuple[Claim, ...] = (

@@ -24,18 +24,21 @@ _FLEXGEN = ("benchmarks.flexgen_table", "--json")
 _OFF_PUBLISHED = "of FlexGen's published tokens/s is what is predicted of its schedule on a T4 off, {}, 512 → 32"
 _PREDICTED_175B = "tokens/s are predicted of FlexGen's schedule there, OPT-175B, where it measured 0.69"
 _TWO_WORKERS = ("benchmarks.two_workers",)
-_MEMORY_125M = generate("opt-125m", 32, "512", "32", "--weights", "device", "--peer-batches", "8,16", "--repeat", "3")
+_MEMORY_125M = generate(
+    "opt-125m", 32, "512", "32", "--weights", "device", "--peer-batches", "8,16", "--repeat", "3", "--slices"
+)
 _MEMORY_1_3B = generate(
-    *("opt-1.3b", 32, "512", "32"), *("--weights", "device", "--peer-batches", "8,16", "--repeat", "3")
+    *("opt-1.3b", 32, "512", "32"), *("--weights", "device", "--peer-batches", "8,16", "--repeat", "3", "--slices")
 )
 _SPREAD_LENGTHS = generate(
-    *("opt-125m", 64, "32-1024", "8-128"), *("--weights", "device", "--peer-batches", "8,16", "--repeat", "3")
+    *("opt-125m", 64, "32-1024", "8-128"),
+    *("--weights", "device", "--peer-batches", "8,16", "--repeat", "3", "--slices"),
 )
 _FROM_DISK = generate(
     *("opt-1.3b", 32, "512", "32"), *("--weights", "disk", "--memory-cap", "3GiB", "--peer-batches", "8,16")
 )
 _SCORING = generate(
-    "opt-125m", 64, "512", "4", "--weights", "device", "--task", "score", "--peers", "none", "--repeat", "3"
+    "opt-125m", 64, "512", "4", "--weights", "device", "--task", "score", "--peers", "none", "--repeat", "3", "--slices"
 )
 
 _LONG_PATH = Missed(

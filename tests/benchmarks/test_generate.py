@@ -39,7 +39,7 @@ def test_one_call_measures_both_sides_and_compares_their_tokens(
 
 
 def test_scores_are_timed_too_and_text_is_for_people(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--requests", "4", "--weights", "device", "--task", "score", "--peers", "none"]
+    asked = ["--requests", "4", "--weights", "device", "--task", "score", "--peers", "none", "--slices"]
     assert main([*SMALL, *asked, "--cache-dir", str(cache), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "scored token/s" in out
@@ -61,6 +61,7 @@ def test_a_run_that_cannot_be_is_a_sentence(cache: Path, capsys: pytest.CaptureF
         (["--memory-cap", "much"], "is not a size"),
         (["--peers", "flexgen"], "peers are transformers, accelerate"),
         (["--requests", "0"], "positive"),
+        (["--slices", "--memory-cap", "1GiB"], "in memory on the CPU, without a cap"),
     ],
 )
 def test_wrong_arguments_are_explained(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
