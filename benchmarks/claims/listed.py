@@ -54,8 +54,8 @@ _PEER_NEAR_PEAK = (
 )
 _PEER_NEARER_THAN_THOUGHT = (
     "transformers itself reaches 0.46 of the matrix peak here, so that the line is 0.87 of it; of the seconds 80% are "
-    "prompts, whose products are 84% of that and run at the peak, and 20% are decode passes, which read weights and the "
-    "KV cache at 0.7 to 0.9 of the speed that two cores read memory at"
+    "prompts, whose products are 84% of that and run at the peak, and 20% are decode passes, which read weights and "
+    "the KV cache at 0.7 to 0.9 of the speed that two cores read memory at"
 )
 _PROMPT_ATTENTION = (
     "a fifth of the time is attention, at a quarter of the peak of 417 GFLOP/s: queries times keys reach 163 in "
