@@ -149,10 +149,6 @@ def compare(
         for peer, result in best.items()
         if result.batch is not None
     }
-    best = {
-        peer: replace(result, num_requests=peer_jobs[peer].num_requests if peer in peer_jobs else 0)
-        for peer, result in best.items()
-    }
     for turn in range(1, repeat + 1):
         mine, theirs, found = _measured(runner, job, peer_jobs, f"{turn} of {repeat}", in_slices=in_slices)
         limits.append(Limits(found.of("alone"), found.of("busy")))
@@ -164,7 +160,7 @@ def compare(
     return Comparison(
         limits=best_limits,
         ours=_ours(job, ours, limits if in_slices else [best_limits] * repeat),
-        peers={peer: _peer_result(best[peer], timed[peer]) for peer in peers},
+        peers={peer: _peer_result(best[peer], peer_jobs.get(peer), timed[peer]) for peer in peers},
         tokens_agree=not wrong if small and peers else None,
         disagreements=wrong,
         cap_missing=runner.cap_missing,
@@ -224,14 +220,14 @@ def _best_batch(runner: Runner, job: Job, peer: str, batches: tuple[int, ...], *
     return PeerResult(None, max(speeds, key=lambda each: speeds[each]), None, failed=tuple(failed))
 
 
-def _peer_result(best: PeerResult, runs: list[Finished]) -> PeerResult:
+def _peer_result(best: PeerResult, asked: Job | None, runs: list[Finished]) -> PeerResult:
     errors = [run.error for run in runs if run.error]
-    if best.batch is None or not runs:
+    if asked is None or not runs:
         return best
     if errors:
         return replace(best, error=f"batch {best.batch}: {errors[0]}")
     each = tuple(run.of("num_tokens") / run.of("seconds") for run in runs)
-    return replace(best, tok_s=median(each), tok_s_each=each)
+    return replace(best, tok_s=median(each), tok_s_each=each, num_requests=asked.num_requests)
 
 
 def _ours(job: Job, runs: list[Finished], limits: list[Limits]) -> Ours:

@@ -31,12 +31,12 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, relu: bool
     x_TI = _as_wide(x_TI, weight_OI)
     if _is_cast(x_TI):
         return _by_float32(x_TI, weight_OI, bias_O, x_TI.dtype, relu=relu)
+    if _is_turned(x_TI):
+        turned_TO = _turned(x_TI, weight_OI, bias_O)
+        return torch.relu_(turned_TO) if relu else turned_TO
     if _is_fused(x_TI):
         # addmm would first write the bias over the whole result, then read it again to add to it, and a ReLU of its own
         # would do so once more: together a sixth of the time of a prompt's products.
-        if _is_turned(x_TI):
-            turned_TO = _turned(x_TI, weight_OI, bias_O)
-            return torch.relu_(turned_TO) if relu else turned_TO
         after = "relu" if relu else "none"
         fused: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, after, [], "")
         return fused

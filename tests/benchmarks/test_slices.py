@@ -1,21 +1,29 @@
-"""Processes that take turns: real ones, which count how often they got to do something."""
+"""Processes that take turns: real ones, which say when they ran."""
 
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
 
 import pytest
 
 from benchmarks.slices import Slices, take_turns
 
-_COUNTS = "import sys, time\nfor _ in range({}):\n print(time.perf_counter(), flush=True)\n time.sleep(0.01)"
+_UNTIL_CONTINUED = """
+import signal, sys, time
+turns = []
+signal.signal(signal.SIGCONT, lambda *_: turns.append(1))
+while len(turns) < int(sys.argv[1]):
+    print(time.perf_counter(), flush=True)
+    time.sleep(0.01)
+"""
+"""Ends only when it was continued so often, however late that comes on a busy machine."""
 
 
-def _start(folder: Path, name: str, times: int) -> "subprocess.Popen[bytes]":
+def _start(folder: Path, name: str, turns: int) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-c", _UNTIL_CONTINUED, str(turns)]
     with (folder / name).open("wb") as out:
-        return subprocess.Popen([sys.executable, "-c", _COUNTS.format(times)], stdout=out, start_new_session=True)
+        return subprocess.Popen(command, stdout=out, start_new_session=True)
 
 
 def test_seconds_are_those_of_its_slices() -> None:
@@ -27,10 +35,10 @@ def test_seconds_are_those_of_its_slices() -> None:
 
 
 def test_each_runs_in_its_own_slices_and_in_no_others(tmp_path: Path) -> None:
-    processes = [_start(tmp_path, name, 30) for name in "ab"]
+    processes = [_start(tmp_path, name, 3) for name in "ab"]
     slices = dict(take_turns(processes, timeout_s=60, slice_s=0.1))
     assert [process.returncode for process in processes] == [0, 0]
-    assert min(len(each.spans) for each in slices.values()) > 1
+    assert min(len(each.spans) for each in slices.values()) >= 3
     spans = sorted(span for each in slices.values() for span in each.spans)
     assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
     for number, name in enumerate("ab"):
@@ -43,11 +51,9 @@ def test_each_runs_in_its_own_slices_and_in_no_others(tmp_path: Path) -> None:
 
 
 def test_what_is_not_done_in_time_is_killed(tmp_path: Path) -> None:
-    begin = perf_counter()
     processes = [_start(tmp_path, "a", 2), _start(tmp_path, "b", 100_000)]
     assert {number for number, _ in take_turns(processes, timeout_s=2, slice_s=0.1)} == {0, 1}
     assert processes[1].returncode < 0
-    assert perf_counter() - begin < 300
 
 
 def test_nobody_is_left_behind_when_it_is_given_up(tmp_path: Path) -> None:
