@@ -21,6 +21,9 @@ def main(asked: Path, answer: Path) -> int:
         if job.role == "ours":
             tune()  # as the worker does
             from benchmarks.ours import run
+        elif job.role == "profile":
+            tune()
+            from benchmarks.inprocess import profile as run
         elif job.role == "limits":
             from benchmarks.limits import run
         else:

@@ -132,6 +132,8 @@ def compare(
         JobFailed: ours could not run.
     """
     wrong = _disagreements(runner, job, small, peers) if small else ()
+    if job.weights == "planned":
+        job = replace(job, profile=_profile(runner, job))
     # Plain weights run as ours do, all requests at once.
     best = {
         peer: PeerResult(None, job.num_requests, None)
@@ -165,6 +167,13 @@ def compare(
         disagreements=wrong,
         cap_missing=runner.cap_missing,
     )
+
+
+def _profile(runner: Runner, job: Job) -> dict[str, object]:
+    found = runner.run(replace(job, role="profile"), "measuring the machine for the planner")
+    if found.result is None:
+        raise JobFailed(f"the machine could not be measured: {found.error}")
+    return found.result
 
 
 def _measured(

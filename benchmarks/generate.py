@@ -101,7 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=positive, required=True, metavar="N")
     add("--prompt-len", type=_as(Range.parse), required=True, metavar="N|LO-HI", help="tokens, the BOS among them")
     add("--gen-len", type=_as(Range.parse), required=True, metavar="N|LO-HI", help="tokens generated (or scored)")
-    add("--weights", choices=("device", "host", "disk"), required=True, help="where the layers live")
+    add(
+        "--weights",
+        choices=("device", "host", "disk", "planned"),
+        required=True,
+        help="where the layers live; planned: where the planner finds best, and on disk for a peer",
+    )
     add("--memory-cap", type=_as(parse_bytes), metavar="SIZE", help="of each process, page cache included")
     add("--peers", type=_as(_peers), metavar="NAME,…", help=f"{', '.join(PEERS)}, {PLAIN}, or none")
     add(

@@ -1,11 +1,14 @@
 """What benchmarks of the planner share: this machine's profile, and a workload run by an engine in this process."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.jobs import Job
 from benchmarks.workload import Item
 from engine.planner.hardware import Hardware
+from engine.planner.profiles import profile_json
 
 if TYPE_CHECKING:  # torch comes after ``engine.process.tune``
     from engine.engine import Engine
@@ -23,6 +26,16 @@ def measured_here(folder: Path, say: Callable[[str], None], device: "Device | No
         return measure(device, folder, say=lambda what: say(f"measuring {what}"))
     finally:
         device.close()
+
+
+def profile(job: Job) -> dict[str, object]:
+    """The machine's profile as JSON, with the device of a job; what is measured is said on standard error."""
+    from engine.devices.open import open_device
+
+    def say(what: str) -> None:
+        print(what, file=sys.stderr, flush=True)
+
+    return profile_json(measured_here(Path(job.folder), say, open_device(job.device)))
 
 
 def generated(engine: "Engine", items: Iterable[Item]) -> int:

@@ -26,12 +26,12 @@ class Job:
     """What a measuring process needs to know."""
 
     role: str
-    """``ours``, ``limits`` or the name of a peer."""
+    """``ours``, ``profile`` (measure the machine for the planner), ``limits`` or the name of a peer."""
     shape: str
     dtype: str
     device: str
     weights: str
-    """``device``, ``host`` or ``disk``."""
+    """``device``, ``host`` or ``disk``; ``planned``: where the planner finds best."""
     folder: str
     model_dir: str
     workload: Workload
@@ -48,6 +48,8 @@ class Job:
     kv_format: str | None = None
     disk_rate: int | None = None
     """Bytes/s that the disk may be read at; ``None``: as fast as it is."""
+    profile: dict[str, object] | None = None
+    """This machine's, from which to plan."""
     until: str | None = None
     """Limits: measure products over and over until there is a file of this name."""
     keep_tokens: bool = False

@@ -53,7 +53,7 @@ def run(job: Job) -> dict[str, Any]:
     if job.plain_dir is not None:
         alone |= _rates({UNPACKING: [_unpacking(job)]}, window_s)
     used: dict[str, list[Step]] = {COMPUTE: [products[tokens]]}
-    if job.weights == "disk":
+    if job.weights in ("disk", "planned"):
         used[DISK_READ] = _readers(model_dir, readers)
     if job.weights != "device" and job.device != "cpu":
         used[HOST_TO_DEVICE] = [_copy(job.device)]

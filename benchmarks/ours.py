@@ -1,7 +1,7 @@
 """Ours, timed: one engine, one run over all requests, after a warm-up."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter, sleep
@@ -18,6 +18,8 @@ from engine.engine import Engine
 from engine.loading import load_engine
 from engine.model.family import layer_name
 from engine.planner.plan import PlanOptions
+from engine.planner.profiles import hardware_from_json
+from engine.planner.workload import Workload
 from engine.request import Generate, Generation, Output, Rejection, Request, SamplingParams, Score
 from engine.schedule.passes import PassStats
 from engine.tiers import Shares
@@ -27,7 +29,7 @@ from engine.weights.files import WeightFiles
 from engine.weights.layout import stored_in
 from engine.weights.manifest import read_manifest
 
-_SHARES = {"device": Shares(100, 0, 0), "host": Shares(0, 100, 0), "disk": Shares(0, 0, 100)}
+_SHARES = {"device": Shares(100, 0, 0), "host": Shares(0, 100, 0), "disk": Shares(0, 0, 100), "planned": None}
 _MARGIN = 1.05, 100 * MIB
 """How far the process may go beyond its plan's budgets: an engine that is told what a capped process may use leaves
 as much to the interpreter's allocators."""
@@ -45,7 +47,11 @@ def run(job: Job) -> dict[str, Any]:
     torch.ones(64, 64) @ torch.ones(64, 64)  # the thread pool belongs to the idle process
     gc.collect()
     memory = PeakMemory()
-    with held(job.disk_rate), load_engine(Path(job.model_dir), _options(job, memory.idle_bytes)) as engine:
+    hardware = hardware_from_json(job.profile) if job.profile else None
+    workload = _workload(items) if hardware else None
+    options = _options(job, memory.idle_bytes)
+    loaded = load_engine(Path(job.model_dir), options, workload=workload, hardware=hardware)
+    with held(job.disk_rate), loaded as engine:
         _warm_up(engine, job, items)
         reports: list[PassStats] = []
         outputs: list[Output] = []
@@ -140,6 +146,8 @@ def _options(job: Job, idle_bytes: int) -> PlanOptions:
         units = read_manifest(Path(job.model_dir)).units
         host_memory = sum(unit.num_bytes for unit in units if unit.name.startswith("layer."))
         device_memory -= host_memory
+    if job.device == "cpu" and job.weights == "planned" and device_memory is not None:
+        host_memory = 0  # likewise
     return PlanOptions(
         device=job.device,
         dtype=DType(job.dtype),
@@ -151,6 +159,10 @@ def _options(job: Job, idle_bytes: int) -> PlanOptions:
         schedule=job.schedule,
         kv_format=job.kv_format,
     )
+
+
+def _workload(items: Iterable[Item]) -> Workload:
+    return Workload.of((len(item.prompt), len(item.continuation)) for item in items)
 
 
 def _check(result: object) -> None:

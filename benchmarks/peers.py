@@ -51,7 +51,7 @@ def _load(job: Job) -> Any:
     arguments: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
     if job.role == "accelerate":
         importlib.import_module("accelerate")
-        layers = {"device": job.device, "host": "cpu", "disk": "disk"}[job.weights]
+        layers = {"device": job.device, "host": "cpu", "disk": "disk", "planned": "disk"}[job.weights]
         decoder = "model.decoder"
         arguments["device_map"] = {
             f"{decoder}.embed_tokens": job.device,

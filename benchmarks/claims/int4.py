@@ -1,6 +1,6 @@
 """The claims of four bits: see docs/compression.md."""
 
-from benchmarks.claims.claim import AtLeast, AtMost, Claim, Machine, Need
+from benchmarks.claims.claim import AtLeast, AtMost, Claim, Machine, Missed, Need
 from benchmarks.claims.commands import generate
 
 _CAP = frozenset({Need.MEMORY_CAP})
@@ -19,9 +19,28 @@ def _from_disk(shape: str, cap: str, requests: int, prompt: str, out: str, *more
 _AS_FAST_AS_IT_IS = _from_disk(
     *("opt-1.3b", "3GiB", 16, "32", "64"), *("--weight-format", "int4", "--peers", "accelerate", "--repeat", "3")
 )
+_PLANNED = generate(
+    *("opt-1.3b", 16, "32", "64", "--weights", "planned", "--memory-cap", "3GiB"),
+    *("--weight-format", "int4", "--peers", "accelerate", "--peer-batches", "16"),
+)
 _IN_MEMORY = generate(
     *("opt-1.3b", 32, "512", "32"),
     *("--weights", "device", "--kv-format", "int4", "--peers", "plain", "--repeat", "3", "--slices"),
+)
+_SLOW_STEPS = (
+    "of six steps over blocks in the second-level cache the casts to float32 and to bfloat16 take half of the time; "
+    "two steps fewer, with batch normalisation's kernel, which multiplies, adds and casts in one, take as long; it is "
+    "a quarter of the speed of a copy whatever the neighbours take of the memory's"
+)
+_UNPACKS_SLOWLY = (
+    "the cache of 16 sequences fills the 3 GiB, so that some 75 passes each unpack all layers, in 0.65 s of the 2.4 s "
+    "that plain ones take to be read; and beside busy neighbours products run at a third of their speed, and take as "
+    "long again"
+)
+_CACHED = (
+    "accelerate's 2.6 GB stay in the page cache, which the 3 GiB count, so that it reads no disk: its pass takes "
+    "0.85 s, and to unpack all layers alone takes 0.65 s; with layers in what is left of the same memory, see "
+    "int4-planned"
 )
 
 INT4_CLAIMS: tuple[Claim, ...] = (
@@ -31,6 +50,7 @@ INT4_CLAIMS: tuple[Claim, ...] = (
         command=_UNPACKING,
         figure="weights_per_s",
         line=AtLeast(2.0e9),
+        missed={_AMX: Missed(why=_SLOW_STEPS, yet=AtLeast(0.8e9))},
     ),
     Claim(
         name="int4-predicted",
@@ -56,25 +76,29 @@ INT4_CLAIMS: tuple[Claim, ...] = (
             line=line,
             needs=_CAP,
             requires=_CAPPED,
+            missed=missed,
         )
-        for name, what, command, line in (
+        for name, what, command, line, missed in (
             (
                 "int4-1.3b",
                 "opt-1.3b from disk under a cap of 3 GiB, 16 requests of 32 → 64",
                 _from_disk("opt-1.3b", "3GiB", 16, "32", "64", *_HELD),
                 AtLeast(2.4),
+                {},
             ),
             (
                 "int4-6.7b",
                 "opt-6.7b from disk under a cap of 6 GiB, 8 requests of 32 → 32",
                 _from_disk("opt-6.7b", "6GiB", 8, "32", "32", *_HELD),
                 AtLeast(2.5),
+                {},
             ),
             (
                 "int4-prompts",
                 "opt-1.3b from disk under a cap of 3 GiB, 32 requests of 512 → 32",
                 _from_disk("opt-1.3b", "3GiB", 32, "512", "32", *_HELD),
                 {_AMX: AtLeast(1.7), _CPU: AtLeast(0.93), _FLOAT32: AtLeast(0.93)},
+                {_AMX: Missed(why=_UNPACKS_SLOWLY, yet=AtLeast(1.0))},
             ),
         )
     ),
@@ -82,6 +106,16 @@ INT4_CLAIMS: tuple[Claim, ...] = (
         name="int4-accelerate",
         sentence="times as fast as accelerate's disk offload of plain weights, opt-1.3b, 16 requests of 32 → 64",
         command=_AS_FAST_AS_IT_IS,
+        figure="ratio.accelerate",
+        line=AtLeast(2.5),
+        needs=_CAP,
+        requires=_CAPPED,
+        missed={_AMX: Missed(why=_CACHED, yet=AtLeast(0.7))},
+    ),
+    Claim(
+        name="int4-planned",
+        sentence="times as fast as that, the planner using what is left of the same 3 GiB for layers",
+        command=_PLANNED,
         figure="ratio.accelerate",
         line=AtLeast(2.5),
         needs=_CAP,
