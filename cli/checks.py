@@ -176,7 +176,7 @@ def check_models(folder: Path) -> Iterator[Check]:
 
     models, faults = scan(folder)
     for fault in faults:
-        yield Check("models", "fail", fault, "remove it, or import it again under another name")
+        yield Check("models", "fail", fault, "do that, remove it, or import it again under another name")
     names = ", ".join(model["name"] for model in models)
     remedy = "" if models or faults else "begin with: overnight demo, or: overnight import FOLDER"
     yield Check("models", "ok", f"{names or 'none yet'} in {folder}", remedy)

@@ -8,14 +8,14 @@ import click
 from cli.context import App
 from cli.display import emit_json, format_count, say, warn
 from cli.job_options import JobOptions, job_options
-from cli.options import json_option, queue_option, settings_options
+from cli.options import PathName, json_option, queue_option, settings_options
 
 _PING_AGAIN_S = 5.0
 """A load that took longer asks Redis once more before it commits."""
 
 
 @click.command("enqueue", short_help="Put a dataset in the queue as one job.")
-@click.argument("dataset", metavar="DATASET")
+@click.argument("dataset", metavar="DATASET", type=PathName())
 @job_options()
 @queue_option("Which workers take the job")
 @json_option

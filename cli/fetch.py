@@ -8,12 +8,14 @@ from cli.atomic import check_output, open_output
 from cli.context import App
 from cli.display import format_count, say
 from cli.formats import FORMATS, format_of, write_rows
-from cli.options import job_argument, settings_options
+from cli.options import PathName, job_argument, settings_options
 
 
 @click.command("fetch", short_help="Write the outputs of a job.")
 @job_argument
-@click.option("-o", "--output", default="-", metavar="FILE|-", help="Where to; - is stdout.  [default: -]")
+@click.option(
+    "-o", "--output", default="-", type=PathName(), metavar="FILE|-", help="Where to; - is stdout.  [default: -]"
+)
 @click.option(
     "--format", "file_format", type=click.Choice(FORMATS), help="Default: by the end of FILE's name, else jsonl."
 )
@@ -47,5 +49,8 @@ def command(app: App, job_id: int, output: str, file_format: str | None, errors:
             f"job {job.id} is still {job.state}: these are {format_count(count)} of {format_count(job.num_requests)} "
             f"rows; for all of them: overnight wait {job.id}, then fetch again"
         )
+    elif not count:
+        nothing = "of its rows failed" if errors else "of its rows has an output"
+        say(f"job {job.id} is {job.state}: none {nothing}")
     elif output != "-":
         say(f"{format_count(count)} rows in {Path(output)}")

@@ -29,12 +29,16 @@ def check_fits(sizes: Sizes, options: "PlanOptions", disk_dir: Path, workload: "
     """
     from engine.errors import PlanDoesNotFit
     from engine.planner.decide import decide
+    from engine.planner.plan_input import check_asked
 
     if options.device == "cpu" or (options.device is None and not may_have_gpu()):
+        facts = cautious_cpu_facts()
+        check_asked(options, facts, disk_dir)
         with suppress(PlanDoesNotFit):
-            decide(sizes.plan_input(options, "cpu", cautious_cpu_facts(), disk_dir))
+            decide(sizes.plan_input(options, "cpu", facts, disk_dir))
             return
     device, facts = exact_facts(options.device)
+    check_asked(options, facts, disk_dir)
     try:
         decide(sizes.plan_input(options, device, facts, disk_dir))
     except PlanDoesNotFit as error:

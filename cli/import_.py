@@ -10,7 +10,7 @@ import click
 
 from cli.context import App
 from cli.display import colour_wanted, emit, printable, say, warn
-from cli.options import Text, settings_options
+from cli.options import PathName, settings_options
 from engine.dtypes import DType
 from engine.formats.sizes import TENSOR_FORMATS, Plain
 
@@ -18,8 +18,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @click.command("import", short_help="Make a model directory from a Hugging Face folder.")
-@click.argument("source", metavar="SRC", type=Text())
-@click.argument("destination", metavar="[DEST]", required=False, type=Text())
+@click.argument("source", metavar="SRC", type=PathName())
+@click.argument("destination", metavar="[DEST]", required=False, type=PathName())
 @click.option(
     "--dtype",
     type=click.Choice([str(dtype) for dtype in DType]),
@@ -60,11 +60,16 @@ def command(
     if quantize_embeddings and not is_packed:
         raise click.UsageError("--quantize-embeddings needs --weight-format int4")
     folder = _expanded(source)
-    if is_packed and not folder.exists() and "/" not in source and (app.settings.models_dir / source).is_dir():
+    if not folder.exists() and "/" not in source and (app.settings.models_dir / source).is_dir():
         folder = app.settings.models_dir / source
     name = folder.resolve().name if folder.is_dir() else source.rpartition("/")[2]
     name += f"-{weight_format}" if is_packed else ""
     target = model_path(app, destination or name)
+    if not target.name.isprintable() or target.name != target.name.strip():
+        raise click.UsageError(
+            f"{target.name!r} is no name for a model: it has control characters, or blanks at its ends; give another "
+            "as DEST"
+        )
     if target.exists():
         raise OutputRefused(f"{target} exists already; remove it, or give the new model another name as DEST")
     with ExitStack() as stack:
@@ -111,12 +116,18 @@ def make_model(
     Raises:
         CheckpointError, DiskFull: nothing is left behind.
     """
+    from cli.errors import OutputRefused
     from engine.formats.int4_sizes import Int4
     from engine.units import format_bytes
     from engine.weights.importing import import_checkpoint
 
     app.make_home()
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputRefused(
+            f"the folder {target.parent} cannot be made: {error.strerror or error}; name another place as DEST"
+        ) from error
     with _bytes_progress(f"importing {folder.name}") as report:
         manifest = import_checkpoint(
             folder,

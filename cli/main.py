@@ -106,7 +106,8 @@ class CommandGroup(click.Group):
             known = exit_codes.exit_code_of(error)
             if known is None and (refusal := _refusal(error)):
                 _print_error(refusal)
-                sys.exit(exit_codes.FAILED)
+                is_misnamed = getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ENOTDIR)
+                sys.exit(exit_codes.USAGE if is_misnamed else exit_codes.FAILED)
             if known is None:
                 raise
             _print_error(str(error))
@@ -126,7 +127,9 @@ def _refusal(error: Exception) -> str | None:
 def _sentence(error: click.ClickException) -> str:
     """click's message, in the form of ours: no capital, no full stop."""
     text = " ".join(error.format_message().split()).removesuffix(".")
-    return text[:1].lower() + text[1:]
+    first = text.partition(" ")[0]
+    # A capital of click's own sentences: a file may be called README.md.
+    return text[:1].lower() + text[1:] if first.istitle() and first.isalpha() else text
 
 
 def _print_error(text: str) -> None:

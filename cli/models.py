@@ -37,6 +37,7 @@ def command(app: App, as_json: bool) -> None:
 def scan(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The models in a folder by name, and a sentence for each one that cannot be used."""
     from engine.errors import CheckpointError
+    from engine.weights.checks import check_units
     from engine.weights.manifest import is_model_dir, read_manifest
 
     models: list[dict[str, Any]] = []
@@ -46,6 +47,7 @@ def scan(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
             continue
         try:
             manifest = read_manifest(path)
+            check_units(manifest, path)
         except CheckpointError as error:
             faults.append(str(error))
             continue

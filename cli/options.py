@@ -47,13 +47,18 @@ class Number(ParamType):
         return f"{kind} {low}" + (f" and at most {self.maximum}" if self.maximum != math.inf else "")
 
 
+_LARGEST = 2**60
+"""Bytes of a size: figures are computed in floating point, which has fewer digits than a person can type."""
+
+
 class Size(ParamType):
     """``4GiB``, ``500MB`` or plain bytes, as bytes."""
 
     name = "size"
 
-    def __init__(self, *, minimum: int = 0) -> None:
+    def __init__(self, *, minimum: int = 0, too_small: str = "is no room at all") -> None:
         self.minimum = minimum
+        self.too_small = too_small
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
@@ -65,7 +70,9 @@ class Size(ParamType):
         except ValueError as error:
             self.fail(str(error), param, ctx)
         if num_bytes < self.minimum:
-            self.fail(f"{value!r} is no room at all; leave the option out for the default", param, ctx)
+            self.fail(f"{value!r} {self.too_small}; leave the option out for the default", param, ctx)
+        if num_bytes > _LARGEST:
+            self.fail(f"{value!r} is more than any machine has; write for example 4GiB", param, ctx)
         return num_bytes
 
 
@@ -105,6 +112,17 @@ class Text(ParamType):
         except UnicodeEncodeError:
             self.fail("the text is not valid UTF-8", param, ctx)
         return str(value)
+
+
+class PathName(Text):
+    """The name of a file or folder: never empty, which would mean the folder that one is in."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value:
+            self.fail("'' names nothing; give the path of a file or folder", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def _remember(ctx: click.Context, param: click.Parameter, value: object) -> None:

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli import templates
+from cli import exit_codes, templates
 from cli.context import App
 from cli.display import emit, emit_json, emit_table, format_count, format_rate, format_seconds
 from cli.job_options import Choices
-from cli.options import Number, Size, Text, json_option, settings_options
+from cli.options import Number, PathName, Size, Text, json_option, settings_options
 from cli.placement import placement_options, take_placement
 from cli.planning import DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, DEFAULT_REQUESTS, LengthOptions, read_input
 from engine.formats.sizes import TENSOR_FORMATS
@@ -52,7 +52,7 @@ def _tokens() -> Number:
 )
 @click.option(
     "--hardware",
-    type=Text(),
+    type=PathName(),
     metavar="FILE|PRESET,…|all",
     help="Other machines, such as t4-gcp, or all that are known, in one table. Default: this, if measured.",
 )
@@ -61,7 +61,7 @@ def _tokens() -> Number:
 @click.option("--prompt-len", type=_tokens(), help=f"Tokens of a prompt. [default: {DEFAULT_PROMPT_LEN}]")
 @click.option("--gen-len", type=_tokens(), help=f"Tokens generated, or scored, for each. [default: {DEFAULT_GEN_LEN}]")
 @click.option("--requests", type=_tokens(), help=f"How many. [default: {DEFAULT_REQUESTS}]")
-@click.option("--dataset", type=Text(), metavar="FILE", help="Number and lengths of the prompts from this dataset.")
+@click.option("--dataset", type=PathName(), metavar="FILE", help="Number and lengths of the prompts from this dataset.")
 @click.option(
     "--prompt",
     type=Text(),
@@ -73,7 +73,11 @@ def _tokens() -> Number:
     type=click.Choice(TENSOR_FORMATS),
     help="As if the layers' weights were stored so. Default: as they are; those of a known model are plain.",
 )
-@click.option("--disk-speed", type=Size(minimum=MIB), help="Bytes that the disk reads a second, if another: 3GB.")
+@click.option(
+    "--disk-speed",
+    type=Size(minimum=MIB, too_small="is too slow for a disk"),
+    help="Bytes that the disk reads a second, if another: 3GB.",
+)
 @click.option("--sweep", type=click.Choice(_SWEEPS), help="Show the speed with less and with more of this memory.")
 @click.option("--no-advice", is_flag=True, help="Do not look for what would help most: it takes most of the time.")
 @json_option
@@ -168,7 +172,13 @@ def _compare(read: "Callable[..., tuple[PlanInput, Hardware]]", machines: list[s
     documents.sort(key=lambda each: -each["predicted"]["rows_per_s"])
     if as_json:
         emit_json({"machines": documents, "refused": [{"name": name, "why": why} for name, why in refused]})
-        return
+    else:
+        _emit_machines(documents, refused)
+    if not documents:
+        raise click.exceptions.Exit(exit_codes.USAGE)
+
+
+def _emit_machines(documents: list[dict[str, Any]], refused: list[tuple[str, str]]) -> None:
     rows = [
         (
             each["machine"]["name"],
@@ -180,7 +190,8 @@ def _compare(read: "Callable[..., tuple[PlanInput, Hardware]]", machines: list[s
         )
         for each in documents
     ]
-    emit_table(("MACHINE", "ROWS", "IN ALL", "GENERATED", "DEVICE", "HOST", "BOUND BY"), rows)
+    if rows:
+        emit_table(("MACHINE", "ROWS", "IN ALL", "GENERATED", "DEVICE", "HOST", "BOUND BY"), rows)
     for name, why in refused:
         emit(f"{name}: {why}")
 
@@ -239,7 +250,7 @@ def _explain(given: "PlanInput", machine: "Hardware", found: "Found", model: str
     packed = "" if given.stored.weight_format == Plain.name else f" with weights in {given.stored.weight_format}"
     emit(f"model     {model}, {plan.dtype}{packed}, {given.shape.num_layers} layers")
     emit(f"machine   {machine.name}: {_facts(machine)}")
-    what = "requests" if workload.per_row == 1 else f"rows of {workload.per_row} choices"
+    what = "requests" if workload.per_row == 1 else f"rows of {workload.per_row:.3g} choices"
     emit(
         f"workload  {format_count(round(workload.rows))} {what}, prompts of {spread} tokens, {generated:.3g} generated"
     )

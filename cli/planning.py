@@ -52,8 +52,13 @@ class LengthOptions:
         """
         names = ("task", "choices", "prompt_len", "gen_len", "requests", "dataset", "prompt")
         values = cls(**{name: options.pop(name) for name in names})
-        if (values.choices is not None) != (values.task == "choose"):
-            raise click.UsageError("--task choose and --choices belong together: name the labels, separated by commas")
+        if values.choices is not None and values.task != "choose":
+            raise click.UsageError("--choices are for --task choose; leave them out, or name that task")
+        if values.chooses_by_row and values.dataset is None:
+            raise click.UsageError(
+                "--task choose needs labels: name them with --choices, separated by commas, or a --dataset whose rows "
+                "have a field 'choices'"
+            )
         if values.task == "choose" and values.gen_len is not None:
             raise click.UsageError("--gen-len: nothing is generated where labels are chosen; leave it out")
         for name in ("prompt_len", "requests"):
@@ -63,6 +68,11 @@ class LengthOptions:
         if values.prompt is not None and values.dataset is None:
             raise click.UsageError("--prompt is a template over the rows of a dataset: name it with --dataset")
         return values
+
+    @property
+    def chooses_by_row(self) -> bool:
+        """Each row of the dataset has labels of its own."""
+        return self.task == "choose" and self.choices is None
 
 
 def read_input(
@@ -167,23 +177,29 @@ def _read_hardware(app: App, name: str | None, device: str | None) -> "Hardware"
 def _read_workload(lengths: LengthOptions, model: Sizes, limits: "Limits") -> "Workload":
     from engine.planner.workload import Workload
 
-    if lengths.dataset is None:
-        measured, rows = [lengths.prompt_len or DEFAULT_PROMPT_LEN], lengths.requests or DEFAULT_REQUESTS
-    else:
-        prompts = _prompts(lengths.dataset, lengths.prompt or templates.DEFAULT, limits)
-        measured = _token_counts(list(itertools.islice(prompts, _MEASURED_ROWS)), model)
-        rows = len(measured) + sum(1 for _ in prompts)
     generated, ends = lengths.gen_len or DEFAULT_GEN_LEN, [1]
     if lengths.task != "generate":
         # What is scored is computed as a prompt is, but for its last token.
         ends = [generated] if lengths.choices is None else _token_counts(list(lengths.choices), model)
         generated = 1
-    counts = [count + end - 1 for count in measured for end in ends]
+    if lengths.dataset is None:
+        most = model.shape.max_positions - generated - max(ends) + 1
+        measured = [lengths.prompt_len or max(1, min(DEFAULT_PROMPT_LEN, most))]
+        rows, ends_of_rows = lengths.requests or DEFAULT_REQUESTS, [ends]
+    else:
+        prompts = _prompts(lengths, limits)
+        read = list(itertools.islice(prompts, _MEASURED_ROWS))
+        measured = _token_counts([text for text, _ in read], model)
+        rows, ends_of_rows = len(measured) + sum(1 for _ in prompts), [ends] * len(measured)
+        if lengths.chooses_by_row:
+            tokens = iter(_token_counts([label for _, labels in read for label in labels], model))
+            ends_of_rows = [list(itertools.islice(tokens, len(labels))) for _, labels in read]
+    counts = [count + end - 1 for count, ends in zip(measured, ends_of_rows, strict=True) for end in ends]
     # Of lengths that were typed in, the planner says what would fit.
     pairs = [(count, generated) for count in counts]
     if lengths.dataset is not None:
         pairs = _that_fit(counts, generated, model.shape)
-    return replace(Workload.of(pairs).times(rows / len(measured)), per_row=len(ends))
+    return replace(Workload.of(pairs).times(rows / len(measured)), per_row=len(counts) / len(measured))
 
 
 def with_disk_speed(hardware: "Hardware", per_second: int) -> "Hardware":
@@ -228,24 +244,26 @@ def _that_fit(counts: list[int], generated: int, shape: "ModelShape") -> list[tu
     return pairs
 
 
-def _prompts(dataset_name: str, template: str, limits: "Limits") -> Iterator[str]:
-    """Rendered prompts; a row that lacks a field will be an error row and costs nothing.
+def _prompts(lengths: LengthOptions, limits: "Limits") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Rendered prompts, each with labels of its own row; one that lacks a field will be an error row and costs nothing.
 
     Raises:
         FileAbsent, DatasetFault, TemplateFault: the dataset, a line of it or its first row cannot be used.
     """
     from cli.datasets import BadLine, Dataset
     from cli.errors import DatasetFault
+    from cli.tasks import row_choices
     from cli.templates import PromptTemplate, RowFault, read_template
 
-    dataset = Dataset(dataset_name, limits)
+    assert lengths.dataset is not None
+    dataset = Dataset(lengths.dataset, limits)
     dataset.check()
-    compiled = PromptTemplate(read_template(template), limits)
+    compiled = PromptTemplate(read_template(lengths.prompt or templates.DEFAULT), limits)
     for index, row in enumerate(dataset.rows()):
         if isinstance(row, BadLine):
             raise DatasetFault(f"{dataset.label}, line {row.line}: {row.reason}; mend the line")
         try:
-            yield compiled.render(row.fields)
+            yield compiled.render(row.fields), row_choices(row, limits) if lengths.chooses_by_row else ()
         except RowFault as fault:
             if index == 0:
                 raise DatasetFault(f"{dataset.label}, row 0 (line {row.line}): {fault}") from None

@@ -19,11 +19,12 @@ from cli.display import format_count, say, warn
 from cli.fitting import check_fits
 from cli.formats import FORMATS, format_of, write_rows
 from cli.job_options import JobOptions, job_options
-from cli.options import Number, settings_options
+from cli.options import Number, PathName, settings_options
 from cli.placement import placement_options, take_placement
 from cli.sizes import sizes_of
 from cli.workers import PRIVATE_QUEUE
 from engine.planner.plan import flag_name
+from worker.spill import make_spill_folder, spill_folder
 
 if TYPE_CHECKING:
     from engine.planner.plan import PlanOptions
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
 
 
 @click.command("run", short_help="Enqueue, work and fetch in one.")
-@click.argument("dataset", metavar="DATASET", required=False)
-@click.option("-o", "--output", required=True, metavar="FILE|-", help="Where the outputs go; - is stdout.")
+@click.argument("dataset", metavar="DATASET", required=False, type=PathName())
+@click.option(
+    "-o", "--output", required=True, type=PathName(), metavar="FILE|-", help="Where the outputs go; - is stdout."
+)
 @click.option(
     "--format", "file_format", type=click.Choice(FORMATS), help="Default: by the end of FILE's name, else jsonl."
 )
@@ -132,6 +135,8 @@ def _job(
         warn(sentence)
     sizes = sizes_of(submission.model, app.settings)
     check_fits(sizes, _plan_options(app, placement), app.settings.spill_dir, lambda: submission.workload(sizes))
+    app.make_home()
+    make_spill_folder(spill_folder(app.settings, placement))
     with app.open_database() as database:
         job_id = submission.store(database, f"{PRIVATE_QUEUE}{uuid.uuid4().hex[:8]}")
         yield database, get_job(database, job_id)
@@ -172,7 +177,7 @@ def _resumed(database: "Database", job_id: int) -> "Job":
 
 def _plan_options(app: App, placement: "PlanOptions") -> "PlanOptions":
     """The options as the worker will have them."""
-    return replace(placement, disk_dir=placement.disk_dir or app.settings.spill_dir)
+    return replace(placement, disk_dir=spill_folder(app.settings, placement))
 
 
 def _check_resumed(app: App, database: "Database", job: "Job", placement: "PlanOptions") -> None:

@@ -39,7 +39,7 @@ class TaskSpec:
             return GeneratePayload(prompt=prompt)
         if self.task == "score":
             return ScorePayload(context=prompt, continuation=_continuation(row))
-        return ChoosePayload(prompt=prompt, choices=list(self.choices or _row_choices(row, self.limits)))
+        return ChoosePayload(prompt=prompt, choices=list(self.choices or row_choices(row, self.limits)))
 
 
 def split_choices(text: str) -> tuple[str, ...]:
@@ -83,8 +83,8 @@ def requests(rows: Iterator[Row | BadLine], spec: TaskSpec, *, label: str, keep_
         except RowFault as fault:
             if index == 0 and not keep_going and not fault.is_of_one_row:
                 raise DatasetFault(
-                    f"{label}, row 0 (line {row.line}): {fault}; every row would fail the same way, "
-                    "or use --keep-going to make such rows error rows"
+                    f"{label}, row 0 (line {row.line}): {fault}; rows like it would all fail: mend them, "
+                    "or use --keep-going to make them error rows"
                 ) from None
             message = f"row {index} (line {row.line}): {fault}"
             yield NewRequest(index=index, row_id=row_id, payload=None, error=(fault.code, message))
@@ -103,7 +103,12 @@ def _text_field(row: Row, name: str, meaning: str) -> str:
     return value
 
 
-def _row_choices(row: Row, limits: Limits) -> tuple[str, ...]:
+def row_choices(row: Row, limits: Limits) -> tuple[str, ...]:
+    """The labels that a row has of its own.
+
+    Raises:
+        RowFault: there are none, or they are no such list.
+    """
     value = row.fields.get("choices")
     if value is None:
         raise RowFault("missing_field", f"no field 'choices', and no --choices was given; there: {_names(row)}")
@@ -125,7 +130,10 @@ def _check_choices(choices: Sequence[str]) -> None:
     if any(not choice for choice in choices):
         raise ValueError("a choice is empty; write for example positive,negative")
     if len(choices) < 2:
-        raise ValueError("there is only one choice; write at least two, for example positive,negative")
+        raise ValueError(
+            f"there {'is only one choice' if choices else 'are no choices'}; write at least two, for example "
+            "positive,negative"
+        )
     seen: set[str] = set()
     for choice in choices:
         if choice in seen:

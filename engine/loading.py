@@ -27,7 +27,7 @@ def plan_input(model_dir: Path, options: PlanOptions, device: Device, workload: 
     manifest = read_manifest(model_dir)
     check_units(manifest, model_dir)
     facts = facts_of(device)
-    check_asked(options, facts)
+    check_asked(options, facts, model_dir)
     return PlanInput(
         shape=sizes_for(manifest.config).shape,
         stored=stored_in(manifest),

@@ -28,7 +28,7 @@ from storage.database import Database
 from worker.app import make_app
 from worker.bell import Bell
 from worker.doorbell import ping
-from worker.errors import RedisRefused, RedisUnreachable, SettingsError, TraceNotWritten
+from worker.errors import RedisRefused, RedisUnreachable, TraceNotWritten
 from worker.exactness import why_not_exact
 from worker.lifecycle import DrainThread, Stop
 from worker.locks import device_lock
@@ -39,6 +39,7 @@ from worker.residency import Loaded, Residency, Sample, Tell
 from worker.ringing import Ringing
 from worker.session import serve
 from worker.settings import Settings
+from worker.spill import make_spill_folder, spill_folder
 from worker.strangers import Strays
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def run_worker(settings: Settings, options: WorkerOptions) -> int:
     patience = Patience(settings.patience_s)
     with patience(lambda: Database.open(settings.database_url, busy_timeout_s=_BUSY_S)) as database:
         device = _open_device_name(options.placement)
-        _make_spill_dir(_disk_dir(settings, options.placement))
+        make_spill_folder(spill_folder(settings, options.placement))
         with device_lock(settings.home, device) as is_alone:
             if not is_alone:
                 get_logger().warning("another worker uses %s too: both will be slower", device)
@@ -197,8 +198,8 @@ def _loader(
         from engine.planner.decide import decide
         from engine.planner.replan import Replanning
 
-        disk_dir = _disk_dir(settings, placement)
-        _make_spill_dir(disk_dir)
+        disk_dir = spill_folder(settings, placement)
+        make_spill_folder(disk_dir)
         workload = sample()
         options = replace(placement, device=device_name, disk_dir=disk_dir)
         device = open_device(device_name)
@@ -270,20 +271,6 @@ def _open_device_name(placement: PlanOptions) -> str:
         return device.name
     finally:
         device.close()
-
-
-def _disk_dir(settings: Settings, placement: PlanOptions) -> Path:
-    return placement.disk_dir or settings.spill_dir
-
-
-def _make_spill_dir(path: Path) -> None:
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(
-            f"the folder for spill files {path} cannot be made: {error.strerror or error}; name another with "
-            "--disk-dir or OVERNIGHT_SPILL"
-        ) from error
 
 
 def _leave_logging_alone(**_: object) -> None:

@@ -25,7 +25,9 @@ class Given:
     base: Path
 
     def text(self) -> str:
-        if not isinstance(self.value, str | Path) or not str(self.value).strip():
+        if isinstance(self.value, str) and not self.value.strip():
+            raise SettingsError(f"{self.where} must not be empty; leave it out for the default")
+        if not isinstance(self.value, str | Path):
             # A list or a table may hold the URL, and with it the password, that was meant.
             plain = isinstance(self.value, str | int | float)
             raise SettingsError(
@@ -94,7 +96,10 @@ class Given:
     def queue(self) -> str:
         text = self.text()
         if not _QUEUE_NAME.fullmatch(text):
-            raise SettingsError(f"{self.where} must be a queue name of letters, digits, '.', '_' and '-', not {text!r}")
+            raise SettingsError(
+                f"{self.where} must be a queue name of letters, digits, '.', '_' and '-', 64 at most and the first "
+                f"a letter or digit, not {text!r}"
+            )
         return text
 
     def log_level(self) -> str:

@@ -132,6 +132,8 @@ def _from_toml(path: Path) -> dict[str, Given]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except NotADirectoryError:
+        raise SettingsError(f"{path.parent} is no folder; name one with OVERNIGHT_HOME") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"cannot read {path}: {error}") from error
     for key in values:

@@ -120,8 +120,8 @@ def _unasked_device(facts: MachineFacts) -> int:
     return max(least, min(int(facts.device_free * GPU_SHARE), facts.device_free - GPU_REST))
 
 
-def check_asked(options: PlanOptions, facts: MachineFacts) -> None:
-    """Raise ``PlanDoesNotFit`` where more memory is asked for than is free."""
+def check_asked(options: PlanOptions, facts: MachineFacts, disk_dir: Path) -> None:
+    """Raise ``PlanDoesNotFit`` where more is asked for than is free; ``disk_dir`` as in ``PlanInput``."""
     asked = {"device": (options.device_memory, facts.device_free), "host": (options.host_memory, facts.host_free)}
     for tier, (wanted, free) in asked.items():
         if wanted is not None and wanted > free:
@@ -129,3 +129,9 @@ def check_asked(options: PlanOptions, facts: MachineFacts) -> None:
                 f"--{tier}-memory asks for {format_bytes(wanted)}, and {format_bytes(free)} of {tier} memory are free "
                 "here; ask for less, or end what holds the rest"
             )
+    folder = options.disk_dir or disk_dir
+    if options.disk_space is not None and options.disk_space > (free := free_disk_space(folder)):
+        raise PlanDoesNotFit(
+            f"--disk-space asks for {format_bytes(options.disk_space)}, and {format_bytes(free)} are free for {folder};"
+            " ask for less, or name another folder with --disk-dir"
+        )

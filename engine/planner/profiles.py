@@ -33,8 +33,14 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     if str(name_or_path) in preset_names():
         text = files("engine.planner").joinpath("presets", f"{name_or_path}.json").read_text(encoding="utf-8")
     else:
+        path = Path(name_or_path)
+        # No reader waits for a writer, or reads without an end.
+        if path.exists() and not path.is_file():
+            raise HardwareError(
+                f"{str(name_or_path)!r} is no file; give a profile, or one of {', '.join(preset_names())}"
+            )
         try:
-            text = Path(name_or_path).read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise HardwareAbsent(
                 f"{str(name_or_path)!r} is neither a file nor a hardware preset; "

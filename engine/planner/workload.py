@@ -46,8 +46,8 @@ class Workload:
     """Requests by length, in the order of the dataset as far as anybody knows: well mixed."""
 
     lengths: tuple[Lengths, ...]
-    per_row: int = 1
-    """Requests that a row of the dataset is: one for each choice, where it is to choose."""
+    per_row: float = 1
+    """Requests that a row of the dataset is, in the mean: one for each choice, where it is to choose."""
 
     def __post_init__(self) -> None:
         if not self.lengths:

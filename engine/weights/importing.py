@@ -197,9 +197,7 @@ def _packed(stored: Int4, width: int, pieces: Pieces) -> Iterator[Buffer]:
             try:
                 codes_RC, scale_RG, minimum_RG = pack(stored, some)
             except ValueError as error:
-                raise CheckpointError(
-                    f"{where} holds {error}: it cannot be stored in four bits; import it with --weight-format plain"
-                ) from None
+                raise CheckpointError(f"{where} holds {error}: it can be stored plain, but not in four bits") from None
             scales.append(scale_RG)
             minima.append(minimum_RG)
             yield _bytes(codes_RC)

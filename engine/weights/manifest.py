@@ -108,7 +108,7 @@ class Manifest:
             raise ValueError("it is not a JSON object")
         version = fields.get("format_version")
         if not isinstance(version, int) or version < 1:
-            raise ValueError("it has no format_version")
+            raise ValueError("it has no format_version, a whole number")
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"its format version is {version}, and this overnight reads up to {FORMAT_VERSION}; upgrade overnight"
@@ -130,6 +130,10 @@ class Manifest:
             raise ValueError(f"its field {error} is missing") from error
         except TypeError as error:
             raise ValueError(f"a field has the wrong type ({error})") from error
+        if manifest.config.get("model_type") != model_type:
+            raise ValueError(
+                f"its model_type is {model_type!r}, and its configuration's another; import the model again"
+            )
         manifest.check_integrity()
         return manifest
 

@@ -113,6 +113,14 @@ def test_an_unfinished_job_gives_what_is_there_and_says_so(with_redis: Path, run
     assert "3 of 4" in done.stderr
 
 
+def test_a_job_without_outputs_says_so(run: Run, job: int, model: str) -> None:
+    second = run("enqueue", "d.jsonl", "--model", model, "--task", "generate").stdout.strip()
+    run("cancel", second)
+    done = run("fetch", second)
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert f"job {second} is cancelled: none of its rows has an output" in done.stderr
+
+
 def test_a_reader_that_leaves_early_is_no_error(with_redis: Path, run: Run, model: str) -> None:
     write_rows(Path("many.jsonl"), *({"prompt": "a"} for _ in range(3000)))
     job = int(run("enqueue", "many.jsonl", "--model", model, "--task", "generate").stdout)

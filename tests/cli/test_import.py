@@ -33,6 +33,41 @@ def test_an_existing_model_is_not_touched(home: Path, run: Run, checkpoint: Path
     assert (home / "models" / "tiny" / "manifest.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("destination", ["./file/x", "./file/x/y", "/dev/null/x"])
+def test_a_place_below_a_file_is_one_sentence(home: Path, run: Run, checkpoint: Path, destination: str) -> None:
+    Path("file").write_text("x")
+    done = run("import", str(checkpoint), destination)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", [" ", "a\nb", "./here/a\tb", " a"])
+def test_a_name_that_no_line_could_show_is_refused(home: Path, run: Run, checkpoint: Path, name: str) -> None:
+    done = run("import", str(checkpoint), name)
+    assert done.exit_code == 2
+    assert "is no name for a model" in done.stderr
+
+
+def test_a_model_by_its_name_needs_no_import(home: Path, run: Run, checkpoint: Path) -> None:
+    run("import", str(checkpoint))
+    done = run("import", "tiny", "other")
+    assert done.exit_code == 3
+    assert "is a model directory already; it needs no import" in done.stderr
+
+
+def test_a_manifest_that_does_not_fit_its_model_is_named(home: Path, run: Run, checkpoint: Path) -> None:
+    run("import", str(checkpoint), "--weight-format", "int4")
+    path = home / "models" / "tiny-int4" / "manifest.json"
+    text = path.read_text()
+    for change in (('"group": 64', '"group": 128'), ('"model_type": "opt",', '"model_type": "gpt2",')):
+        assert change[0] in text
+        path.write_text(text.replace(*change, 1))
+        done = run("models", "--json")
+        assert json.loads(done.stdout) == {"models": []}
+        assert str(path) in done.stderr
+
+
 @pytest.mark.parametrize("source", ["nothing-here", "/no/such/folder"])
 def test_a_source_that_is_absent_is_named(home: Path, run: Run, source: str) -> None:
     done = run("import", source)

@@ -159,8 +159,40 @@ def test_a_home_that_cannot_be_made_is_one_sentence(home: Path, command: Command
 
 def test_a_name_that_is_too_long_is_one_sentence(home: Path, run: Run) -> None:
     done = run("enqueue", "x" * 5000, "--model", "m", "--task", "generate")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "too long" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["enqueue", "", "--model", "m", "--task", "generate"],
+        ["run", "", "--model", "m", "--task", "generate", "-o", "x"],
+        ["run", "d", "--model", "m", "--task", "generate", "-o", ""],
+        ["fetch", "1", "-o", ""],
+        ["import", ""],
+        ["import", "d", ""],
+        ["plan", "--model", "opt-1.3b", "--hardware", ""],
+        ["plan", "--model", "opt-1.3b", "--hardware", "l4", "--dataset", ""],
+    ],
+)
+def test_an_empty_name_is_not_taken_for_the_folder_that_one_is_in(home: Path, run: Run, words: list[str]) -> None:
+    done = run(*words)
+    assert done.exit_code == 2
+    assert "'' names nothing" in done.stderr
+
+
+def test_a_files_name_keeps_its_capital(home: Path, run: Run) -> None:
+    Path("README.md").write_text("x")
+    assert run("import", "README.md").stderr.startswith("error: README.md is a file")
+
+
+@pytest.mark.parametrize("option", ["--device-memory", "--host-memory", "--disk-space"])
+def test_a_size_beyond_all_machines_is_refused(home: Path, run: Run, option: str) -> None:
+    done = run("plan", "--model", "opt-1.3b", "--hardware", "l4", option, "9" * 30)
+    assert done.exit_code == 2
+    assert f"{option}'" in done.stderr
+    assert "more than any machine has" in done.stderr
 
 
 @pytest.mark.parametrize("option", ["--seed", "--micro-batch", "--max-new-tokens"])

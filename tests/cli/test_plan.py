@@ -167,7 +167,9 @@ def test_without_a_tokenizer_characters_are_counted_and_that_is_said(run: Run) -
     [
         (["--model", "no-such"], 3, "facebook/opt-30b"),
         (["--model", "opt-30b", "--hardware", "t5"], 3, "t4-gcp"),
-        (["--model", "opt-30b", "--hardware", "."], 2, "cannot be read"),
+        (["--model", "opt-30b", "--hardware", "."], 2, "is no file"),
+        (["--model", "opt-30b", "--hardware", "/dev/zero"], 2, "is no file"),
+        (["--model", "opt-30b", "--disk-speed", "1KiB"], 2, "too slow for a disk"),
         (["--model", "opt-30b", "--dtype", "bfloat16"], 2, "bfloat16"),
         (["--model", "opt-30b", "--device", "cpu"], 2, "--device cpu"),
         (["--model", "opt-30b", "--dataset", "no.jsonl"], 3, "no.jsonl"),
@@ -325,10 +327,14 @@ def test_machines_are_compared_in_one_table_the_fastest_first(run: Run) -> None:
 
 
 def test_a_machine_that_the_model_does_not_fit_says_why_below_the_table(run: Run) -> None:
-    words = ("plan", "--model", "opt-175b", "--requests", "300", "--hardware", "t4-gcp,l4", "--host-memory", "1GiB")
-    document = planned(run(*words, "--disk-space", "0", "--json"))
-    assert [each["name"] for each in document["refused"]]
+    words = ("plan", "--model", "opt-30b", "--requests", "300", "--host-memory", "1GiB", "--disk-space", "0", "--json")
+    document = planned(run(*words, "--hardware", "t4-gcp,h100-80g"))
+    assert [each["machine"]["name"] for each in document["machines"]] == ["h100-80g"]
+    assert [each["name"] for each in document["refused"]] == ["t4-gcp"]
     assert all(each["why"] for each in document["refused"])
+    nowhere = run(*words, "--hardware", "t4-gcp,l4")
+    assert nowhere.exit_code == 2
+    assert [each["name"] for each in json.loads(nowhere.stdout)["refused"]] == ["t4-gcp", "l4"]
 
 
 def test_a_machine_that_nobody_knows_is_absent_among_others_too(run: Run) -> None:
@@ -354,6 +360,21 @@ def test_a_row_of_choices_is_a_sequence_for_each(run: Run) -> None:
         ("--task", "choose", "--choices", "a,b", "--gen-len", "3"),
     ):
         one_sentence(run(*words, *wrong), 2)
+
+
+def test_rows_with_labels_of_their_own_are_as_many_sequences(run: Run) -> None:
+    rows = ({"prompt": "a" * 400, "choices": ["good", "bad"]}, {"prompt": "b" * 400, "choices": ["x", "y", "z", "w"]})
+    write_rows(Path("d.jsonl"), *rows)
+    done = planned(
+        run(*T4[:3], "--no-advice", "--model", "opt-1.3b", "--json", "--task", "choose", "--dataset", "d.jsonl")
+    )
+    assert (done["predicted"]["rows"], done["predicted"]["requests"]) == (2, 6)
+
+
+def test_a_default_prompt_is_no_longer_than_the_model_takes(home: Path, run: Run, checkpoint: Path) -> None:
+    done = run(*T4, "--model", str(checkpoint), "--dtype", "float16")
+    assert done.exit_code == 0, done.stderr
+    assert "prompts of 96 tokens, 32 generated" in done.stdout
 
 
 def test_a_faster_disk_helps_where_it_is_the_bound(run: Run) -> None:

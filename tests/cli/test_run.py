@@ -196,6 +196,25 @@ def test_a_plan_that_does_not_fit_is_refused_before_there_is_a_job(home: Path, c
     assert only_job(home) is None
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--host-memory", "900TiB", "--host-memory asks for 900.0 TiB"),
+        ("--device-memory", "900TiB", "--device-memory asks for 900.0 TiB"),
+        ("--disk-space", "900TiB", "--disk-space asks for 900.0 TiB"),
+        ("--disk-dir", "/dev/null/x", "the folder for spill files /dev/null/x cannot be made"),
+    ],
+)
+def test_what_the_machine_has_not_is_refused_before_there_is_a_job(
+    option: str, value: str, said: str, home: Path, run: Run, model: str
+) -> None:
+    dataset = write_rows(Path("d.jsonl"), {"prompt": "a"})
+    done = run("run", dataset, "--model", model, "--task", "generate", "--device", "cpu", option, value, "-o", "out")
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert only_job(home) is None
+
+
 @pytest.mark.parametrize("fixed", [[], ["--weights", "0/0/100"]], ids=["free", "streamed"])
 def test_a_worker_loads_the_plan_that_was_told(fixed: list[str], home: Path, command: Command, model: str) -> None:
     """Once this machine was measured, both search, for the same rows."""

@@ -21,12 +21,20 @@ FACTS = MachineFacts(2 * GIB, 4 * GIB, shares_host_memory=False)
 
 
 @pytest.mark.parametrize("tier", ["device", "host"])
-def test_more_memory_than_is_free_is_refused(tier: str) -> None:
+def test_more_memory_than_is_free_is_refused(tier: str, tmp_path: Path) -> None:
     most = {"device": 2 * GIB, "host": 4 * GIB}[tier]
     field = f"{tier}_memory"
-    check_asked(replace(PlanOptions(), **{field: most}), FACTS)
+    check_asked(replace(PlanOptions(), **{field: most}), FACTS, tmp_path)
     with pytest.raises(PlanDoesNotFit, match=rf"--{tier}-memory asks for .* of {tier} memory are free here"):
-        check_asked(replace(PlanOptions(), **{field: most + 1}), FACTS)
+        check_asked(replace(PlanOptions(), **{field: most + 1}), FACTS, tmp_path)
+
+
+def test_more_disk_space_than_is_free_is_refused(tmp_path: Path) -> None:
+    check_asked(PlanOptions(disk_space=1), FACTS, tmp_path)
+    with pytest.raises(PlanDoesNotFit, match=rf"--disk-space asks for 1024\.0 TiB, and .* are free for {tmp_path};"):
+        check_asked(PlanOptions(disk_space=2**50), FACTS, tmp_path)
+    with pytest.raises(PlanDoesNotFit, match=rf"free for {tmp_path}/spill;"):
+        check_asked(PlanOptions(disk_space=2**50, disk_dir=tmp_path / "spill"), FACTS, tmp_path)
 
 
 def test_weights_that_float16_cannot_hold_are_refused_by_name(tmp_path: Path) -> None:
