@@ -129,6 +129,12 @@ def check_asked(options: PlanOptions, facts: MachineFacts, disk_dir: Path) -> No
                 f"--{tier}-memory asks for {format_bytes(wanted)}, and {format_bytes(free)} of {tier} memory are free "
                 "here; ask for less, or end what holds the rest"
             )
+    both = (options.device_memory or 0) + (options.host_memory or 0)
+    if facts.shares_host_memory and both > facts.host_free:
+        raise PlanDoesNotFit(
+            f"--device-memory and --host-memory together ask for {format_bytes(both)} of one memory, and "
+            f"{format_bytes(facts.host_free)} of it are free here; ask for less, or end what holds the rest"
+        )
     folder = options.disk_dir or disk_dir
     if options.disk_space is not None and options.disk_space > (free := free_disk_space(folder)):
         raise PlanDoesNotFit(

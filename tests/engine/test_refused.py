@@ -29,6 +29,13 @@ def test_more_memory_than_is_free_is_refused(tier: str, tmp_path: Path) -> None:
         check_asked(replace(PlanOptions(), **{field: most + 1}), FACTS, tmp_path)
 
 
+def test_device_and_host_are_not_asked_for_twice_where_they_are_one_memory(tmp_path: Path) -> None:
+    one = replace(FACTS, device_free=4 * GIB, shares_host_memory=True)
+    check_asked(PlanOptions(device_memory=3 * GIB, host_memory=GIB), one, tmp_path)
+    with pytest.raises(PlanDoesNotFit, match=r"together ask for 5\.0 GiB of one memory, and 4\.0 GiB of it are free"):
+        check_asked(PlanOptions(device_memory=3 * GIB, host_memory=2 * GIB), one, tmp_path)
+
+
 def test_more_disk_space_than_is_free_is_refused(tmp_path: Path) -> None:
     check_asked(PlanOptions(disk_space=1), FACTS, tmp_path)
     with pytest.raises(PlanDoesNotFit, match=rf"--disk-space asks for 1024\.0 TiB, and .* are free for {tmp_path};"):
