@@ -146,9 +146,11 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("others_run", [True, False])
 def test_sequences_wait_for_each_others_room_on_a_full_file_system(
-    others_run: bool, small_file_system: Path, tiny_model: Path
+    others_run: bool, small_file_system: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The budget promises 64 MiB, the file system has 1: a few sequences run at a time; if none can, it is an error."""
+    # Somebody else took the rest after the plan was made.
+    monkeypatch.setattr("engine.planner.plan_input.free_disk_space", lambda folder: 64 * MIB)
     greedy = SamplingParams(max_new_tokens=100, ignore_eos=True)
     requests = [Request(index, Generate("abc", greedy)) for index in range(24)]
     chosen = PlanOptions(
