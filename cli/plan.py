@@ -58,7 +58,7 @@ def _tokens() -> Number:
 )
 @click.option("--task", type=click.Choice(TASKS), default=TASKS[0], show_default=True, help="As with enqueue.")
 @click.option("--choices", type=Choices(), help="With --task choose: the labels, split at commas.")
-@click.option("--prompt-len", type=_tokens(), help=f"Tokens of a prompt. [default: {DEFAULT_PROMPT_LEN}]")
+@click.option("--prompt-len", type=_tokens(), help=f"Tokens of a prompt. [default: {DEFAULT_PROMPT_LEN}, or what fits]")
 @click.option("--gen-len", type=_tokens(), help=f"Tokens generated, or scored, for each. [default: {DEFAULT_GEN_LEN}]")
 @click.option("--requests", type=_tokens(), help=f"How many. [default: {DEFAULT_REQUESTS}]")
 @click.option("--dataset", type=PathName(), metavar="FILE", help="Number and lengths of the prompts from this dataset.")
