@@ -71,6 +71,11 @@ def format_count(number: int) -> str:
     return f"{number:,}"
 
 
+def counted(number: int, noun: str) -> str:
+    """``12,345 rows``, ``1 row``."""
+    return f"{format_count(number)} {noun}{'' if number == 1 else 's'}"
+
+
 def format_seconds(seconds: float) -> str:
     """``3725.4`` as ``1 h 2 min``; ``12.3`` as ``12 s``."""
     whole = round(seconds)

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from cli.context import App
-from cli.display import emit_json, format_count, say, warn
+from cli.display import counted, emit_json, say, warn
 from cli.job_options import JobOptions, job_options
 from cli.options import PathName, json_option, queue_option, settings_options
 
@@ -60,9 +60,9 @@ def command(app: App, /, dataset: str, as_json: bool, **values: Any) -> None:
         emit_json({"id": job.id, "requests": job.num_requests})
         return
     click.echo(job.id)
-    say(f"{format_count(job.num_requests)} requests in job {job.id}; watch it: overnight status {job.id} --watch")
+    say(f"{counted(job.num_requests, 'request')} in job {job.id}; watch it: overnight status {job.id} --watch")
     if job.num_failed:
-        say(f"{format_count(job.num_failed)} rows are faulty already: overnight fetch {job.id} --errors")
+        say(f"faulty already: {counted(job.num_failed, 'row')}; see overnight fetch {job.id} --errors")
 
 
 def _ping(redis_url: str) -> None:

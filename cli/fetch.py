@@ -6,7 +6,7 @@ import click
 
 from cli.atomic import check_output, open_output
 from cli.context import App
-from cli.display import format_count, say
+from cli.display import counted, format_count, say
 from cli.formats import FORMATS, format_of, write_rows
 from cli.options import PathName, job_argument, settings_options
 
@@ -53,4 +53,4 @@ def command(app: App, job_id: int, output: str, file_format: str | None, errors:
         nothing = "of its rows failed" if errors else "of its rows has an output"
         say(f"job {job.id} is {job.state}: none {nothing}")
     elif output != "-":
-        say(f"{format_count(count)} rows in {Path(output)}")
+        say(f"{counted(count, 'row')} in {Path(output)}")

@@ -7,7 +7,7 @@ import click
 
 from cli import exit_codes, templates
 from cli.context import App
-from cli.display import emit, emit_json, emit_table, format_count, format_rate, format_seconds
+from cli.display import counted, emit, emit_json, emit_table, format_count, format_rate, format_seconds
 from cli.job_options import Choices
 from cli.options import Number, PathName, Size, Text, json_option, settings_options
 from cli.placement import placement_options, take_placement
@@ -250,14 +250,14 @@ def _explain(given: "PlanInput", machine: "Hardware", found: "Found", model: str
     packed = "" if given.stored.weight_format == Plain.name else f" with weights in {given.stored.weight_format}"
     emit(f"model     {model}, {plan.dtype}{packed}, {given.shape.num_layers} layers")
     emit(f"machine   {machine.name}: {_facts(machine)}")
-    what = "requests" if workload.per_row == 1 else f"rows of {workload.per_row:.3g} choices"
-    emit(
-        f"workload  {format_count(round(workload.rows))} {what}, prompts of {spread} tokens, {generated:.3g} generated"
+    in_all = counted(round(workload.rows), "row")
+    what = (
+        f"{in_all} of {workload.per_row:.3g} choices"
+        if workload.per_row != 1
+        else counted(workload.requests, "request")
     )
-    emit(
-        f"predicted {format_rows(rows_per_s(given, found))}: {format_count(round(workload.rows))} rows in "
-        f"{format_seconds(prediction.seconds)}"
-    )
+    emit(f"workload  {what}, prompts of {spread} tokens, {generated:.3g} generated")
+    emit(f"predicted {format_rows(rows_per_s(given, found))}: {in_all} in {format_seconds(prediction.seconds)}")
     click.echo()
     pool = sum(plan.kv_bytes.values()) or 1
     rows = [
@@ -277,7 +277,7 @@ def _explain(given: "PlanInput", machine: "Hardware", found: "Found", model: str
     emit(f"by hand   {flags_of(found.options)}")
     emit(
         f"tokens    {format_rate(prediction.generated_per_s)} generated, {format_rate(prediction.total_per_s)} with "
-        f"prompts: {format_count(workload.requests)} requests in {format_seconds(prediction.seconds)}"
+        f"prompts: {counted(workload.requests, 'request')} in {format_seconds(prediction.seconds)}"
     )
     emit(
         f"bound by  {prediction.bound_by}, which alone would allow {format_rate(prediction.lane_ceiling_per_s)}; "

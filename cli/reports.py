@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from cli.display import counted
+
 if TYPE_CHECKING:
     from storage.claims import Worker
     from storage.jobs import Job
@@ -102,7 +104,7 @@ def outcome_of(job: "Job") -> str | None:
         return f"job {job.id} was cancelled; to take it up again: overnight retry {job.id}"
     if job.num_failed:
         return (
-            f"job {job.id} has {job.num_failed:,} failed requests of {job.num_requests:,}; "
+            f"job {job.id} has {counted(job.num_failed, 'failed request')} of {job.num_requests:,}; "
             f"see them: overnight fetch {job.id} --errors"
         )
     return None

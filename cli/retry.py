@@ -5,7 +5,7 @@ import time
 import click
 
 from cli.context import App
-from cli.display import format_count, say, warn
+from cli.display import counted, say, warn
 from cli.options import job_argument, settings_options
 
 
@@ -25,7 +25,7 @@ def command(app: App, job_id: int) -> None:
         job = retry_job(database, job_id, now=time.time())
         hint = missing_worker_hint(database, job, now=time_of(database))
     remaining = job.num_requests - job.num_done - job.num_failed
-    say(f"job {job.id} is {job.state} again with {format_count(remaining)} requests to do")
+    say(f"job {job.id} is {job.state} again with {counted(remaining, 'request')} to do")
     if hint:
         say(hint)
         return

@@ -15,7 +15,7 @@ from click.core import ParameterSource
 from cli.atomic import check_output, open_output
 from cli.context import App
 from cli.describing import throughput_of
-from cli.display import format_count, say, warn
+from cli.display import counted, say, warn
 from cli.fitting import check_fits
 from cli.formats import FORMATS, format_of, write_rows
 from cli.job_options import JobOptions, job_options
@@ -228,4 +228,4 @@ def _write(database: "Database", job: "Job", output: str, file_format: str) -> N
             task=job.task,
             choices=(job.origin or {}).get("choices"),
         )
-    say(f"{format_count(count)} rows in {'stdout' if output == '-' else output}")
+    say(f"{counted(count, 'row')} in {'stdout' if output == '-' else output}")

@@ -40,7 +40,7 @@ class Strays:
         self.count += 1
         if (now := self._clock()) >= self._next_at:
             self._next_at = now + 60.0
-            self._say(f"dropped {self.count} messages that are not for this worker, the last one since {why}")
+            self._say(f"dropped what was not for this worker: messages so far {self.count}, the last one since {why}")
 
 
 def amqp_class(on_stray: Report) -> type[Any]:

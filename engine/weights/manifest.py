@@ -114,16 +114,16 @@ class Manifest:
                 f"its format version is {version}, and this overnight reads up to {FORMAT_VERSION}; upgrade overnight"
             )
         try:
-            model_type = _typed(fields["model_type"], str)
+            model_type = _field(fields, "model_type", str)
             plain = Plain.from_fields(fields)
             manifest = cls(
                 model_type=model_type,
-                config=_typed(fields["config"], dict),
+                config=_field(fields, "config", dict),
                 dtype=plain.dtype,
-                units=tuple(_unit(entry, plain if version == 1 else None) for entry in _typed(fields["units"], list)),
-                num_bytes=_typed(fields["num_bytes"], int),
-                source=_typed(fields["source"], str),
-                created_by=_typed(fields["created_by"], str),
+                units=tuple(_unit(entry, plain if version == 1 else None) for entry in _field(fields, "units", list)),
+                num_bytes=_field(fields, "num_bytes", int),
+                source=_field(fields, "source", str),
+                created_by=_field(fields, "created_by", str),
                 beyond_float16=_typed(fields.get("beyond_float16", {}), dict),
             )
         except KeyError as error:
@@ -195,7 +195,9 @@ def read_manifest(model_dir: Path) -> Manifest:
     try:
         manifest = Manifest.from_json(text)
     except ValueError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from error
+        has_remedy = "import the model again" in str(error) or "upgrade overnight" in str(error)
+        remedy = "" if has_remedy else "; import the model again"
+        raise CheckpointError(f"{path} cannot be used: {error}{remedy}") from error
     for unit in manifest.units:
         _check_file(model_dir / unit.file, unit.num_bytes)
     if not (model_dir / TOKENIZER_NAME).is_file():
@@ -242,21 +244,28 @@ def _unit(fields: Any, default: TensorFormat | None) -> UnitEntry:
     """``default``: the format of all its tensors, where a manifest names none."""
     fields = _typed(fields, dict)
     return UnitEntry(
-        name=_typed(fields["name"], str),
-        file=_typed(fields["file"], str),
-        num_bytes=_typed(fields["num_bytes"], int),
-        checksum=_typed(fields["checksum"], str),
-        tensors={name: _tensor(entry, default) for name, entry in _typed(fields["tensors"], dict).items()},
+        name=_field(fields, "name", str),
+        file=_field(fields, "file", str),
+        num_bytes=_field(fields, "num_bytes", int),
+        checksum=_field(fields, "checksum", str),
+        tensors={name: _tensor(entry, default) for name, entry in _field(fields, "tensors", dict).items()},
     )
 
 
 def _tensor(fields: Any, default: TensorFormat | None) -> TensorEntry:
     fields = _typed(fields, dict)
-    shape = tuple(_typed(size, int) for size in _typed(fields["shape"], list))
+    shape = tuple(_typed(size, int) for size in _field(fields, "shape", list))
     if any(size < 0 for size in shape):
         raise TypeError("a negative size in a shape")
-    stored = default or format_from(_typed(fields["format"], dict))
-    return TensorEntry(offset=_typed(fields["offset"], int), shape=shape, format=stored)
+    stored = default or format_from(_field(fields, "format", dict))
+    return TensorEntry(offset=_field(fields, "offset", int), shape=shape, format=stored)
+
+
+def _field(fields: dict[str, Any], name: str, kind: type[T]) -> T:
+    try:
+        return _typed(fields[name], kind)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
 
 
 def _typed(value: Any, kind: type[T]) -> T:

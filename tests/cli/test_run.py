@@ -161,7 +161,7 @@ def test_rows_too_long_for_the_model_are_error_rows_with_both_lengths(home: Path
     assert (first["status"], second["status"]) == ("ok", "error")
     assert "128" in second["error"]["message"]
     assert "50" in second["error"]["message"]
-    assert "1 failed requests of 2" in done.stderr
+    assert "1 failed request of 2" in done.stderr
 
 
 @pytest.mark.parametrize(
