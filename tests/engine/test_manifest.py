@@ -142,6 +142,20 @@ def test_what_is_no_manifest(model_dir: Path, text: str, says: str) -> None:
     message = refusal(model_dir)
     assert says in message
     assert str(model_dir / MANIFEST_NAME) in message
+    assert message.endswith("import the model again")
+
+
+@pytest.mark.parametrize("field", ["config", "units", "num_bytes", "source"])
+def test_a_field_of_another_type_is_named(model_dir: Path, field: str) -> None:
+    path = model_dir / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: None}))
+    assert f"a field has the wrong type ({field}: None is not of type" in refusal(model_dir)
+
+
+def test_a_manifest_of_another_models_configuration(model_dir: Path) -> None:
+    path = model_dir / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "gpt2"}))
+    assert "its model_type is 'gpt2', and its configuration's another; import the model again" in refusal(model_dir)
 
 
 def test_a_manifest_that_is_not_utf8(model_dir: Path) -> None:
