@@ -223,7 +223,7 @@ def test_nothing_in_redis_ends_a_worker_or_makes_it_deaf(station: Station, tiny_
         assert each.signal(signal.SIGTERM) == 0
         assert "Traceback" not in each.log
         assert "os.system" not in each.log, "what strangers write is not logged"
-    assert "messages that are not for this worker" in worker.log
+    assert "dropped what was not for this worker" in worker.log
 
 
 def test_a_worker_with_an_unknown_model_does_not_start(station: Station) -> None:
