@@ -37,6 +37,19 @@ _UNPACKS_SLOWLY = (
     "that plain ones take to be read; and beside busy neighbours products run at a third of their speed, and take as "
     "long again"
 )
+_DRIFTS = {
+    "int4-axis": Missed(
+        why="the demo's model hardly notices either axis: 0.0122 and 0.0126 a label in the mean of eight orders of its "
+        "channels, 0.019 a token along both; a model that knows more tells them apart, see int4-smollm2-axis",
+        yet=AtMost(1.1),
+    ),
+    "int4-kv-drift": Missed(
+        why="keys alone, in groups of a head's 32 values, drift 0.018, values alone 0.008; in groups of 16 both drift "
+        "0.017, with keys by channel 0.018, with the ranges of least squared error 0.022: sixteen codes are too few "
+        "for this model's keys",
+        yet=AtMost(0.025),
+    ),
+}
 _CACHED = (
     "accelerate's 2.6 GB stay in the page cache, which the 3 GiB count, so that it reads no disk: its pass takes "
     "0.85 s, and to unpack all layers alone takes 0.65 s; with layers in what is left of the same memory, see "
@@ -138,7 +151,14 @@ INT4_CLAIMS: tuple[Claim, ...] = (
         line={_AMX: AtLeast(0.55), _CPU: AtLeast(0.88), _FLOAT32: AtLeast(0.88)},
     ),
     *(
-        Claim(name=name, sentence=sentence, command=_ACCURACY, figure=figure, line=AtMost(line))
+        Claim(
+            name=name,
+            sentence=sentence,
+            command=_ACCURACY,
+            figure=figure,
+            line=AtMost(line),
+            missed=dict.fromkeys(Machine, _DRIFTS[name]) if name in _DRIFTS else {},
+        )
         for name, figure, line, sentence in (
             ("int4-weights-lost", "lost.weights", 0.01, "of 1,000 reviews are labelled less rightly with int4 weights"),
             (
